@@ -1,0 +1,58 @@
+"""Errors that people read: a sentence, an exit code, no traceback."""
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Bad input. The message is one sentence: what was found, where, and what was expected.
+
+    The commands print it and exit with code 2; as a library, it is an ordinary `ValueError`.
+    """
+
+
+def unknown(kind: str, found: str, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist, with the nearest one that does.
+
+    Args:
+      kind: what the name stands for, for example `"architecture"`.
+      found: what the user wrote.
+      known: every name there is.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}."
+    return UserError(f"unknown {kind} {found!r}; {hint}")
+
+
+class RunFailed(RuntimeError):
+    """A run that could not go on though its input was good; a sentence, shown without traceback.
+
+    The commands exit with code 1.
+    """
+
+
+def reported(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates a command's `main`: errors meant for people become a sentence and an exit code.
+
+    2 for `UserError`, 1 for `RunFailed`, 130 for Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args: Any, **kwargs: Any) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapper

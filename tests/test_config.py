@@ -1,0 +1,489 @@
+"""The settings: their checks, their command line, and their JSON."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from shiftnet import config
+from shiftnet.errors import UserError
+
+RECIPE = """
+from shiftnet.config import apply_argument, default_config
+
+def get_config(argument=""):
+    config = default_config()
+    config.epochs = 7
+    apply_argument(config, argument, {"expansion": "model.expansion", "dtype": "model.dtype"})
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("recipes") / "small.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def parse(*arguments: str) -> ConfigDict:
+    """As the train command does it."""
+    parser = config.Parser(prog="train.py")
+    parser.add_argument("--workdir")
+    config.add_arguments(parser)
+    return config.from_arguments(parser.parse_args(arguments))
+
+
+def field(settings: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        settings = settings[part]
+    return settings
+
+
+def changed(**values: Any) -> ConfigDict:
+    """The defaults with some fields changed; `__` stands for the dot."""
+    result = config.default_config()
+    for name, value in values.items():
+        group, _, last = name.rpartition("__")
+        holder = result[group] if group else result
+        with holder.ignore_type():
+            holder[last] = value
+    return result
+
+
+# Fields
+
+
+def test_every_default_is_a_value_that_the_field_accepts():
+    config.validate(config.default_config())
+
+
+@pytest.mark.core
+def test_help_shows_every_field_with_its_meaning_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for name, entry in config.FIELDS.items():
+        assert f"--config.{name} " in shown
+        assert entry.doc in shown
+    assert "(default: 0.0005)" in shown
+    assert "(default: (82, 123))" in shown
+    assert "(default: true)" in shown
+    assert '(default: "")' in shown
+    assert "(default: 0)" in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, found 0"),
+        ({"epochs": 2.0}, "epochs must be a whole number, found 2.0"),
+        ({"epochs": True}, "epochs must be a whole number, found True"),
+        ({"seed": 2**32}, "seed must be at least 0 and below 2**32, found 4294967296"),
+        ({"batch_size": -1}, "batch_size must be at least 1, found -1"),
+        ({"optimizer__lr": 0.0}, "optimizer.lr must be above 0, found 0.0"),
+        ({"optimizer__lr": float("nan")}, "optimizer.lr must be a finite number, found nan"),
+        ({"optimizer__lr": float("inf")}, "optimizer.lr must be a finite number, found inf"),
+        ({"optimizer__momentum": 1.0}, "optimizer.momentum must be at least 0 and below 1"),
+        ({"optimizer__weight_decay": -1e-4}, "optimizer.weight_decay must be at least 0"),
+        ({"model__expansion": 0}, "model.expansion must be above 0, found 0"),
+        ({"model__arch": None}, "model.arch must be a text, found None"),
+        ({"model__reduction_mode": "blok"}, "unknown model.reduction_mode 'blok'; did you mean"),
+        ({"model__dtype": "bfloat"}, "unknown model.dtype 'bfloat'; did you mean 'bfloat16'?"),
+        ({"schedule__boundaries": (8, 5)}, "schedule.boundaries must be rising numbers"),
+        ({"schedule__boundaries": (0, 5)}, "schedule.boundaries must be rising numbers"),
+        ({"schedule__boundaries": (1.5,)}, "schedule.boundaries must be a tuple of whole numbers"),
+        ({"schedule__name": "steps"}, "unknown schedule.name 'steps'; did you mean 'step'?"),
+        ({"data__flip": 1}, "data.flip must be true or false, found 1"),
+        ({"data__pad_mode": "reflekt"}, "unknown data.pad_mode 'reflekt'; did you mean 'reflect'?"),
+        ({"data__mean": (0.5, 0.5), "data__std": (1.0, 1.0)}, "data.mean must be () or three"),
+        ({"data__mean": (0.5, 0.5, 0.5)}, "data.mean and data.std must be given together"),
+        (
+            {"data__mean": (0.5, 0.5, 0.5), "data__std": (0.2, 0.2, 0.0)},
+            "data.std must be () or three numbers above 0",
+        ),
+        ({"data__sha256": "abc"}, 'data.sha256 must be empty ("") or 64 hexadecimal digits'),
+        ({"optimiser": ConfigDict({"lr": 0.1})}, "unknown field 'optimiser.lr'; did you mean"),
+        ({"optimiser": ConfigDict()}, "unknown field 'optimiser'"),
+        ({"lr": 0.1}, "unknown field 'lr'; did you mean 'optimizer.lr'?"),
+        ({"model": "resnet20"}, "model must hold model.arch, model.expansion"),
+        ({"log": ConfigDict()}, "log must hold log.every_seconds, log.tensorboard, found {}"),
+        ({"epochs": ConfigDict()}, "epochs must be a whole number, found {}"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_field_and_what_was_expected(values, sentence):
+    with pytest.raises(UserError) as error:
+        config.validate(changed(**values))
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("name", config.FIELDS)
+def test_a_missing_field_is_named(name):
+    settings_ = config.default_config()
+    group, _, last = name.rpartition(".")
+    del (settings_[group] if group else settings_)[last]
+    alone = sum(known.startswith(f"{group}.") for known in config.FIELDS) == 1
+    sentence = f"^{group} must hold {name}" if alone else f"^field '{name}' is missing; its default"
+    with pytest.raises(UserError, match=sentence):
+        config.validate(settings_)
+
+
+# Command line
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("optimizer.lr", "0.05", 0.05),
+        ("optimizer.lr", "5e-2", 0.05),
+        ("optimizer.lr", "1", 1.0),
+        ("model.arch", "resnet20", "resnet20"),
+        ("model.reduction_mode", "block", "block"),
+        ("data.dir", "", ""),
+        ("data.dir", "a = b, c", "a = b, c"),
+        ("data.flip", "false", False),
+        ("data.flip", "True", True),
+        ("schedule.boundaries", "(5,8)", (5, 8)),
+        ("schedule.boundaries", "5, 8", (5, 8)),
+        ("schedule.boundaries", "5", (5,)),
+        ("schedule.boundaries", "(5,)", (5,)),
+        ("schedule.boundaries", "()", ()),
+        ("schedule.boundaries", "", ()),
+    ],
+)
+@pytest.mark.parametrize("one_word", [True, False])
+def test_an_override_arrives_with_the_type_of_its_field(recipe, name, text, value, one_word):
+    words = [f"--config.{name}={text}"] if one_word else [f"--config.{name}", text]
+    found = field(parse("--config", recipe, *words), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_whole_number_is_accepted_for_each_member_of_a_tuple_of_numbers(recipe):
+    settings_ = parse(f"--config={recipe}", "--config.data.mean=0,0.5,1", "--config.data.std=1,1,1")
+    assert settings_.data.mean == (0.0, 0.5, 1.0)
+    assert [type(member) for member in settings_.data.std] == [float] * 3
+
+
+def test_the_command_line_wins_over_the_recipe_and_its_last_word_over_the_others(recipe):
+    assert parse("--config", recipe).epochs == 7
+    assert parse("--config.epochs=9", "--config", recipe, "--config.epochs", "8").epochs == 8
+
+
+def test_the_text_after_the_colon_reaches_the_recipe(recipe):
+    model = parse(f"--config={recipe}:expansion=3,dtype=bfloat16").model
+    assert (model.expansion, model.dtype) == (3.0, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("expantion=3", "unknown argument 'expantion'; did you mean 'expansion'?"),
+        ("expansion", "expected name=value after the colon, found 'expansion'"),
+        ("expansion=3,", "expected name=value after the colon, found ''"),
+        ("expansion=wide", "model.expansion must be a finite number, found 'wide'"),
+        ("expansion=-1", "model.expansion must be above 0, found -1.0"),
+        ("dtype=float23", "unknown model.dtype 'float23'; did you mean 'float32'?"),
+    ],
+)
+def test_a_wrong_argument_after_the_colon_is_told_with_the_recipe(recipe, argument, sentence):
+    with pytest.raises(UserError) as error:
+        parse(f"--config={recipe}:{argument}")
+    assert str(error.value) == f"{recipe}:{argument}: {sentence}"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("--config.optimizer.lrr", "--config.optimizer.lr"),
+        ("--config.optimiser.lr", "--config.optimizer.lr"),
+        ("--config.lr", "--config.optimizer.lr"),
+        ("--config.lrr", "--config.optimizer.lr"),
+        ("--lr", "--config.optimizer.lr"),
+        ("--epochs", "--config.epochs"),
+        ("--config.epoch", "--config.epochs"),
+        ("--config.model", "--config.model.arch"),
+        ("--config.optimizer.lr.x", "--config.optimizer.lr"),
+        ("--confg", "--config"),
+        ("-config", "--config"),
+        ("--workdirr", "--workdir"),
+        ("--work", "--workdir"),
+    ],
+)
+@pytest.mark.parametrize("words", ["{}=3", "{} 3"])
+def test_an_unknown_option_is_answered_with_the_nearest_one(recipe, option, nearest, words):
+    with pytest.raises(UserError) as error:
+        parse("--config", recipe, *words.format(option).split())
+    assert str(error.value) == f"unknown option {option!r}; did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--config is missing: name a recipe, such as configs/quickstart.py"),
+        (["--config"], "argument --config: expected one argument"),
+        (["configs/quickstart.py"], "unexpected argument 'configs/quickstart.py'"),
+        (["--qqqq"], "unknown option '--qqqq'; --help lists them all"),
+        (["--config.epochs"], "argument --config.epochs: expected one argument"),
+    ],
+)
+def test_an_incomplete_command_line_is_told_in_a_sentence(arguments, sentence):
+    with pytest.raises(UserError) as error:
+        parse(*arguments)
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("epochs", "many", "epochs must be a whole number, found 'many'"),
+        ("epochs", "2.5", "epochs must be a whole number, found '2.5'"),
+        ("epochs", "0", "epochs must be at least 1, found 0"),
+        ("optimizer.lr", "fast", "optimizer.lr must be a finite number, found 'fast'"),
+        ("optimizer.lr", "1e999", "optimizer.lr must be a finite number, found inf"),
+        ("data.flip", "maybe", "data.flip must be true or false, found 'maybe'"),
+        ("data.flip", "1", "data.flip must be true or false, found '1'"),
+        (
+            "schedule.boundaries",
+            "(5,x)",
+            "schedule.boundaries must be a tuple of whole numbers, such as (5, 8), found '(5,x)'",
+        ),
+        (
+            "schedule.boundaries",
+            "(5",
+            "schedule.boundaries must be a tuple of whole numbers, such as (5, 8), found '(5'",
+        ),
+        ("data.mean", "a", "data.mean must be a tuple of numbers, such as (5, 8), found 'a'"),
+        ("data.pad_mode", "refelct", "unknown data.pad_mode 'refelct'; did you mean 'reflect'?"),
+    ],
+)
+def test_a_wrong_override_is_told_with_its_field_and_what_was_expected(
+    recipe, name, text, sentence
+):
+    with pytest.raises(UserError) as error:
+        parse("--config", recipe, f"--config.{name}={text}")
+    assert str(error.value) == sentence
+
+
+def test_a_loaded_recipe_takes_no_new_field_by_accident(recipe):
+    with pytest.raises(AttributeError):
+        parse("--config", recipe).learning_rate = 0.1
+
+
+def test_a_name_that_no_recipe_argument_may_set_is_refused_by_the_library_too():
+    with pytest.raises(UserError, match=r"unknown field 'model.archh'; did you mean 'model.arch'"):
+        config.override(config.default_config(), "model.archh", "resnet20")
+
+
+# Recipe files
+
+
+@pytest.mark.core
+def test_a_mistyped_path_is_answered_with_the_nearest_file(tmp_path):
+    for name in ("resnet20_c10.py", "shiftresnet20_c10.py", "notes.txt"):
+        (tmp_path / name).write_text("")
+    wrong = str(tmp_path / "shiftresnt20_c10")
+    with pytest.raises(UserError) as error:
+        parse("--config", wrong)
+    right = str(tmp_path / "shiftresnet20_c10.py")
+    assert str(error.value) == f"unknown recipe {wrong!r}; did you mean {right!r}?"
+
+
+def test_a_path_in_the_wrong_folder_says_so(tmp_path):
+    with pytest.raises(UserError, match="its folder cannot be read"):
+        config.load(str(tmp_path / "nowhere" / "small.py"))
+    with pytest.raises(UserError, match=r"its folder holds no \.py file"):
+        config.load(str(tmp_path / "small.py"))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("raise RuntimeError('two\\nlines')", "line 5: RuntimeError: two lines"),
+        ("config.epochs = 'x'", "line 5: TypeError: Could not override field 'epochs'"),
+        ("config.optimizer.lrr = 1", "unknown field 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ("config.optimizer.lr = 0", "optimizer.lr must be above 0, found 0.0"),
+        ("del config.epochs", "field 'epochs' is missing; its default is 164"),
+        ("return None", "get_config must return a ConfigDict, found NoneType"),
+        ("import nothing_of_that_name", "line 5: ModuleNotFoundError: No module named"),
+        ("config = (", "SyntaxError: "),
+    ],
+)
+def test_a_broken_recipe_is_named_with_its_line_and_its_error(tmp_path, body, sentence):
+    path = tmp_path / "broken.py"
+    path.write_text(
+        "from shiftnet.config import default_config\n\n"
+        f"def get_config():\n    config = default_config()\n    {body}\n    return config\n"
+    )
+    with pytest.raises(UserError) as error:
+        config.load(str(path))
+    assert str(error.value).startswith(f"{path}: {sentence}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_recipe_is_told(tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"other\.py: the file defines no function get_config"):
+        config.load(str(path))
+
+
+def test_a_recipe_imports_its_neighbours_wherever_it_is_called_from(tmp_path, monkeypatch):
+    (tmp_path / "my_neighbour_recipe.py").write_text("EPOCHS = 11\n")
+    (tmp_path / "recipe.py").write_text(
+        "from my_neighbour_recipe import EPOCHS\n"
+        "from shiftnet.config import default_config\n\n"
+        "def get_config():\n    config = default_config()\n"
+        "    config.epochs = EPOCHS\n    return config\n"
+    )
+    before = list(sys.path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert config.load(str(tmp_path / "recipe.py")).epochs == 11
+    assert config.load(str(Path("..") / "recipe.py")).epochs == 11
+    assert sys.path == before
+
+
+def test_a_recipe_with_its_own_config_dict_gets_the_types_of_the_fields(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from shiftnet.config import default_config\n\n"
+        "def get_config():\n"
+        "    values = default_config().to_dict()\n"
+        "    values['optimizer']['lr'] = 1\n"
+        "    return ConfigDict(values)\n"
+    )
+    settings_ = config.load(str(path))
+    assert type(settings_.optimizer.lr) is float
+    config.override(settings_, "optimizer.lr", "0.5")
+    assert settings_.optimizer.lr == 0.5
+
+
+# JSON and differences
+
+
+@pytest.mark.core
+def test_a_checkpoint_gives_back_the_configuration_it_was_given(recipe):
+    settings_ = parse(
+        "--config", recipe, "--config.data.mean=0.1,0.2,1", "--config.data.std=0.1,0.2,1"
+    )
+    again = config.from_json(config.to_json(settings_))
+    assert again == settings_
+    assert type(again.schedule.boundaries) is tuple
+    assert type(again.data.mean) is tuple
+    assert repr(again) == repr(settings_)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", "[" * 100_000, '{"epochs": 1' + "0" * 5000 + "}", "{}"],
+)
+def test_a_damaged_configuration_in_a_checkpoint_is_refused_in_a_sentence(text):
+    with pytest.raises(UserError):
+        config.from_json(text)
+
+
+def test_a_wrong_value_in_a_checkpoint_is_named():
+    values = json.loads(config.to_json(config.default_config()))
+    values["optimizer"]["lr"] = 10**400
+    with pytest.raises(UserError, match=r"optimizer\.lr must be a finite number"):
+        config.from_json(json.dumps(values))
+
+
+def test_changed_fields_are_listed_with_both_values():
+    old = config.default_config()
+    new = changed(optimizer__lr=0.05, schedule__boundaries=(5, 8))
+    assert config.differences(old, old) == []
+    assert config.differences(old, new) == [
+        "optimizer.lr: 0.1 -> 0.05",
+        "schedule.boundaries: (82, 123) -> (5, 8)",
+    ]
+    assert config.differences(old, new, ignore=("schedule.*",)) == ["optimizer.lr: 0.1 -> 0.05"]
+
+
+def test_a_longer_run_that_is_watched_otherwise_may_resume():
+    old = config.default_config()
+    new = changed(
+        epochs=200,
+        log__every_seconds=1.0,
+        log__tensorboard=False,
+        eval__batch_size=10,
+        eval__every_epochs=2,
+        checkpoint__every_epochs=5,
+        data__dir="elsewhere",
+    )
+    assert config.differences(old, new, ignore=config.RESUMABLE) == []
+
+
+def test_no_other_field_may_change_when_a_run_resumes():
+    others = {bool: False, int: 77, float: 0.77, str: "other", tuple: (1, 2, 77)}
+    free = {"epochs", "data.dir"}
+    for name, entry in config.FIELDS.items():
+        if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
+            continue
+        other = others[type(entry.default)]
+        new = changed(**{name.replace(".", "__"): other})
+        expected = [f"{name}: {entry.default!r} -> {other!r}"]
+        assert config.differences(config.default_config(), new, ignore=config.RESUMABLE) == expected
+
+
+# Anything at all
+
+WORDS = st.one_of(
+    st.text(),
+    st.sampled_from(["--config", "--workdir", "--help", "--", "-", "=", "(1,2)", "true", "-1e-3"]),
+    st.builds("--config.{}".format, st.sampled_from(sorted(config.FIELDS))),
+    st.builds("--config.{}={}".format, st.sampled_from(sorted(config.FIELDS)), st.text()),
+    st.builds("--{}".format, st.text()),
+)
+
+
+@pytest.mark.core
+@settings(max_examples=300, deadline=None)
+@given(st.booleans(), st.lists(WORDS, max_size=5))
+def test_no_command_line_ends_in_a_traceback(recipe, with_recipe, arguments):
+    with (
+        contextlib.suppress(UserError, SystemExit),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        config.validate(parse(*(["--config", recipe] if with_recipe else []), *arguments))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_no_argument_after_the_colon_ends_in_a_traceback(recipe, argument):
+    with contextlib.suppress(UserError):
+        config.validate(config.load(f"{recipe}:{argument}"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([*config.FIELDS, "model", "data", "other", "model.other", ""]), VALUES)
+def test_no_value_in_a_checkpoint_ends_in_a_traceback(name, value):
+    values = json.loads(config.to_json(config.default_config()))
+    group, _, last = name.rpartition(".")
+    (values[group] if group else values)[last] = value
+    with contextlib.suppress(UserError):
+        config.validate(config.from_json(json.dumps(values)))
