@@ -1,0 +1,11 @@
+"""Layers that the networks are built from (`flax.nnx`, NHWC).
+
+All of them compute in the precision of their input: parameters are cast to it on use.
+"""
+
+from shiftnet.layers.batch_norm import BatchNorm
+from shiftnet.layers.conv import Conv
+from shiftnet.layers.linear import Linear
+from shiftnet.layers.shift import Shift
+
+__all__ = ["BatchNorm", "Conv", "Linear", "Shift"]

@@ -1,0 +1,55 @@
+"""Convolution without bias."""
+
+import jax
+from flax import nnx
+
+from shiftnet.layers.initializers import torch_uniform
+
+
+class Conv(nnx.Module):
+    """A square two-dimensional convolution without bias, padded by `kernel_size // 2` zeros.
+
+    Args:
+      in_features: input channels.
+      out_features: output channels.
+      kernel_size: side of the kernel, odd.
+      stride: in pixels, both ways.
+      groups: 1, or `in_features` for a depthwise convolution.
+      rngs: the `params` stream draws the kernel, float32
+        `[kernel_size, kernel_size, in_features // groups, out_features]`.
+
+    Calling it on `[N, H, W, in_features]` returns
+    `[N, ceil(H / stride), ceil(W / stride), out_features]` in the input's dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel_size, kernel_size, in_features // groups, out_features)
+        self.kernel = nnx.Param(torch_uniform(rngs.params(), shape))
+        self.stride = stride
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        if kernel.shape[:2] == (1, 1) and self.groups == 1:
+            # As one product of two matrices: XLA's CPU backend then computes the weights' gradient
+            # without copying the activations, several times faster than a convolution's.
+            x = x[:, :: self.stride, :: self.stride]
+            return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+        pad = kernel.shape[0] // 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )

@@ -1,0 +1,270 @@
+"""What a network costs: multiply-adds, parameters, bytes of weights and of activations.
+
+The numbers are read off the program that JAX traces from the network, so they hold for any
+`nnx.Module` and whatever its layers are made of; nothing is computed and no weight is allocated.
+"""
+
+import math
+import os.path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+
+class Layer(NamedTuple):
+    """One layer's share.
+
+    Attributes:
+      name: path of the module, for example `"layer1.0.conv1"`.
+      multiply_adds: of its convolutions and matrix products, for one image; zeros of the padding
+        count like pixels. Additions, batch normalisation and activations are left out.
+      parameters: numbers that training sets (`nnx.Param`); running statistics are left out.
+      weight_bytes: of the parameters, in the type they are kept in.
+      output: shape of what it returns, without the batch.
+    """
+
+    name: str
+    multiply_adds: int
+    parameters: int
+    weight_bytes: int
+    output: tuple[int, ...]
+
+
+class Counts(NamedTuple):
+    """What a network costs for one image.
+
+    Attributes:
+      layers: in the order in which the network runs them.
+      peak_activation_bytes: the most bytes of activations that exist at once in a forward pass
+        with the running statistics, taken operation by operation in the program's order: what the
+        operation reads, what it writes, and what a later one still needs, such as the input of a
+        block for its shortcut. Nothing is written in place and nothing is fused, so a compiler
+        may need less. A shift, or a ReLU, is one operation. Parameters and constants are not
+        activations.
+    """
+
+    layers: tuple[Layer, ...]
+    peak_activation_bytes: int
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(layer.multiply_adds for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(layer.weight_bytes for layer in self.layers)
+
+
+def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Counts:
+    """Counts a forward pass of one float32 image with the running statistics.
+
+    A multiply-add belongs to the layer whose parameters it reads.
+
+    Args:
+      model: with arrays, or abstract as `nnx.eval_shape` makes it.
+      image: height, width and channels.
+
+    Raises:
+      NotImplementedError: for a product where it cannot be counted: in a loop, a branch or a
+        kernel.
+    """
+    modules, variables, steps, logits = _trace(model, image)
+
+    def owner(names: Iterable[str]) -> str:
+        """The innermost module that holds all these variables; `""` is the network."""
+        path = os.path.commonprefix([name.split(".") for name in names])
+        while path and ".".join(path) not in modules:
+            path = path[:-1]
+        return ".".join(path)
+
+    multiply_adds: Counter[str] = Counter()
+    for step in steps:
+        if step.is_forward and (step.variables or step.multiply_adds):
+            multiply_adds[owner(step.variables)] += step.multiply_adds
+    parameters: Counter[str] = Counter()
+    weight_bytes: Counter[str] = Counter()
+    for name, variable in variables.items():
+        if isinstance(variable, nnx.Param):
+            size = math.prod(variable.shape)
+            parameters[owner([name])] += size
+            weight_bytes[owner([name])] += size * variable.dtype.itemsize
+    layers = tuple(
+        Layer(name, multiply_adds[name], parameters[name], weight_bytes[name], modules[name])
+        for name in {**multiply_adds, **parameters}
+    )
+    return Counts(layers, _peak_bytes(steps, logits))
+
+
+class _Value:
+    """An array in the traced program.
+
+    Attributes:
+      nbytes: its size.
+      variables: names of the model's variables that it is computed from; None for an activation,
+        which depends on the image.
+    """
+
+    def __init__(self, aval, variables: frozenset[str] | None):
+        self.nbytes = math.prod(aval.shape) * aval.dtype.itemsize
+        self.variables = variables
+
+    @property
+    def is_activation(self) -> bool:
+        return self.variables is None
+
+
+class _Step(NamedTuple):
+    """An operation of the program, calls that hold products taken apart."""
+
+    reads: Sequence[_Value]
+    writes: Sequence[_Value]
+    multiply_adds: int
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it depends on the image."""
+        return any(value.is_activation for value in self.reads)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        return frozenset().union(*(value.variables or () for value in self.reads))
+
+
+class _Trace(NamedTuple):
+    """A network's forward pass.
+
+    Attributes:
+      modules: shape of what each module of the forward pass returns, without the batch, by path.
+      variables: the network's, by path.
+      steps: in the program's order.
+      logits: the result.
+    """
+
+    modules: Mapping[str, tuple[int, ...]]
+    variables: Mapping[str, nnx.Variable]
+    steps: Sequence[_Step]
+    logits: _Value
+
+
+def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
+    graphdef, state = nnx.split(model)
+
+    def forward(state, x):
+        copy = nnx.merge(graphdef, state)
+        run = nnx.capture(copy, nnx.Intermediate, method_outputs=nnx.Intermediate)
+        logits, captured = run(x)
+        outputs = {
+            ".".join(map(str, module)): variable.get_value()[-1]
+            for (*module, method), variable in nnx.to_flat_state(captured)
+            if method == "__call__"
+        }
+        return {name: y for name, y in outputs.items() if isinstance(y, jax.Array)}, logits
+
+    x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    program, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(state, x)
+    # In the order in which the program takes them.
+    variables = {
+        jax.tree_util.keystr(path, simple=True, separator="."): variable
+        for path, variable in jax.tree.leaves_with_path(
+            state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+    }
+    sources = [*(frozenset([name]) for name in variables), None]
+    inputs = [
+        _Value(invar.aval, source)
+        for invar, source in zip(program.jaxpr.invars, sources, strict=True)
+    ]
+    steps: list[_Step] = []
+    *results, logits = _follow(program.jaxpr, inputs, steps)
+    # A module that returns a weight is part of the layer that multiplies with it.
+    modules = {
+        name: output.shape[1:]
+        for (name, output), value in zip(outputs.items(), results, strict=True)
+        if value.is_activation
+    }
+    return _Trace(modules, variables, steps, logits)
+
+
+def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> list[_Value]:
+    """Runs the program on values without contents; appends its steps, returns its results."""
+    values = dict(zip(program.invars, inputs, strict=True))
+    values |= {constant: _Value(constant.aval, frozenset()) for constant in program.constvars}
+
+    def value(atom):
+        return _Value(atom.aval, frozenset()) if isinstance(atom, Literal) else values[atom]
+
+    for equation in program.eqns:
+        reads = [value(atom) for atom in equation.invars]
+        called = [inner for inner in _inner_programs(equation) if _has_products(inner)]
+        if called:
+            if equation.primitive.name not in _CALLS:
+                raise NotImplementedError(
+                    f"cannot count the multiply-adds inside {equation.primitive.name}"
+                )
+            writes = _follow(called[0], reads, steps)
+        else:
+            step = _Step(reads, [], _multiply_adds(equation))
+            variables = None if step.is_forward else step.variables
+            writes = [_Value(out.aval, variables) for out in equation.outvars]
+            steps.append(step._replace(writes=writes))
+        values.update(zip(equation.outvars, writes, strict=True))
+    return [value(atom) for atom in program.outvars]
+
+
+# Equations that run the one program they hold once, on their own operands.
+_CALLS = ("jit", "custom_jvp_call", "custom_vjp_call")
+
+
+def _inner_programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    for parameter in equation.params.values():
+        for item in parameter if isinstance(parameter, tuple) else (parameter,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _has_products(program: Jaxpr) -> bool:
+    return any(
+        equation.primitive.name in ("conv_general_dilated", "dot_general")
+        or any(_has_products(inner) for inner in _inner_programs(equation))
+        for equation in program.eqns
+    )
+
+
+def _multiply_adds(equation: JaxprEqn) -> int:
+    """Of one convolution or matrix product: values of the result times products summed in each."""
+    if equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        summed = math.prod(kernel) // features
+    elif equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    else:
+        return 0
+    return math.prod(equation.outvars[0].aval.shape) * summed
+
+
+def _peak_bytes(steps: Sequence[_Step], result: _Value) -> int:
+    """As `Counts.peak_activation_bytes` says."""
+    last_use = {id(value): i for i, step in enumerate(steps) for value in step.reads}
+    last_use[id(result)] = len(steps)
+    alive: dict[int, int] = {}
+    peak = 0
+    for i, step in enumerate(steps):
+        for value in (*step.reads, *step.writes):
+            if value.is_activation:
+                alive[id(value)] = value.nbytes
+        peak = max(peak, sum(alive.values()))
+        alive = {key: nbytes for key, nbytes in alive.items() if last_use.get(key, i) > i}
+    return peak

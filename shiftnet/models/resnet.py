@@ -1,0 +1,172 @@
+"""Residual networks for small images, and the frame that the shift and depthwise ones share.
+
+He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2, in the
+form of the code published with arXiv:1711.08141: projection shortcuts, no biases in convolutions.
+Modules carry the names of the original's state dict.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shiftnet.errors import UserError
+from shiftnet.layers import BatchNorm, Conv, Linear
+
+WIDTHS = (16, 32, 64)
+
+
+class Block(Protocol):
+    """What a stage is made of: `block(in_features, out_features, stride, rngs=rngs)`."""
+
+    def __call__(
+        self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs
+    ) -> nnx.Module: ...
+
+
+class ResNet(nnx.Module):
+    """Stem, three stages of `(depth - 2) / 6` blocks at strides 1, 2, 2, average pool, linear.
+
+    Args:
+      block: builds one block; see `Block`.
+      depth: 6n + 2.
+      num_classes: length of the logits.
+      widths: channels of the three stages; the stem has as many as the first.
+      dtype: compute in this dtype whatever the input's; None computes in the input's.
+      rngs: the `params` stream draws the parameters.
+
+    Calling it on normalised `[N, H, W, 3]` returns logits `[N, num_classes]` in the input's dtype.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        depth: int,
+        num_classes: int,
+        *,
+        widths: tuple[int, int, int] = WIDTHS,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        count = (depth - 2) // 6
+        self.conv1 = Conv(3, widths[0], 3, rngs=rngs)
+        self.bn1 = BatchNorm(widths[0])
+        self.layer1 = _stage(block, widths[0], widths[0], count, stride=1, rngs=rngs)
+        self.layer2 = _stage(block, widths[0], widths[1], count, stride=2, rngs=rngs)
+        self.layer3 = _stage(block, widths[1], widths[2], count, stride=2, rngs=rngs)
+        self.linear = Linear(widths[2], num_classes, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        input_dtype = x.dtype
+        x = x.astype(self.dtype or input_dtype)
+        x = nnx.relu(self.bn1(self.conv1(x), train=train))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage:
+                x = block(x, train=train)
+        return self.linear(_pool(x)).astype(input_dtype)
+
+
+def _stage(block: Block, in_features: int, out_features: int, count: int, *, stride: int, rngs):
+    first = block(in_features, out_features, stride, rngs=rngs)
+    rest = [block(out_features, out_features, 1, rngs=rngs) for _ in range(count - 1)]
+    return nnx.List([first, *rest])
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    """Averages `[N, H, W, C]` to `[N, C]`: over the 8x8 windows that fit, or over a smaller map.
+
+    The original pools 8x8 windows and drops what is left over at the edges; it accepts inputs that
+    give one window. Where several fit they are averaged, so that any input size works.
+    """
+    height, width = (size // 8 * 8 if size >= 8 else size for size in x.shape[1:3])
+    return x[:, :height, :width].mean((1, 2))
+
+
+class Shortcut(nnx.Module):
+    """The identity, or a 1x1 convolution and batch normalisation where the shape changes."""
+
+    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+        self.projection: nnx.List[nnx.Module] = nnx.List([])
+        if stride != 1 or in_features != out_features:
+            conv = Conv(in_features, out_features, 1, stride=stride, rngs=rngs)
+            self.projection = nnx.List([conv, BatchNorm(out_features)])
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if self.projection:
+            conv, bn = self.projection
+            x = bn(conv(x), train=train)
+        return x
+
+
+class BasicBlock(nnx.Module):
+    """3x3(stride) → BN → ReLU → 3x3 → BN → add → ReLU, with `middle_features` between the two."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        stride: int,
+        *,
+        middle_features: int,
+        rngs: nnx.Rngs,
+    ):
+        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, rngs=rngs)
+        self.bn1 = BatchNorm(middle_features)
+        self.conv2 = Conv(middle_features, out_features, 3, rngs=rngs)
+        self.bn2 = BatchNorm(out_features)
+        self.shortcut = Shortcut(in_features, out_features, stride, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = self.bn2(self.conv2(y), train=train)
+        return nnx.relu(y + self.shortcut(x, train=train))
+
+
+def reduced_widths(reduction: float, reduction_mode: str) -> tuple[int, int, int]:
+    """The widths of the stages: mode `"net"` divides each by √reduction, mode `"block"` none."""
+    divisor = reduction**0.5 if reduction_mode == "net" else 1.0
+    first, second, third = (at_least_one(w / divisor, "reduction", reduction) for w in WIDTHS)
+    return first, second, third
+
+
+def at_least_one(features: float, field: str, value: float) -> int:
+    """`features` rounded down to a number of channels, as the original does.
+
+    Raises:
+      UserError: where that leaves none; it names `field` and its `value`.
+    """
+    if features < 1:
+        raise UserError(f"model.{field} {value} leaves a layer without channels")
+    return int(features)
+
+
+def no_expansion(expansion: float, family: str) -> None:
+    """Raises UserError where an expansion is asked of a family that has none."""
+    if expansion != 1:
+        raise UserError(
+            f"model.expansion must be 1 for a {family} (it applies to shiftresnet), got {expansion}"
+        )
+
+
+def build(
+    depth: int,
+    num_classes: int,
+    *,
+    expansion: float,
+    reduction: float,
+    reduction_mode: str,
+    dtype: jnp.dtype | None,
+    rngs: nnx.Rngs,
+) -> ResNet:
+    """ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels."""
+    no_expansion(expansion, "resnet")
+    inner = reduction if reduction_mode == "block" else 1.0
+
+    def block(in_features, out_features, stride, *, rngs):
+        middle = at_least_one(out_features / inner, "reduction", reduction)
+        return BasicBlock(in_features, out_features, stride, middle_features=middle, rngs=rngs)
+
+    widths = reduced_widths(reduction, reduction_mode)
+    return ResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)

@@ -1,0 +1,63 @@
+"""ShiftResNet: the 3x3 convolutions of a residual network replaced by shifts.
+
+Wu et al., "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions",
+arXiv:1711.08141, in the form of its published code.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shiftnet.errors import UserError
+from shiftnet.layers import BatchNorm, Conv, Shift
+from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
+
+
+class ShiftConvBlock(nnx.Module):
+    """1x1 → BN → ReLU → shift → 1x1(stride) → BN → ReLU → add, with no ReLU after the addition."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        stride: int,
+        *,
+        middle_features: int,
+        rngs: nnx.Rngs,
+    ):
+        self.conv1 = Conv(in_features, middle_features, 1, rngs=rngs)
+        self.bn1 = BatchNorm(middle_features)
+        self.shift = Shift(3)
+        self.conv2 = Conv(middle_features, out_features, 1, stride=stride, rngs=rngs)
+        self.bn2 = BatchNorm(out_features)
+        self.shortcut = Shortcut(in_features, out_features, stride, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = nnx.relu(self.bn2(self.conv2(self.shift(y)), train=train))
+        return y + self.shortcut(x, train=train)
+
+
+def build(
+    depth: int,
+    num_classes: int,
+    *,
+    expansion: float,
+    reduction: float,
+    reduction_mode: str,
+    dtype: jnp.dtype | None,
+    rngs: nnx.Rngs,
+) -> ResNet:
+    """ShiftResNet: each block has `int(out * expansion)` middle channels."""
+    if reduction != 1 and reduction_mode == "block":
+        raise UserError(
+            "model.reduction must be 1 for a shiftresnet in reduction_mode 'block' "
+            f"(model.expansion sets its middle channels), got {reduction}"
+        )
+
+    def block(in_features, out_features, stride, *, rngs):
+        middle = at_least_one(out_features * expansion, "expansion", expansion)
+        return ShiftConvBlock(in_features, out_features, stride, middle_features=middle, rngs=rngs)
+
+    widths = reduced_widths(reduction, reduction_mode)
+    return ResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)
