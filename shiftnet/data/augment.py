@@ -1,0 +1,115 @@
+"""From uint8 images to a training batch, on the device.
+
+Everything here is a pure function of its arguments, made to be called inside a jitted step. All
+randomness comes from the seed of the run with the number of the epoch or the step, so a resumed
+run draws what an uninterrupted one would have, and from JAX's counter-based generator, whose
+numbers do not depend on how an array is spread over devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from shiftnet import errors
+
+PAD_MODES = {"zero": "constant", "reflect": "reflect"}  # ours -> jnp.pad's
+
+# Two streams of one seed, so that epoch 3 and step 3 do not share their random numbers.
+_ORDER, _AUGMENT = 0, 1
+
+
+def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
+    """The order in which an epoch visits the examples.
+
+    Args:
+      seed: of the run.
+      epoch: counted from 0.
+      num_examples: N, static.
+
+    Returns:
+      int32 [N], a permutation of 0 to N - 1.
+    """
+    return jax.random.permutation(_key(seed, _ORDER, epoch), num_examples).astype(jnp.int32)
+
+
+def augment_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's augmentation; `step` counts from 0 over the whole run."""
+    return _key(seed, _AUGMENT, step)
+
+
+def _key(seed: int | jax.Array, stream: int, number: int | jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number)
+
+
+def crop_flip(
+    key: jax.Array, images: jax.Array, *, pad: int, pad_mode: str, flip: bool
+) -> jax.Array:
+    """Pads every image, crops it back to its size at a random place, and mirrors half of them.
+
+    Every image has its own place, uniform over the (2 * pad + 1)^2 there are, and its own flip.
+
+    Args:
+      key: for example `augment_key(seed, step)`.
+      images: uint8 [N, H, W, C] (any dtype will do).
+      pad: pixels added on each side; 0 leaves the place as it is.
+      pad_mode: `"zero"` pads with black pixels, as the shift networks' recipe does before it
+        normalises; `"reflect"` mirrors the image without repeating its edge, as `np.pad` does.
+      flip: whether images are mirrored left to right, each with probability 1/2.
+
+    Returns:
+      images of the same shape and dtype.
+
+    Raises:
+      UserError: for an unknown `pad_mode`.
+    """
+    offsets, flips = draw(key, len(images), pad=pad, flip=flip)
+    return crop_flip_at(images, offsets, flips, pad=pad, pad_mode=pad_mode)
+
+
+def draw(key: jax.Array, num_images: int, *, pad: int, flip: bool) -> tuple[jax.Array, jax.Array]:
+    """The random choices of `crop_flip`.
+
+    Returns:
+      offsets: int32 [N, 2], the row and column of each crop in the padded image, 0 to 2 * pad.
+      flips: bool [N], which images are mirrored; all False without `flip`.
+    """
+    offset_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(offset_key, (num_images, 2), 0, 2 * pad + 1, jnp.int32)
+    if not flip:
+        return offsets, jnp.zeros(num_images, bool)
+    return offsets, jax.random.bernoulli(flip_key, 0.5, (num_images,))
+
+
+def crop_flip_at(
+    images: jax.Array, offsets: jax.Array, flips: jax.Array, *, pad: int, pad_mode: str
+) -> jax.Array:
+    """`crop_flip` with the choices given, as `draw` returns them."""
+    if pad_mode not in PAD_MODES:
+        raise errors.unknown("data.pad_mode", pad_mode, PAD_MODES)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), PAD_MODES[pad_mode])
+
+    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (*offset, jnp.zeros_like(offset[0])), images.shape[1:])
+
+    cropped = jax.vmap(crop)(padded, offsets)
+    return jnp.where(flips[:, None, None, None], cropped[:, :, ::-1], cropped)
+
+
+def normalize(
+    images: jax.Array,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """`(images / 255 - mean) / std`, channel by channel.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      mean, std: of each channel, for pixels in [0, 1].
+      dtype: of the result. The arithmetic is in float32, or in float64 when that is asked for.
+
+    Returns:
+      `dtype` [N, H, W, 3].
+    """
+    wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+    centre, scale = (jnp.asarray(v, wide).reshape(1, 1, 1, 3) for v in (mean, std))
+    return ((images.astype(wide) / 255 - centre) / scale).astype(dtype)
