@@ -1,0 +1,99 @@
+"""Trained networks for use in Python: what `shiftnet.load` returns."""
+
+import dataclasses
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import shiftnet.config
+from shiftnet import checkpoint, models
+from shiftnet.data import RGB, augment
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a network says of images, most probable class of each.
+
+    Attributes:
+      classes: int32 `[N]`.
+      names: the classes' names, N of them.
+      probabilities: float32 `[N, num_classes]`, each row summing to 1.
+    """
+
+    classes: np.ndarray
+    names: list[str]
+    probabilities: np.ndarray
+
+
+class Classifier:
+    """A trained network.
+
+    Attributes:
+      config: the recipe it was trained by.
+      class_names: by class number.
+      mean: per channel, for pixels in [0, 1]; what `predict` normalises by.
+      std: likewise.
+      path: the checkpoint it came from.
+    """
+
+    def __init__(self, saved: checkpoint.Saved):
+        self.path = saved.path
+        self.config: Any = shiftnet.config.from_json(saved.note["config"])
+        self.class_names: tuple[str, ...] = tuple(saved.note["class_names"])
+        self.mean: RGB = tuple(saved.note["mean"])
+        self.std: RGB = tuple(saved.note["std"])
+        self.note = saved.note
+        abstract = nnx.eval_shape(
+            lambda: models.build(self.config.model, len(self.class_names), rngs=nnx.Rngs(0))
+        )
+        self.graphdef, *states = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+        params, stats = states
+        self.params = checkpoint.from_arrays(params, saved.arrays, saved.path)
+        self.stats = checkpoint.from_arrays(stats, saved.arrays, saved.path)
+        self._logits = jax.jit(lambda params, stats, x: nnx.merge(self.graphdef, params, stats)(x))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Classifier":
+        """Reads a checkpoint; `shiftnet.load` calls this."""
+        return cls(checkpoint.read(path))
+
+    def __call__(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """Logits `[N, num_classes]` of normalised images `[N, H, W, 3]`, in their float dtype.
+
+        Raises:
+          ValueError: for another shape, or a dtype that is not floating.
+        """
+        x = jnp.asarray(x)
+        if x.ndim != 4 or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                "expected normalised floating [N, H, W, 3] "
+                f"(predict takes uint8), got {x.dtype} {x.shape}"
+            )
+        return self._logits(self.params, self.stats, x)
+
+    def predict(self, images: np.ndarray, *, batch_size: int = 500) -> Predictions:
+        """Classes of images, uint8 `[N, H, W, 3]`.
+
+        Args:
+          images: as stored, not normalised.
+          batch_size: images a step.
+
+        Raises:
+          ValueError: for another shape or dtype.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"expected uint8 [N, H, W, 3], got {images.dtype} {images.shape}")
+        rows = [np.zeros((0, len(self.class_names)), np.float32)]
+        for start in range(0, len(images), batch_size):
+            batch = augment.normalize(
+                jnp.asarray(images[start : start + batch_size]), self.mean, self.std
+            )
+            rows.append(np.asarray(jax.nn.softmax(self(batch))))
+        probabilities = np.concatenate(rows)
+        classes = probabilities.argmax(-1).astype(np.int32)
+        return Predictions(classes, [self.class_names[c] for c in classes], probabilities)

@@ -1,0 +1,73 @@
+"""Trains a network, or goes on training it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from shiftnet import config as config_lib
+from shiftnet.errors import UserError, reported
+from shiftnet.training.loop import Summary, train
+
+
+@reported
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the command line names; returns the exit code."""
+    parser = config_lib.Parser(
+        prog="train.py",
+        description=__doc__,
+        usage="train.py --config FILE[:ARGUMENT] [--config.FIELD VALUE ...] [--workdir DIR]",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="where checkpoints and metrics go, and where a run is continued from "
+        "(default: runs/ and the recipe's name)",
+    )
+    processes = parser.add_argument_group("several processes", "jax.distributed; all three or none")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="the first process's address")
+    processes.add_argument("--num-processes", metavar="N", type=int)
+    processes.add_argument("--process-id", metavar="I", type=int, help="from 0")
+    config_lib.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    config = config_lib.from_arguments(arguments)
+    _join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+
+    workdir = Path(arguments.workdir or _default_workdir(arguments.config))
+    summary = train(config, workdir)
+    if jax.process_index() == 0:
+        print(_report(summary, workdir, f"--config {arguments.config}"))
+    return 0 if summary.finished else 130
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id go together")
+    if all(given):
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _default_workdir(recipe: str) -> str:
+    file, _, argument = recipe.partition(":")
+    name = Path(file).stem
+    return os.path.join("runs", f"{name}-{argument}" if argument else name)
+
+
+def _report(summary: Summary, workdir: Path, recipe: str) -> str:
+    best = summary.best
+    lines = []
+    if summary.final is not None:
+        lines.append(f"test accuracy {summary.final:.2%} after the last epoch")
+    if best:
+        chosen = f"best epoch {best['epoch']}, chosen on the {summary.chosen_on} images: "
+        lines.append(f"{chosen}test accuracy {best['test_accuracy']:.2%}")
+    if summary.finished:
+        lines.append(f"evaluate it: python evaluate.py --ckpt {workdir}")
+    else:
+        lines.append(
+            f"stopped after step {summary.step}, saved; "
+            f"to go on: python train.py {recipe} --workdir {workdir}, with the same overrides"
+        )
+    return "\n".join(lines)

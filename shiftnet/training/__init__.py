@@ -1,0 +1,1 @@
+"""Training and evaluation: the mesh, the state, the step and the loop around it."""

@@ -1,0 +1,324 @@
+"""The training loop: a recipe and a working directory in, a trained network and its numbers out."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+import shiftnet.config
+import shiftnet.data
+import shiftnet.models
+from shiftnet.checkpoint import BEST, LATEST, Series, from_arrays, to_arrays
+from shiftnet.data import Dataset
+from shiftnet.errors import RunFailed, UserError
+from shiftnet.training.evaluation import Evaluator
+from shiftnet.training.interrupt import Interrupt
+from shiftnet.training.mesh import make_mesh, replicate, replicated
+from shiftnet.training.metrics import MetricsLog, Tally
+from shiftnet.training.optimizer import learning_rates
+from shiftnet.training.progress import Progress
+from shiftnet.training.step import Program, TrainState, steps_per_dispatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+      finished: False where it was interrupted; training again in the same place continues it.
+      step: steps taken.
+      final: top-1 accuracy on the test set after the last epoch, a fraction; None if unfinished.
+      best: of the epoch with the highest accuracy so far, `{"epoch", "accuracy", "test_accuracy"}`
+        (fractions); None before the first evaluation.
+      chosen_on: `"test"` or `"validation"`, the images that `best` was chosen on.
+    """
+
+    finished: bool
+    step: int
+    final: float | None
+    best: Mapping[str, Any] | None
+    chosen_on: str
+
+
+def train(config: Any, workdir: str | Path) -> Summary:
+    """Trains, or continues the run that `workdir` holds.
+
+    Every process of a `jax.distributed` job calls this with the same arguments; the first one
+    writes and prints. Each epoch leaves out the images that do not fill a last batch.
+
+    Args:
+      config: a validated recipe.
+      workdir: where checkpoints, metrics and the recipe go; made where it is missing.
+
+    Raises:
+      UserError: for a recipe that cannot be trained, or one that differs from the run's.
+      RunFailed: where the loss is not finite, or the device's memory is too small.
+    """
+    workdir = Path(workdir)
+    shiftnet.models.check(config.model)  # before a data set is downloaded for it
+    mesh = make_mesh(config.batch_size)
+    dataset = shiftnet.data.load(
+        config.data.name,
+        data_dir=config.data.dir,
+        validation=config.data.validation,
+        mean=config.data.mean,
+        std=config.data.std,
+        url=config.data.url,
+        sha256=config.data.sha256,
+    )
+    num_examples = len(dataset.train.labels)
+    steps_per_epoch = num_examples // config.batch_size
+    if not steps_per_epoch:
+        raise UserError(
+            f"batch_size {config.batch_size} is more than the {num_examples} training images"
+        )
+    total_steps = config.epochs * steps_per_epoch
+    program = Program(
+        config,
+        num_classes=len(dataset.class_names),
+        mean=dataset.mean,
+        std=dataset.std,
+        steps_per_epoch=steps_per_epoch,
+        mesh=mesh,
+    )
+    claim_workdir(workdir, config)
+    series = Series(workdir / LATEST)
+    best_series = Series(workdir / BEST)
+    is_main = jax.process_index() == 0
+    progress = Progress(
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        every_seconds=config.log.every_seconds,
+        on=is_main,
+    )
+
+    seed = np.uint32(config.seed)
+    state, note = restore_or_init(program, series, config, dataset, mesh)
+    step: int = note["step"]
+    metrics_log = MetricsLog(workdir, step=step, tensorboard=config.log.tensorboard, on=is_main)
+    progress.line(describe(config, dataset, state, steps_per_epoch, mesh))
+    if step:
+        progress.line(f"continuing after step {step}, from {series.path(step)}")
+
+    images = replicate(dataset.train.images, mesh)
+    labels = replicate(dataset.train.labels, mesh)
+    evaluators = make_evaluators(config, program, dataset, mesh)
+    chosen_on = next(iter(evaluators))
+    lrs = learning_rates(config)
+    chunk = steps_per_dispatch(steps_per_epoch, jax.default_backend())
+    tally = Tally(config.batch_size, note["tally"])
+    order = None
+    clock = (time.monotonic(), step)
+
+    def save() -> None:
+        note["step"], note["tally"] = step, tally.sums()
+        model = to_arrays(state.params, state.stats)
+        series.save(step, note, model=model, optimizer=state.opt_state)
+
+    with Interrupt() as interrupt, explained_out_of_memory(config.batch_size):
+        while step < total_steps:
+            epoch, within = divmod(step, steps_per_epoch)
+            if order is None:
+                order = program.order(seed, epoch, num_examples)
+            length = min(chunk, steps_per_epoch - within)
+            state, losses, corrects = program.train(
+                state, seed, images, labels, order, length=length
+            )
+            step += length
+            # This waits for the call before, so that the device has the next one meanwhile.
+            tally.push(step, losses, corrects)
+            progress.step(step, tally.loss, tally.accuracy)
+            stop = interrupt.requested()
+            epoch_ends = step % steps_per_epoch == 0
+            if epoch_ends or stop:
+                tally.settle()
+            if tally.bad_step is not None:
+                raise RunFailed(diverged(tally, lrs[epoch], series))
+
+            if epoch_ends:
+                epoch += 1
+                order = None
+                began, first = clock
+                metrics = {
+                    "step": step,
+                    "epoch": epoch,
+                    "lr": float(lrs[epoch - 1]),
+                    "train_loss": tally.loss,
+                    "train_accuracy": tally.accuracy,
+                    "images_per_second": (step - first)
+                    * config.batch_size
+                    / (time.monotonic() - began),
+                }
+                tally = Tally(config.batch_size)
+                if epoch % config.eval.every_epochs == 0 or step == total_steps:
+                    for name, evaluator in evaluators.items():
+                        metrics |= evaluator(state.params, state.stats).metrics(name)
+                    accuracy = metrics[f"{chosen_on}_accuracy"]
+                    note["final"] = metrics["test_accuracy"] if step == total_steps else None
+                    if note["best"] is None or accuracy > note["best"]["accuracy"]:
+                        note["best"] = {
+                            "epoch": epoch,
+                            "accuracy": accuracy,
+                            "test_accuracy": metrics["test_accuracy"],
+                        }
+                        best_note = {**note, "step": step}
+                        best_series.save(
+                            step, best_note, model=to_arrays(state.params, state.stats)
+                        )
+                metrics_log.write(metrics)
+                progress.line(epoch_line(metrics, config.epochs))
+            if (epoch_ends and epoch % config.checkpoint.every_epochs == 0) or (
+                stop or step == total_steps
+            ):
+                save()
+            if epoch_ends:
+                progress.pause()
+                clock = (time.monotonic(), step)
+            if stop:
+                break
+
+    for resource in (series, best_series, metrics_log):
+        resource.close()
+    return Summary(step >= total_steps, step, note["final"], note["best"], chosen_on)
+
+
+def claim_workdir(workdir: Path, config: Any) -> None:
+    """Makes `workdir` this recipe's, or checks that it is.
+
+    Raises:
+      UserError: where it holds a run of another recipe; it names the fields that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changed = shiftnet.config.differences(
+            shiftnet.config.from_json(path.read_text()), config, ignore=shiftnet.config.RESUMABLE
+        )
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run of another recipe, with {'; '.join(changed)}: "
+                "take another --workdir, or the same values"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(shiftnet.config.to_json(config) + "\n")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("claim_workdir")
+
+
+def restore_or_init(
+    program: Program, series: Series, config: Any, dataset: Dataset, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint's state and note, or fresh ones."""
+    seed = np.uint32(config.seed)
+    note = {
+        "config": shiftnet.config.to_json(config),
+        "class_names": list(dataset.class_names),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+    step = series.latest_step()
+    if step is None:
+        return program.init(seed), {**note, "step": 0, "tally": None, "best": None, "final": None}
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(program.init, seed),
+    )
+    parts, saved = series.restore(
+        step, model=to_arrays(like.params, like.stats), optimizer=like.opt_state
+    )
+    source = series.path(step)
+    state = TrainState(
+        step=jax.device_put(jnp.int32(step), replicated(mesh)),
+        params=from_arrays(like.params, parts["model"], source),
+        stats=from_arrays(like.stats, parts["model"], source),
+        opt_state=parts["optimizer"],
+    )
+    return state, {**saved, **note}
+
+
+def make_evaluators(
+    config: Any, program: Program, dataset: Dataset, mesh: Mesh
+) -> dict[str, Evaluator]:
+    """One for each held-out set; the first chooses the best epoch."""
+    splits = {"validation": dataset.validation, "test": dataset.test}
+    return {
+        name: Evaluator(
+            program.graphdef,
+            split.images,
+            split.labels,
+            mean=dataset.mean,
+            std=dataset.std,
+            batch_size=config.eval.batch_size,
+            mesh=mesh,
+        )
+        for name, split in splits.items()
+        if split is not None
+    }
+
+
+def describe(
+    config: Any, dataset: Dataset, state: TrainState, steps_per_epoch: int, mesh: Mesh
+) -> str:
+    """What is about to be trained, on what."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count = len(dataset.train.labels)
+    device = mesh.devices.flat[0].device_kind
+    return (
+        f"{config.model.arch} on {dataset.name}: {parameters} parameters, {count} training images "
+        f"in {steps_per_epoch} steps of {config.batch_size} "
+        f"({count - steps_per_epoch * config.batch_size} left out each epoch), "
+        f"{mesh.size} x {device}"
+    )
+
+
+def epoch_line(metrics: Mapping[str, float], epochs: int) -> str:
+    """An epoch's numbers in one line."""
+    parts = [
+        f"epoch {metrics['epoch']}/{epochs}",
+        f"lr {metrics['lr']:g}",
+        f"train loss {metrics['train_loss']:.4f} accuracy {metrics['train_accuracy']:.2%}",
+    ]
+    parts += [
+        f"{name} loss {metrics[f'{name}_loss']:.4f} accuracy {metrics[f'{name}_accuracy']:.2%}"
+        for name in ("validation", "test")
+        if f"{name}_loss" in metrics
+    ]
+    return "  ".join([*parts, f"{metrics['images_per_second']:.0f} images/s"])
+
+
+def diverged(tally: Tally, lr: float, series: Series) -> str:
+    """The sentence for a loss that is not finite."""
+    series.close()
+    last = series.latest_step()
+    good = (
+        "there is no checkpoint yet"
+        if last is None
+        else f"the last good one is {series.path(last)}"
+    )
+    return (
+        f"the loss became {tally.bad_loss} at step {tally.bad_step} (learning rate {lr:g}); {good}"
+    )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(batch_size: int) -> Iterator[None]:
+    """Turns the compiler's and the allocator's errors for too little memory into advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunFailed(
+            f"the device ran out of memory at batch_size {batch_size}; "
+            f"try --config.batch_size={max(batch_size // 2, 1)}"
+        ) from error

@@ -1,0 +1,177 @@
+"""The state of a run, and the compiled functions that start and advance it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from shiftnet import models
+from shiftnet.data import RGB, augment
+from shiftnet.training.mesh import batch_sharded, replicated
+from shiftnet.training.optimizer import make_optimizer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "stats", "opt_state"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training carries from one step to the next.
+
+    Random numbers and the place in the data follow from the recipe's seed and `step` alone.
+    """
+
+    step: jax.Array  # int32 []: steps taken
+    params: nnx.State
+    stats: nnx.State  # batch norm's running statistics
+    opt_state: optax.OptState
+
+
+class Program:
+    """A recipe's training as compiled functions over a mesh.
+
+    Args:
+      config: a validated recipe.
+      num_classes: length of the logits.
+      mean: per channel, for pixels in [0, 1].
+      std: likewise.
+      steps_per_epoch: full batches in the training set.
+      mesh: from `make_mesh`.
+
+    Attributes:
+      graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
+      order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
+        `augment.epoch_order`.
+      init: `init(seed)` draws a `TrainState`, replicated over the mesh.
+      train: `train(state, seed, images, labels, order, length=n)` takes n steps; see `_train`.
+        Donates the state.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        num_classes: int,
+        mean: RGB,
+        std: RGB,
+        steps_per_epoch: int,
+        mesh: Mesh,
+    ):
+        self._config = config
+        self._num_classes = num_classes
+        self._mean, self._std = mean, std
+        self._steps_per_epoch = steps_per_epoch
+        self._mesh = mesh
+        self._optimizer = make_optimizer(config, steps_per_epoch)
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
+        everywhere = replicated(mesh)
+        self.order = jax.jit(augment.epoch_order, static_argnums=2, out_shardings=everywhere)
+        self.init = jax.jit(self._init, out_shardings=everywhere)
+        self.train = jax.jit(
+            self._train, static_argnames="length", donate_argnums=0, out_shardings=everywhere
+        )
+
+    def _build(self, seed: jax.Array | int) -> nnx.Module:
+        return models.build(
+            self._config.model, self._num_classes, rngs=nnx.Rngs(jax.random.key(seed))
+        )
+
+    def _init(self, seed: jax.Array) -> TrainState:
+        _, *states = nnx.split(self._build(seed), nnx.Param, nnx.BatchStat)
+        params, stats = states
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, self._optimizer.init(params))
+
+    def update(
+        self, state: TrainState, images: jax.Array, labels: jax.Array
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        """One step of gradient descent on one batch.
+
+        Args:
+          state: where to start from.
+          images: normalised `[N, H, W, 3]`.
+          labels: int32 `[N]`.
+
+        Returns:
+          The next state, the mean cross entropy before the step, and how many images of the batch
+          were classified correctly (int32).
+        """
+
+        def loss_of(params):
+            model = nnx.merge(self.graphdef, params, state.stats, copy=True)
+            logits = model(images, train=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), (nnx.state(model, nnx.BatchStat), logits)
+
+        (loss, (stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
+        return TrainState(state.step + 1, params, stats, opt_state), loss, correct
+
+    def _train(
+        self,
+        state: TrainState,
+        seed: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+        order: jax.Array,
+        *,
+        length: int,
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        """Takes `length` steps within one epoch, drawing and augmenting the batches on the device.
+
+        Args:
+          state: where to start from.
+          seed: uint32 [], the recipe's.
+          images: uint8 `[examples, H, W, 3]`, the whole training set.
+          labels: int32 `[examples]`.
+          order: int32 `[examples]`, the epoch's, from `order`.
+          length: number of steps.
+
+        Returns:
+          The state after them, and for each step its loss `[length]` and its number of correctly
+          classified images, int32 `[length]`.
+        """
+        data = self._config.data
+        dtype = jax.tree.leaves(state.params)[0].dtype
+
+        def one(state: TrainState, _):
+            batch_size = self._config.batch_size
+            start = state.step % self._steps_per_epoch * batch_size
+            chosen = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+            chosen = jax.lax.with_sharding_constraint(chosen, batch_sharded(self._mesh))
+            batch = augment.crop_flip(
+                augment.augment_key(seed, state.step),
+                images[chosen],
+                pad=data.pad,
+                pad_mode=data.pad_mode,
+                flip=data.flip,
+            )
+            batch = augment.normalize(batch, self._mean, self._std, dtype)
+            state, loss, correct = self.update(state, batch, labels[chosen])
+            return state, (loss, correct)
+
+        if length == 1:  # no loop at all: XLA's CPU backend runs convolutions in loops very slowly
+            state, (loss, correct) = one(state, None)
+            return state, loss[None], correct[None]
+        state, (losses, corrects) = jax.lax.scan(one, state, length=length)
+        return state, losses, corrects
+
+
+def steps_per_dispatch(steps_per_epoch: int, platform: str) -> int:
+    """How many steps one call to `Program.train` takes.
+
+    One on CPU, where a compiled loop slows convolutions down by an order of magnitude. Elsewhere
+    the largest divisor of `steps_per_epoch` up to 50, so that launching costs little and every call
+    is the same program; it depends on nothing that changes when a run is resumed.
+    """
+    if platform == "cpu":
+        return 1
+    return max(n for n in range(1, min(50, steps_per_epoch) + 1) if steps_per_epoch % n == 0)

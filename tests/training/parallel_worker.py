@@ -1,0 +1,75 @@
+"""Trains a few steps in float64 over all devices there are; run by test_parallel.py.
+
+python -m tests.training.parallel_worker OUT.npz [COORDINATOR NUM_PROCESSES PROCESS_ID]
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shiftnet import data
+from shiftnet.checkpoint import to_arrays
+from shiftnet.training.evaluation import Evaluator
+from shiftnet.training.mesh import make_mesh, replicate
+from shiftnet.training.step import Program
+from tests.training.small import recipe
+
+
+def main(out: str, *job: str) -> None:
+    jax.config.update("jax_enable_x64", True)
+    if job:
+        jax.distributed.initialize(job[0], int(job[1]), int(job[2]))
+    config = recipe(batch_size=64, data__flip=True)
+    dataset = data.load("digits")
+    mesh = make_mesh(config.batch_size)
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    program = Program(
+        config,
+        num_classes=10,
+        mean=dataset.mean,
+        std=dataset.std,
+        steps_per_epoch=steps_per_epoch,
+        mesh=mesh,
+    )
+    seed = np.uint32(7)
+    widen = jax.jit(
+        lambda tree: jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree
+        )
+    )
+    state = widen(program.init(seed))
+    images, labels = replicate(dataset.train.images, mesh), replicate(dataset.train.labels, mesh)
+    # From the second step on, so that the place in the data is not the start of an epoch.
+    state = dataclasses.replace(state, step=state.step + 1)
+    order = program.order(seed, 0, len(dataset.train))
+    losses = []
+    for _ in range(4):
+        state, loss, _ = program.train(state, seed, images, labels, order, length=1)
+        losses.append(np.asarray(loss))
+    evaluator = Evaluator(
+        program.graphdef,
+        dataset.test.images[:61],  # a number that no device count divides
+        dataset.test.labels[:61],
+        mean=dataset.mean,
+        std=dataset.std,
+        batch_size=25,
+        mesh=mesh,
+    )
+    result = evaluator(state.params, state.stats)
+    if jax.process_index() == 0:
+        arrays = jax.device_get(to_arrays(state.params, state.stats))
+        np.savez(
+            out,
+            losses=np.concatenate(losses),
+            predictions=result.predictions,
+            test_loss=result.loss,
+            devices=jax.device_count(),
+            **arrays,
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,193 @@
+"""What a run leaves behind, and that stopping it loses nothing."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from shiftnet import checkpoint, data
+from shiftnet.errors import RunFailed, UserError
+from shiftnet.training import loop, metrics
+from shiftnet.training.interrupt import Interrupt
+from shiftnet.training.mesh import make_mesh, replicate
+from shiftnet.training.step import Program, steps_per_dispatch
+from tests.training.small import recipe
+
+STEPS_PER_EPOCH = 11  # 1415 training digits in batches of 128
+
+
+def _stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Lets the loop see a Ctrl-C after its `call`-th step."""
+    calls = iter(range(1, 10**6))
+    monkeypatch.setattr(Interrupt, "requested", lambda self: next(calls) == call)
+
+
+def _program(config) -> Program:
+    dataset = data.load("digits")
+    return Program(
+        config,
+        num_classes=10,
+        mean=dataset.mean,
+        std=dataset.std,
+        steps_per_epoch=len(dataset.train) // config.batch_size,
+        mesh=make_mesh(config.batch_size),
+    )
+
+
+def _everything(workdir: Path) -> dict[str, np.ndarray]:
+    """All arrays of a run's newest checkpoint, the optimiser's included."""
+    config = recipe()
+    series = checkpoint.Series(workdir / checkpoint.LATEST)
+    state, _ = loop.restore_or_init(
+        _program(config), series, config, data.load("digits"), make_mesh()
+    )
+    series.close()
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
+
+
+def _lines(workdir: Path) -> list[dict]:
+    lines = metrics.read(workdir)
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return workdir, loop.train(recipe(), workdir)
+
+
+def test_a_run_says_how_it_ended_and_logs_every_epoch_once(uninterrupted):
+    workdir, summary = uninterrupted
+    lines = _lines(workdir)
+    assert [line["step"] for line in lines] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.01])
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert summary.finished
+    assert summary.step == 2 * STEPS_PER_EPOCH
+    assert summary.final == lines[-1]["test_accuracy"]
+    assert summary.best["accuracy"] == max(line["test_accuracy"] for line in lines)
+    assert summary.chosen_on == "test"
+
+
+@pytest.mark.parametrize("step", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 4])
+def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
+    uninterrupted, tmp_path, monkeypatch, step
+):
+    reference, reference_summary = uninterrupted
+    with monkeypatch.context() as patched:
+        _stop_at(patched, step)
+        first = loop.train(recipe(), tmp_path)
+    assert (first.finished, first.step) == (False, step)
+    assert checkpoint.find(tmp_path).name == str(step)
+
+    assert loop.train(recipe(), tmp_path) == reference_summary
+    want, got = _everything(reference), _everything(tmp_path)
+    assert want.keys() == got.keys()
+    assert len(want) > 50
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    assert _lines(tmp_path) == _lines(reference)
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted, monkeypatch):
+    workdir, summary = uninterrupted
+    monkeypatch.setattr(Program, "update", None)
+    assert loop.train(recipe(), workdir) == summary
+
+
+def test_another_recipe_in_the_same_place_is_refused_by_its_fields(uninterrupted):
+    workdir, _ = uninterrupted
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.1 -> 0\.2"):
+        loop.train(recipe(optimizer__lr=0.2), workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_run_may_be_lengthened_and_then_chooses_on_held_out_images(tmp_path):
+    options = {"data__validation": 300, "batch_size": 256}
+    loop.train(recipe(epochs=1, **options), tmp_path)
+    summary = loop.train(recipe(epochs=2, eval__batch_size=64, **options), tmp_path)
+    lines = _lines(tmp_path)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["step"] for line in lines] == [4, 8]  # 1115 images are left
+    assert summary.chosen_on == "validation"
+    best = max(lines, key=lambda line: line["validation_accuracy"])
+    assert summary.best == {
+        "epoch": best["epoch"],
+        "accuracy": best["validation_accuracy"],
+        "test_accuracy": best["test_accuracy"],
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(tmp_path):
+    wild = recipe(epochs=3, batch_size=512, schedule__factor=1e30)
+    with pytest.raises(RunFailed) as error:
+        loop.train(wild, tmp_path)
+    kept = tmp_path / checkpoint.LATEST / "2"  # two steps an epoch; the rate jumps after the first
+    sentence = str(error.value)
+    assert "step 4 (learning rate 1e+29)" in sentence or "step 5" in sentence
+    assert sentence.endswith(f"the last good one is {kept}")
+    assert kept.is_dir()
+    assert checkpoint.find(tmp_path) == kept
+
+
+def test_too_little_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):
+    def update(self, state, images, labels):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(Program, "update", update)
+    with pytest.raises(RunFailed, match=r"batch_size 128; try --config\.batch_size=64"):
+        loop.train(recipe(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sentence"),
+    [(2048, "more than the 1415 training images"), (127, "does not divide over 2 devices")],
+)
+def test_a_batch_size_that_cannot_be_is_refused_before_anything_is_written(
+    tmp_path, batch_size, sentence
+):
+    with pytest.raises(UserError, match=sentence):
+        loop.train(recipe(batch_size=batch_size), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_shows_the_accuracy_of_every_epoch(tmp_path):
+    loop.train(recipe(epochs=1, batch_size=512, log__tensorboard=True), tmp_path)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"test_accuracy" in events.read_bytes()
+
+
+def test_lines_of_steps_that_were_lost_are_dropped_on_resuming(tmp_path):
+    rows = [{"step": 10, "a": 1.0}, {"step": 20, "a": 2.0}, {"step": 30, "a": 3.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "a"'
+    (tmp_path / metrics.FILE).write_text(text)
+    log = metrics.MetricsLog(tmp_path, step=20, tensorboard=False)
+    log.write({"step": 30, "a": 4.0})
+    assert metrics.read(tmp_path) == [*rows[:2], {"step": 30, "a": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(390, 39), (22, 22), (50, 50), (101, 1), (5004, 36), (1, 1)]
+)
+def test_every_call_takes_equally_many_steps(steps, expected):
+    assert steps_per_dispatch(steps, "gpu") == expected
+    assert steps_per_dispatch(steps, "cpu") == 1
+
+
+def test_several_steps_in_one_call_are_the_steps_one_by_one():
+    dataset = data.load("digits")
+    program = _program(recipe(batch_size=64, model__expansion=0.5))
+    seed = np.uint32(0)
+    images = replicate(dataset.train.images, make_mesh())
+    labels = replicate(dataset.train.labels, make_mesh())
+    order = program.order(seed, 0, len(dataset.train))
+    together = program.train(program.init(seed), seed, images, labels, order, length=3)
+    state, losses = program.init(seed), []
+    for _ in range(3):
+        state, loss, _ = program.train(state, seed, images, labels, order, length=1)
+        losses.append(loss[0])
+    assert int(together[0].step) == int(state.step) == 3
+    np.testing.assert_allclose(together[1], np.stack(losses), rtol=1e-3)
