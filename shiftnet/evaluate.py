@@ -2,6 +2,7 @@
 
 import glob
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,3 +109,7 @@ def _expand(pattern: str) -> list[str]:
     if not paths:
         raise UserError(f"no file matches --ckpt {pattern!r}")
     return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

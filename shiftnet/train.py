@@ -1,6 +1,7 @@
 """Trains a network, or goes on training it."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,3 +72,7 @@ def _report(summary: Summary, workdir: Path, recipe: str) -> str:
             f"to go on: python train.py {recipe} --workdir {workdir}, with the same overrides"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,11 +4,11 @@ The numbers are read off the program that JAX traces from the network, so they h
 `nnx.Module` and whatever its layers are made of; nothing is computed and no weight is allocated.
 """
 
+import itertools
 import math
-import os.path
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,10 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
 
     def owner(names: Iterable[str]) -> str:
         """The innermost module that holds all these variables; `""` is the network."""
-        path = os.path.commonprefix([name.split(".") for name in names])
+        levels = zip(*(name.split(".") for name in names), strict=False)
+        path = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, levels)]
         while path and ".".join(path) not in modules:
-            path = path[:-1]
+            path.pop()
         return ".".join(path)
 
     multiply_adds: Counter[str] = Counter()
@@ -244,15 +245,19 @@ def _has_products(program: Jaxpr) -> bool:
 def _multiply_adds(equation: JaxprEqn) -> int:
     """Of one convolution or matrix product: values of the result times products summed in each."""
     if equation.primitive.name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
         summed = math.prod(kernel) // features
     elif equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        summed = math.prod(_shape(equation.invars[0])[axis] for axis in contracted)
     else:
         return 0
-    return math.prod(equation.outvars[0].aval.shape) * summed
+    return math.prod(_shape(equation.outvars[0])) * summed
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def _peak_bytes(steps: Sequence[_Step], result: _Value) -> int:
