@@ -84,6 +84,7 @@ class Evaluator:
 
     def __call__(self, params: nnx.State, stats: nnx.State) -> Evaluation:
         """Evaluates a network with these parameters and running statistics."""
+        params, stats = jax.device_put((params, stats), replicated(self._mesh))
         starts = range(0, len(self._images), self._batch_size)
         results = [
             self._step(params, stats, self._images, self._padded_labels, np.int32(start))

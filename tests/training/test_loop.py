@@ -15,7 +15,7 @@ from shiftnet.training.mesh import make_mesh, replicate
 from shiftnet.training.step import Program, steps_per_dispatch
 from tests.training.small import recipe
 
-STEPS_PER_EPOCH = 11  # 1415 training digits in batches of 128
+STEPS_PER_EPOCH = 11  # 1442 training digits in batches of 128
 
 
 def _stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -111,7 +111,7 @@ def test_a_run_may_be_lengthened_and_then_chooses_on_held_out_images(tmp_path):
     summary = loop.train(recipe(epochs=2, eval__batch_size=64, **options), tmp_path)
     lines = _lines(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert [line["step"] for line in lines] == [4, 8]  # 1115 images are left
+    assert [line["step"] for line in lines] == [4, 8]  # 1142 images are left
     assert summary.chosen_on == "validation"
     best = max(lines, key=lambda line: line["validation_accuracy"])
     assert summary.best == {
@@ -144,7 +144,7 @@ def test_too_little_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("batch_size", "sentence"),
-    [(2048, "more than the 1415 training images"), (127, "does not divide over 2 devices")],
+    [(2048, "more than the 1442 training images"), (127, "does not divide over 2 devices")],
 )
 def test_a_batch_size_that_cannot_be_is_refused_before_anything_is_written(
     tmp_path, batch_size, sentence

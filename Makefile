@@ -1,0 +1,44 @@
+# make quickstart   set up, train on real handwritten digits, evaluate (no download but packages)
+# make test         linters, type checker, import order, all tests
+# make clean        forget the environment and the quickstart's run
+
+# The first of these that runs and is new enough; another: make test PYTHON=/path/to/python
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/base
+	rm -rf $(WORKDIR)
+	$(BIN)/python train.py --config configs/quickstart.py --workdir $(WORKDIR)
+	$(BIN)/python evaluate.py --ckpt $(WORKDIR) --per-class
+	@echo
+	@echo "Where to go next:"
+	@echo "  . $(BIN)/activate"
+	@echo "  python train.py --config configs/shiftresnet20_c100.py:expansion=3   # downloads CIFAR-100"
+	@echo "  tensorboard --logdir runs                                            # pip install tensorboard"
+	@echo "  README.md: your own recipe, GPUs and TPUs, the Python door"
+
+test: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+$(VENV)/base: requirements.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11, 3.12 or 3.13; name it with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: $(VENV)/base pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/quickstart

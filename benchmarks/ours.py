@@ -1,0 +1,267 @@
+"""The worker that times our own training step, inference and training loop."""
+
+import dataclasses
+import platform
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import shiftnet.config
+import shiftnet.data
+from benchmarks.protocol import Measurement, serve
+from shiftnet import checkpoint, models
+from shiftnet.inference import Classifier
+from shiftnet.models import torch_names
+from shiftnet.training import loop
+from shiftnet.training.mesh import BATCH_AXIS
+from shiftnet.training.step import Program, TrainState, steps_per_dispatch
+
+CIFAR_TRAINING_IMAGES = 50_000  # our loop's steps a call follow from the size of the data set
+LOOP_STEPS_ON_CPU = 8  # an epoch of CIFAR would take minutes there
+NEVER = 10**9
+# Images are made normalised, so that the step gets what it would get after normalisation.
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> ConfigDict:
+    """The default recipe with this net: `depth` and `expansion` (`num_classes` is the data's)."""
+    config = shiftnet.config.default_config()
+    config.model.arch = f"shiftresnet{net['depth']}"
+    config.model.expansion = float(net["expansion"])
+    config.model.dtype = dtype
+    config.batch_size = batch_size
+    return config
+
+
+def export(*, net: dict[str, Any], batch_size: int, path: str) -> None:
+    """Writes what both sides start from: our weights under PyTorch's names, images and labels.
+
+    Batch norms get random scales, offsets and running statistics, so that the check would notice
+    one that is left out or folded wrongly.
+    """
+    rng = np.random.default_rng(0)
+    config = recipe(net, batch_size, "float32")
+    model = models.build(config.model, net["num_classes"], rngs=nnx.Rngs(0))
+    weights = torch_names.to_torch(model)
+    for name, value in weights.items():
+        if name.endswith(("bias", "running_mean")):
+            weights[name] = rng.normal(0, 0.1, value.shape).astype(np.float32)
+        elif value.ndim == 1:
+            weights[name] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+    arrays: dict[str, Any] = {f"sd/{name}": value for name, value in weights.items()}
+    arrays["images"] = rng.standard_normal((batch_size, 32, 32, 3), np.float32)
+    arrays["labels"] = rng.integers(0, net["num_classes"], batch_size, np.int32)
+    np.savez(path, **arrays)
+
+
+class _Setting:
+    """What every measurement starts from, out of the arguments of the request "open"."""
+
+    def __init__(
+        self,
+        *,
+        net: dict[str, Any],
+        optimizer: dict[str, float],
+        dtype: str,
+        tf32: bool,
+        data: str,
+    ):
+        if not tf32:  # JAX's default on a GPU is to use it
+            jax.config.update("jax_default_matmul_precision", "highest")
+        with np.load(data) as arrays:
+            weights = {name[3:]: arrays[name] for name in arrays if name.startswith("sd/")}
+            self.images, self.labels = jax.device_put((arrays["images"], arrays["labels"]))
+        self.config = recipe(net, len(self.images), dtype)
+        self.config.optimizer.update(optimizer)
+        self.class_names = tuple(str(number) for number in range(net["num_classes"]))
+        model = models.build(self.config.model, net["num_classes"], rngs=nnx.Rngs(0))
+        torch_names.from_torch(model, weights)
+        self.params = nnx.state(model, nnx.Param)
+        self.stats = nnx.state(model, nnx.BatchStat)
+
+
+class Training:
+    """Our training step, `Program.update`, on one batch and one device, as our loop calls it."""
+
+    def __init__(self, **arguments: Any):
+        setting = _Setting(**arguments)
+        self._batch = (setting.images, setting.labels)
+        steps_per_epoch = CIFAR_TRAINING_IMAGES // setting.config.batch_size
+        self._program = Program(
+            setting.config,
+            num_classes=len(setting.class_names),
+            mean=MEAN,
+            std=STD,
+            steps_per_epoch=steps_per_epoch,
+            mesh=Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)),
+        )
+        self._state = dataclasses.replace(
+            self._program.init(np.int32(0)), params=setting.params, stats=setting.stats
+        )
+        self._length = steps_per_dispatch(steps_per_epoch, jax.default_backend())
+        self._one = jax.jit(self._program.update, donate_argnums=0)
+        self._call = jax.jit(self._several, donate_argnums=0)
+
+    def _several(self, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+        def one(state: TrainState, _: None) -> tuple[TrainState, None]:
+            return self._program.update(state, images, labels)[0], None
+
+        if self._length == 1:
+            return one(state, None)[0]
+        return jax.lax.scan(one, state, length=self._length)[0]
+
+    def check(self, steps: int) -> list[float]:
+        """The losses of the first `steps` steps."""
+        losses = []
+        for _ in range(steps):
+            self._state, loss, _ = self._one(self._state, *self._batch)
+            losses.append(float(loss))
+        return losses
+
+    def run(self, steps: int) -> float:
+        """Runs `steps` steps, in whole calls, to the end of the device's work; seconds of each."""
+        calls = -(-steps // self._length)
+        start = time.perf_counter()
+        for _ in range(calls):
+            self._state = self._call(self._state, *self._batch)
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - start) / (calls * self._length)
+
+
+class Inference:
+    """What `shiftnet.load` returns, called on one batch."""
+
+    def __init__(self, **arguments: Any):
+        setting = _Setting(**arguments)
+        self._images = setting.images
+        note = {
+            "config": shiftnet.config.to_json(setting.config),
+            "class_names": setting.class_names,
+            "mean": MEAN,
+            "std": STD,
+        }
+        arrays = checkpoint.to_arrays(setting.params, setting.stats)
+        self._model = Classifier(checkpoint.Saved(Path("memory"), arrays, note))
+        self._wait_each = jax.default_backend() == "cpu"  # where calls could run side by side
+
+    def check(self, steps: int) -> list[float]:
+        """The logits of the batch in a row; `steps` plays no part."""
+        return np.asarray(self._model(self._images), np.float32).ravel().tolist()
+
+    def run(self, steps: int) -> float:
+        """Runs `steps` calls to the end of the device's work; returns the seconds of each."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            logits = self._model(self._images)
+            if self._wait_each:
+                logits.block_until_ready()
+        logits.block_until_ready()
+        return (time.perf_counter() - start) / steps
+
+
+class Loop:
+    """Our training loop, `shiftnet.training.loop.train`; one run of this is one epoch of it.
+
+    It is the real loop on random images in memory: order, crop, flip and normalisation, dispatch,
+    running means, progress and the check for a finite loss. Evaluation and checkpoints, which come
+    once an epoch and are no part of a step, are off. The time is the loop's own, the one behind
+    `images_per_second` in `metrics.jsonl`; between two epochs, where that is written, it waits.
+    """
+
+    def __init__(self, **arguments: Any):
+        setting = _Setting(**arguments)
+        self._config = setting.config
+        self._batch_size = setting.config.batch_size
+        self._steps = LOOP_STEPS_ON_CPU
+        if jax.default_backend() != "cpu":
+            self._steps = CIFAR_TRAINING_IMAGES // self._batch_size
+        for part in (self._config.eval, self._config.checkpoint):
+            part.every_epochs = NEVER
+        self._config.epochs = NEVER
+        self._workdir = Path(arguments["data"]).parent / "loop"
+        self._dataset = self._random_images(setting.class_names)
+        self._requests: queue.Queue[None] = queue.Queue()
+        self._epochs: queue.Queue[float | Exception] = queue.Queue()
+        threading.Thread(target=self._train, daemon=True).start()
+
+    def _random_images(self, class_names: tuple[str, ...]) -> shiftnet.data.Dataset:
+        rng = np.random.default_rng(0)
+        count = self._steps * self._batch_size
+        images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+        labels = rng.integers(0, len(class_names), count, np.int32)
+        split = shiftnet.data.Split(images, labels)
+        return shiftnet.data.Dataset("random", split, split, None, class_names, MEAN, STD)
+
+    def _train(self) -> None:
+        def epoch_ends(_: object, metrics: Mapping[str, float]) -> None:
+            self._epochs.put(self._batch_size / metrics["images_per_second"])
+            self._requests.get()
+
+        self._requests.get()
+        try:
+            with (
+                mock.patch.object(shiftnet.data, "load", return_value=self._dataset),
+                mock.patch.object(loop.MetricsLog, "write", epoch_ends),
+            ):
+                loop.train(self._config, self._workdir)
+        except Exception as error:
+            self._epochs.put(error)
+
+    def check(self, steps: int) -> list[float]:
+        """There is nothing to compare: the step is `Training`'s."""
+        return []
+
+    def steps_a_run(self) -> int:
+        """The steps of an epoch."""
+        return self._steps
+
+    def run(self, steps: int) -> float:
+        """Runs an epoch, whatever `steps` says; returns the seconds of each of its steps."""
+        self._requests.put(None)
+        seconds = self._epochs.get()
+        if isinstance(seconds, Exception):
+            raise seconds
+        return seconds
+
+
+def describe() -> dict[str, Any]:
+    """Versions and device, for the report."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "device": "cpu" if device.platform == "cpu" else device.device_kind,
+    }
+
+
+def open_measurement(*, task: str, **arguments: Any) -> Measurement:
+    """Opens one.
+
+    Args:
+      task: "training", "inference" or "loop".
+      **arguments: `net` with `depth`, `expansion` and `num_classes`; `optimizer` with `lr`,
+        `momentum` and `weight_decay`; `dtype` as the recipes' `model.dtype`; `tf32`, whether
+        float32 products on a GPU may round their inputs to TF32; `data`, the path of what `export`
+        wrote.
+    """
+    tasks: dict[str, Callable[..., Measurement]]
+    tasks = {"training": Training, "inference": Inference, "loop": Loop}
+    return tasks[task](**arguments)
+
+
+if __name__ == "__main__":
+    serve(open_measurement, describe=describe, export=export)

@@ -1,0 +1,1 @@
+"""What we compare with. Nothing outside this folder imports the peers' frameworks."""

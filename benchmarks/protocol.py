@@ -1,0 +1,149 @@
+"""Measurements in worker processes: one a measurement, kept alive, idle while another one runs.
+
+The parent writes one JSON object a line to a worker's standard input and reads one line back.
+A worker that waits for its next line uses no processor, so two measurements can take turns
+without competing for cores or sharing an allocator. Only the standard library is used: a worker
+may run under another Python than its parent.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS_A_ROUND = 1.5  # long against the clock and a context switch, short against a slow drift
+WARM_UP_STEPS = 3
+
+
+class WorkerError(RuntimeError):
+    """A worker answered with an error or ended. The message is one line."""
+
+
+class Worker:
+    """The parent's end of one worker process. Use it as a context manager.
+
+    Args:
+      python: the interpreter to run.
+      module: the module to run with `-m`, from the repository's root; it calls `serve`.
+      environment: changes to this process's environment, which it gets otherwise as it is.
+    """
+
+    def __init__(self, python: str, module: str, environment: Mapping[str, str] | None = None):
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [python, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # nothing to save, and compilers' helper threads end slowly
+        self._process.communicate()
+        self._errors.close()
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """Sends one request and waits for its answer.
+
+        Raises:
+          WorkerError: the worker reported an error, or ended without an answer.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps({"do": request, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._errors.seek(0)
+            said = [text for text in self._errors.read().splitlines() if text.strip()]
+            raise WorkerError(said[-1].strip() if said else "the worker ended without a word")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer["result"]
+
+
+def steps_for(worker: Worker, seconds: float) -> int:
+    """Warms a worker up; returns how many of its steps last about `seconds`, at least one."""
+    worker.ask("run", steps=WARM_UP_STEPS)
+    return max(1, round(seconds / worker.ask("run", steps=WARM_UP_STEPS)))
+
+
+def alternate(
+    workers: Mapping[str, Worker], rounds: int, steps: int | None = None
+) -> dict[str, list[float]]:
+    """Times workers in turn, A B A B ..., after a warm-up.
+
+    Args:
+      workers: by name; each has its measurement open.
+      rounds: how many times each is timed.
+      steps: in each round; None takes as many as last about `SECONDS_A_ROUND`.
+
+    Returns:
+      The seconds a step of each round, by name.
+    """
+    counts = {name: steps_for(worker, SECONDS_A_ROUND) for name, worker in workers.items()}
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            worker.ask("run", steps=1)  # untimed: the other worker had the caches
+            times[name].append(worker.ask("run", steps=steps or counts[name]))
+    return times
+
+
+class Measurement(Protocol):
+    """What a worker measures: one program on one batch.
+
+    `check(steps)` returns the numbers that both sides must agree on; `run(steps)` runs about so
+    many steps to the end of the device's work and returns the wall-clock seconds of each.
+    """
+
+    def check(self, steps: int) -> list[float]: ...
+
+    def run(self, steps: int) -> float: ...
+
+
+def serve(open_measurement: Callable[..., Measurement], **requests: Callable[..., Any]) -> None:
+    """The worker's end: answers requests until standard input closes.
+
+    Whatever else is printed to standard output goes to standard error, so that it cannot be
+    taken for an answer.
+
+    Args:
+      open_measurement: builds the measurement from the arguments of the request "open"; the
+        requests "check" and "run" go to it.
+      **requests: what else the worker answers.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    measurement: Measurement | None = None
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        request = arguments.pop("do")
+        try:
+            if request == "open":
+                measurement = open_measurement(**arguments)
+                result = None
+            elif request in requests:
+                result = requests[request](**arguments)
+            else:
+                result = getattr(measurement, request)(**arguments)
+            answer = {"result": result}
+        except Exception as error:
+            # The parent decides what a failure means: for a peer's form, go on with the next.
+            reason = str(error).strip().splitlines() or [""]
+            answer = {"error": f"{type(error).__name__}: {reason[0]}"}
+        print(json.dumps(answer), file=answers, flush=True)

@@ -1,0 +1,416 @@
+"""Images/s of our training step and inference against PyTorch: `python -m benchmarks.train_step`.
+
+README.md beside this file says what is measured and how. This process only directs: our side runs
+in workers of this Python (`benchmarks.ours`), the peer in workers of `--torch-python`
+(`benchmarks.peers.torch_shiftresnet`), one process a measurement.
+"""
+
+import argparse
+import contextlib
+import datetime
+import fnmatch
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.protocol import Worker, WorkerError, alternate, steps_for
+
+OURS, PEER = "benchmarks.ours", "benchmarks.peers.torch_shiftresnet"
+TASKS = ("training", "inference")
+# The originals' recipe with a tenth of its learning rate: at 0.1 the first losses of a deep net
+# amplify rounding beyond what could be told from a mistake. It makes no difference to the time.
+OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+CHECK_STEPS = 3  # the second loss depends on the first gradients, the third on the momentum
+# Largest difference over a scale, see `agree`. With reduced precision numbers can only be in the
+# right place, so the same form is checked in float32 as well.
+TOLERANCES = {"float32": 1e-3, "TF32": 2e-2, "bfloat16": 1e-1}
+PRECISIONS = {
+    "float32": "float32",
+    "TF32": "float32 with TF32 products on both sides",
+    "bfloat16": "bfloat16 with float32 parameters",
+}
+# On a GPU a JAX process takes three quarters of the memory at once; two of ours must fit.
+SHARED_GPU = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
+PRESELECTION_SECONDS = 0.5
+UNQUIET = 1.2  # slowest round over fastest: above it, something else was using the machine
+LINUX = sys.platform == "linux"
+CPU_INFO = Path("/proc/cpuinfo")
+# Settings that change how fast either side runs; both inherit them, and the report names them.
+SETTINGS = (
+    "CUDA_VISIBLE_DEVICES",
+    "GLIBC_TUNABLES",
+    "GOMP_",
+    "JAX_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "MKL_",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_",
+    "ONEDNN_",
+    "PYTORCH_",
+    "TORCHINDUCTOR_",
+    "XLA_",
+)
+
+
+class Refused(Exception):
+    """There is no result to be trusted. The message is one sentence."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description="Images/s of ShiftResNet's training step and inference, ours and PyTorch's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--depth", type=int, default=20, help="6n + 2")
+    parser.add_argument("--expansion", type=float, default=3.0, help="of the shift blocks")
+    parser.add_argument("--num-classes", type=int, default=100, help="length of the logits")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the computation; parameters are float32",
+    )
+    parser.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let float32 products on CUDA round their inputs to TF32, on both sides",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to compare"
+    )
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="which of the peer's forms to try, such as 'split/*/eager'",
+    )
+    parser.add_argument(
+        "--loop",
+        action="store_true",
+        help="instead of the peer, measure what our training loop adds to the bare step",
+    )
+    parser.add_argument(
+        "--torch-python",
+        metavar="PATH",
+        default=sys.executable,
+        help="a Python that has PyTorch",
+    )
+    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+    options = parser.parse_args(argv)
+    for name in ("batch_size", "num_classes", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return options
+
+
+class Benchmark:
+    """The settings of one run, and the file with what both sides start from.
+
+    Args:
+      options: from `parse`.
+      folder: a place for that file.
+
+    Attributes:
+      net: depth, expansion and number of classes.
+      ours: versions and device of our side.
+      on_cpu: whether that device is the CPU.
+      precision: one of `PRECISIONS`.
+    """
+
+    def __init__(self, options: argparse.Namespace, folder: str):
+        self._options = options
+        self.net = {
+            "depth": options.depth,
+            "expansion": options.expansion,
+            "num_classes": options.num_classes,
+        }
+        self._data = os.path.join(folder, "data.npz")
+        with Worker(sys.executable, OURS) as worker:
+            worker.ask("export", net=self.net, batch_size=options.batch_size, path=self._data)
+            self.ours = worker.ask("describe")
+        self.on_cpu = self.ours["device"] == "cpu"
+        rounded = options.dtype == "float32" and options.tf32 and not self.on_cpu
+        self.precision = "TF32" if rounded else options.dtype
+
+    def peer(self) -> dict[str, Any]:
+        """Versions, device and forms of the peer.
+
+        Raises:
+          Refused: where there is no PyTorch, or it runs on another kind of device.
+        """
+        python = self._options.torch_python
+        hint = "name a Python that has PyTorch with --torch-python PATH"
+        if python == sys.executable and importlib.util.find_spec("torch") is None:
+            raise Refused(f"this Python has no PyTorch; {hint}")
+        try:
+            with Worker(python, PEER) as worker:
+                found = worker.ask("describe")
+        except (OSError, WorkerError) as error:
+            raise Refused(f"{python} cannot run the peer ({error}); {hint}") from error
+        if (found["device"] == "cpu") != self.on_cpu:
+            raise Refused(
+                f"the sides would run on different devices: JAX on {self.ours['device']}, "
+                f"PyTorch on {found['device']}"
+            )
+        return found
+
+    @contextlib.contextmanager
+    def measurement(
+        self, task: str, form: str | None = None, *, exact: bool = False
+    ) -> Iterator[Worker]:
+        """A worker with a measurement open.
+
+        Args:
+          task: one of the worker's tasks.
+          form: the peer's; None for our side.
+          exact: in float32 without TF32, whatever the options say.
+        """
+        python = sys.executable if form is None else self._options.torch_python
+        environment = SHARED_GPU if self._options.loop else None
+        with Worker(python, OURS if form is None else PEER, environment) as worker:
+            worker.ask(
+                "open",
+                task=task,
+                net=self.net,
+                optimizer=OPTIMIZER,
+                data=self._data,
+                dtype="float32" if exact else self._options.dtype,
+                tf32=self._options.tf32 and not exact,
+                **({} if form is None else {"form": form}),
+            )
+            yield worker
+
+    def numbers(self, task: str, form: str | None = None, *, exact: bool = False) -> list[float]:
+        """What the sides must agree on: logits, or the losses of the first steps."""
+        with self.measurement(task, form, exact=exact) as worker:
+            return worker.ask("check", steps=CHECK_STEPS)
+
+
+def difference(ours: list[float], theirs: list[float], scale: float) -> float:
+    """Largest difference over `scale`; infinite where a number is not finite."""
+    if len(ours) != len(theirs) or not all(map(math.isfinite, ours + theirs)):
+        return math.inf
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / scale
+
+
+def agree(task: str, ours: list[float], theirs: list[float], precision: str) -> float:
+    """Returns the difference, relative to what `README.md` says for `task` and `precision`.
+
+    Raises:
+      Refused: where it is above the tolerance of `precision`.
+    """
+    scale = max(map(abs, ours))
+    if task == "training" and precision == "float32":
+        # Against the way the loss went: next to the loss itself, a wrong momentum would not show.
+        scale = max(ours) - min(ours)
+    gap = difference(ours, theirs, scale)
+    if gap > TOLERANCES[precision]:
+        raise Refused(
+            f"its numbers differ from ours by {gap:.1e}, more than {TOLERANCES[precision]:g}"
+        )
+    return gap
+
+
+def preselect(
+    benchmark: Benchmark, task: str, forms: list[str], batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Checks and briefly times the peer's forms, each in its own process; prints a line for each.
+
+    Returns:
+      By form, `seconds_a_step` and `difference` from our numbers; or `failed`, the reason.
+    """
+    reference = benchmark.numbers(task)
+    results: dict[str, dict[str, Any]] = {}
+    print(f"\n{task}: the peer's forms, each briefly", flush=True)
+    for form in forms:
+        try:
+            with benchmark.measurement(task, form) as worker:
+                numbers = worker.ask("check", steps=CHECK_STEPS)
+                gap = agree(task, reference, numbers, benchmark.precision)
+                steps = steps_for(worker, PRESELECTION_SECONDS)
+                # The fastest of three: what disturbs a run only ever makes it slower.
+                seconds = min(worker.ask("run", steps=steps) for _ in range(3))
+        except (WorkerError, Refused) as error:
+            results[form] = {"failed": str(error)}
+            print(f"  {form:24} failed: {str(error)[:200]}", flush=True)
+        else:
+            results[form] = {"seconds_a_step": seconds, "difference": gap}
+            print_row(form, seconds, batch_size)
+    return results
+
+
+def print_row(name: str, seconds: float, batch_size: int, rest: str = "") -> None:
+    """Prints a line of a table."""
+    print(
+        f"  {name:24} {seconds:9.5f} s/step {batch_size / seconds:10.1f} images/s {rest}".rstrip(),
+        flush=True,
+    )
+
+
+def timed(times: dict[str, list[float]], batch_size: int) -> dict[str, dict[str, Any]]:
+    """Prints and returns the medians of alternating rounds, with the rounds themselves."""
+    result = {}
+    for name, rounds in times.items():
+        seconds = median(rounds)
+        print_row(name, seconds, batch_size, f"({min(rounds):.5f} to {max(rounds):.5f} s)")
+        result[name] = {
+            "seconds_a_step": seconds,
+            "images_a_second": batch_size / seconds,
+            "rounds": rounds,
+        }
+    if any(max(rounds) > UNQUIET * min(rounds) for rounds in times.values()):
+        print("  note: the rounds differ a lot; was the machine quiet? Do not rely on the ratio.")
+    return result
+
+
+def compare(
+    benchmark: Benchmark, task: str, forms: list[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Finds the peer's fastest form of `task` and times it against ours, in turn.
+
+    Raises:
+      Refused: where no form runs and agrees, or the fastest does not agree in float32.
+    """
+    tried = preselect(benchmark, task, forms, options.batch_size)
+    usable = {form: row["seconds_a_step"] for form, row in tried.items() if "failed" not in row}
+    if not usable:
+        raise Refused(f"no form of the peer runs {task} and agrees with our numbers: no ratio")
+    best = min(usable, key=lambda form: usable[form])
+    if benchmark.precision == "float32":
+        gap = tried[best]["difference"]
+    else:
+        exact = benchmark.numbers(task, exact=True)
+        try:
+            gap = agree(task, exact, benchmark.numbers(task, best, exact=True), "float32")
+        except Refused as refusal:
+            raise Refused(f"{task}: {best} in float32: {refusal}") from refusal
+    print(f"{task}: the numbers of {best} and ours agree within {gap:.0e} (relative, float32)")
+    print(f"{task}: ours and {best} in turn, {options.rounds} rounds each", flush=True)
+    with benchmark.measurement(task) as ours, benchmark.measurement(task, best) as peer:
+        sides = timed(alternate({"ours": ours, "peer": peer}, options.rounds), options.batch_size)
+    return {
+        "preselection": tried,
+        "form": best,
+        "float32_difference": gap,
+        **sides,
+        "ratio": sides["ours"]["images_a_second"] / sides["peer"]["images_a_second"],
+    }
+
+
+def loop_overhead(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
+    """Times our training loop against the bare step, in turn."""
+    print(f"\ntraining: the bare step and the loop in turn, {options.rounds} rounds each")
+    with benchmark.measurement("training") as bare, benchmark.measurement("loop") as loop:
+        steps = loop.ask("steps_a_run")
+        sides = timed(
+            alternate({"bare step": bare, "loop": loop}, options.rounds, steps),
+            options.batch_size,
+        )
+    overhead = sides["loop"]["seconds_a_step"] / sides["bare step"]["seconds_a_step"] - 1
+    return {**sides, "overhead": overhead}
+
+
+def host() -> dict[str, Any]:
+    """What the numbers depend on besides the code, for the report."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in (CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else [])
+        if line.startswith("model name")
+    ]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "processor": names[0] if names else platform.processor(),
+        "cpu_count": os.cpu_count(),
+        "cpus_usable": len(os.sched_getaffinity(0)) if LINUX else os.cpu_count(),
+        "settings": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)
+        },
+    }
+
+
+def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Runs what `options` ask for, prints it, and returns all of it.
+
+    Raises:
+      Refused: where there is nothing to compare, or the sides disagree.
+    """
+    try:
+        benchmark = Benchmark(options, folder)
+    except WorkerError as error:
+        raise Refused(f"our side does not run: {error}") from error
+    report: dict[str, Any] = {"host": host(), "ours": benchmark.ours}
+    if not options.loop:
+        report["peer"] = benchmark.peer()
+    report["precision"] = benchmark.precision
+    report["net"] = benchmark.net
+    report["batch_size"] = options.batch_size
+
+    print(
+        f"ShiftResNet{options.depth}, expansion {options.expansion:g}, "
+        f"{options.num_classes} classes, batch {options.batch_size}, "
+        f"{PRECISIONS[benchmark.precision]}"
+    )
+    print(f"device: {benchmark.ours['device']}, {report['host']['cpus_usable']} CPU cores usable")
+    settings = report["host"]["settings"]
+    print(f"environment: {' '.join(f'{k}={v}' for k, v in settings.items()) or 'default'}")
+    for side in ("ours", "peer"):
+        if side in report:
+            versions = ", ".join(f"{k} {v}" for k, v in report[side]["versions"].items())
+            print(f"{side}: {versions}")
+
+    if options.loop:
+        report["loop"] = loop_overhead(benchmark, options)
+        print(f"\nloop: {report['loop']['overhead']:+.1%} over the bare step (target: at most 3 %)")
+        return report
+    known = report["peer"]["forms"]
+    forms = [
+        form
+        for form in known
+        if any(fnmatch.fnmatchcase(form, pattern) for pattern in options.forms)
+    ]
+    if not forms:
+        raise Refused(f"no form matches {' '.join(options.forms)}; there are {', '.join(known)}")
+    report["tasks"] = {task: compare(benchmark, task, forms, options) for task in options.tasks}
+    print()
+    for task, result in report["tasks"].items():
+        print(
+            f"{task}: ours {result['ours']['images_a_second']:.1f} images/s, "
+            f"best peer {result['peer']['images_a_second']:.1f} images/s ({result['form']}), "
+            f"ratio {result['ratio']:.2f}"
+        )
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = parse(argv)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = run(options, folder)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+    except (Refused, WorkerError, OSError) as error:
+        print(f"benchmarks.train_step: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

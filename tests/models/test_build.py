@@ -1,0 +1,167 @@
+"""Networks by name: every depth, width, number of classes and input size; clear errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from shiftnet import models
+from shiftnet.errors import UserError
+from shiftnet.models import torch_names
+from tests import networks, oracle
+
+
+def config(arch: str, **fields) -> dict:
+    defaults = {"expansion": 1.0, "reduction": 1.0, "reduction_mode": "net", "dtype": "float32"}
+    return {"arch": arch, **defaults, **fields}
+
+
+def parameters(model: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def middle_features(model: nnx.Module) -> list[int]:
+    """The middle channels of each stage's first block."""
+    return [stage[0].conv1.kernel.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)]
+
+
+def output_features(model: nnx.Module) -> list[int]:
+    """The channels of the stem and of each stage."""
+    last = [
+        stage[-1].conv2.kernel.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)
+    ]
+    return [model.conv1.kernel.shape[-1], *last]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@pytest.mark.parametrize("depth", [8, 14, 20, 56, 110, 164])
+def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
+    model = networks.abstract(config(f"{family}{depth}"), 10)
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3)] == [
+        (depth - 2) // 6
+    ] * 3
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 64), (40, 36), (5, 3), (224, 224)])
+@pytest.mark.parametrize("classes", [1, 10, 1000])
+def test_any_input_size_and_number_of_classes(family, size, classes):
+    model = networks.abstract(config(f"{family}8"), classes)
+    x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    for train in (False, True):
+        logits = nnx.eval_shape(lambda model, x, train=train: model(x, train=train), model, x)
+        assert logits.shape == (2, classes)
+        assert logits.dtype == jnp.float32
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        # The lines of the page: CIFAR-10, without the running statistics.
+        ({"arch": "shiftresnet20", "expansion": 3.0}, 95642),
+        ({"arch": "resnet20"}, 272474),
+        ({"arch": "resnet20", "reduction": 2.8, "reduction_mode": "block"}, 96206),
+    ],
+)
+def test_has_the_parameters_that_the_page_reports(fields, count):
+    assert parameters(networks.abstract(config(**fields), 10)) == count
+
+
+@oracle.every_case("net")
+def test_has_the_parameters_of_the_original(name):
+    hyper = oracle.case("net", name).hyper
+    model = networks.abstract(networks.model_config(hyper), hyper["num_classes"])
+    assert parameters(model) == hyper["n_params"]
+
+
+@pytest.mark.core
+def test_expansion_widens_the_middle_of_shift_blocks():
+    for expansion, middle in [(1.0, [16, 32, 64]), (3.0, [48, 96, 192]), (0.7, [11, 22, 44])]:
+        model = networks.abstract(config("shiftresnet8", expansion=expansion), 10)
+        assert middle_features(model) == middle
+        assert output_features(model) == [16, 16, 32, 64]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", ["resnet", "shiftresnet"])
+def test_reduction_of_the_net_narrows_every_stage(family):
+    model = networks.abstract(config(f"{family}8", reduction=2.8), 10)
+    # int(16 / sqrt(2.8)) and so on
+    assert output_features(model) == [9, 9, 19, 38]
+    assert middle_features(model) == [9, 19, 38]
+
+
+@pytest.mark.core
+def test_reduction_of_the_blocks_narrows_their_middle_alone():
+    model = networks.abstract(config("resnet8", reduction=2.8, reduction_mode="block"), 10)
+    assert output_features(model) == [16, 16, 32, 64]
+    assert middle_features(model) == [5, 11, 22]
+    model = networks.abstract(
+        config("depthwiseresnet8", reduction=0.38, reduction_mode="block"), 10
+    )
+    assert middle_features(model) == [42, 84, 168]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"arch": "shiftresnt20"}, "'shiftresnt20'; did you mean 'shiftresnet20'"),
+        ({"arch": "depthwise20"}, "'depthwise20'; did you mean 'depthwiseresnet20'"),
+        ({"arch": "vgg"}, "'vgg'; known: depthwiseresnet20, resnet20, shiftresnet20"),
+        ({"arch": "resnet"}, "unknown architecture 'resnet'; did you mean 'resnet20'"),
+        ({"arch": "resnet18"}, r"depth must be 6n \+ 2, the nearest are resnet14 and resnet20"),
+        ({"arch": "resnet2"}, "the nearest are resnet8 and resnet14"),
+        ({"arch": "resnet20", "expansion": 3.0}, "expansion must be 1 for a resnet.*got 3.0"),
+        ({"arch": "depthwiseresnet20", "expansion": 3.0}, "must be 1 for a depthwiseresnet"),
+        ({"arch": "resnet20", "reduction": 257.0}, "reduction 257.0 leaves a layer without chan"),
+        (
+            {"arch": "resnet20", "reduction": 16.5, "reduction_mode": "block"},
+            "reduction 16.5 leaves a layer without channels",
+        ),
+        ({"arch": "shiftresnet20", "expansion": 0.01}, "expansion 0.01 leaves a layer without"),
+        (
+            {"arch": "shiftresnet20", "reduction": 2.0, "reduction_mode": "block"},
+            "reduction must be 1 for a shiftresnet in reduction_mode 'block'.*got 2.0",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_a_sentence(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        networks.abstract(config(**fields), 10)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("size", "windows"),
+    [
+        # The last map is a quarter of the input's size; what the average is over.
+        ((32, 32), (8, 8)),
+        ((40, 36), (8, 8)),  # of 10x9: what an 8x8 window leaves over is dropped, as originally
+        ((64, 64), (16, 16)),  # four 8x8 windows
+        ((20, 64), (5, 16)),  # smaller than a window: all there is
+    ],
+)
+def test_logits_come_from_the_mean_over_the_last_maps_windows(size, windows):
+    model = networks.random(config("shiftresnet8"), 10)
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def last_map_and_logits(state, x):
+        model = nnx.merge(graphdef, state)
+        y = nnx.relu(model.bn1(model.conv1(x)))
+        for stage in (model.layer1, model.layer2, model.layer3):
+            for block in stage:
+                y = block(y)
+        return y, model(x)
+
+    y, logits = jax.device_get(last_map_and_logits(state, x))
+    pooled = y[:, : windows[0], : windows[1]].astype(np.float64).mean((1, 2))
+    weights = torch_names.to_torch(model)
+    expected = pooled @ weights["linear.weight"].T + weights["linear.bias"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,43 @@
+"""Whole networks, against the original's: logits, loss, every gradient, running statistics."""
+
+import numpy as np
+import pytest
+
+from tests import networks, oracle
+
+RTOL = 1e-12  # of the largest value; rounding gives up to 8e-14
+
+
+@oracle.every_case("net", core=["shiftresnet20_e1_c10"])
+@pytest.mark.usefixtures("float64")
+def test_network_computes_and_learns_as_the_original(name, subtests):
+    case = oracle.case("net", name)
+    arrays, arch = case.arrays, case.hyper["arch"]
+    x, labels = arrays["xs"][0].astype(np.float64), arrays["labels"][0]
+    loss = networks.cross_entropy(labels)
+    model = networks.of_case(case)
+    logits = networks.evaluate(model, x)
+    ours = networks.differentiate(model, x, loss, train=True)
+    zero = networks.zero_gradients(arch, ours.grads)
+
+    with subtests.test("evaluation"):
+        oracle.assert_near(
+            {"logits": logits, "loss": np.asarray(loss(logits))}, case.part("eval/"), RTOL
+        )
+    with subtests.test("training"):
+        outputs = {"logits": ours.output, "loss": ours.loss, "grad_x": ours.grad_input}
+        theirs = {name: arrays[f"train/{name}"] for name in outputs}
+        oracle.assert_near({k: np.asarray(v) for k, v in outputs.items()}, theirs, RTOL)
+    with subtests.test("some gradients, number by number"):
+        theirs = case.part("train/grad/")
+        assert len(theirs) > 10
+        oracle.assert_near(ours.grads, theirs, RTOL, zero=zero)
+    with subtests.test("every gradient, by its summary"):
+        names = case.hyper["grad_names"]
+        assert sorted(ours.grads) == sorted(names)
+        theirs = dict(zip(names, arrays["train/grad_stats"], strict=True))
+        oracle.assert_summaries_near(ours.grads, theirs, RTOL, zero=zero)
+    with subtests.test("running statistics"):
+        theirs = oracle.running(case.part("train/stats/"))
+        assert sorted(ours.stats) == sorted(theirs)
+        oracle.assert_near(ours.stats, theirs, RTOL)

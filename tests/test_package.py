@@ -1,0 +1,36 @@
+"""What an installed wheel brings, and what it must leave alone."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> list[str]:
+    """The names of the files in the wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, ROOT], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_claims_one_name(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"shiftnet"}
+
+
+def test_the_wheel_holds_the_kernels_and_the_digits(wheel):
+    assert "shiftnet/kernels/shift/xla.py" in wheel
+    assert "shiftnet/data/digits.npz" in wheel
+    assert any(name.endswith("/LICENSE") for name in wheel)
+
+
+def test_the_checkout_has_the_kernels_on_top():
+    assert (ROOT / "kernels" / "shift" / "xla.py").samefile(ROOT / "shiftnet/kernels/shift/xla.py")

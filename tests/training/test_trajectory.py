@@ -1,0 +1,77 @@
+"""Five steps of training go where the original's go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from shiftnet.config import default_config
+from shiftnet.models import torch_names
+from shiftnet.training.mesh import make_mesh
+from shiftnet.training.optimizer import make_optimizer
+from shiftnet.training.step import Program, TrainState
+from tests import networks, oracle
+
+RTOL = 1e-11  # of the largest value; rounding gives up to 8e-13
+
+
+def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
+    """The loss before each step of the case, and the network after the last."""
+    hyper = case.hyper
+    plan = hyper["sgd"]["plan"]  # [epoch, steps]; the original's momentum restarts at each
+    config = default_config()
+    config.model.update(networks.model_config(hyper))
+    config.batch_size = hyper["batch"]
+    steps_per_epoch = plan[0][1]
+    program = Program(
+        config,
+        num_classes=hyper["num_classes"],
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        steps_per_epoch=steps_per_epoch,
+        mesh=make_mesh(hyper["batch"]),
+    )
+    optimizer = make_optimizer(config, steps_per_epoch)
+    update = jax.jit(program.update)
+    _, params, stats = nnx.split(networks.of_case(case), nnx.Param, nnx.BatchStat)
+    batches = zip(case.arrays["xs"].astype(np.float64), case.arrays["labels"], strict=True)
+    losses = []
+    for epoch, steps in plan:
+        start = jnp.asarray(epoch * steps_per_epoch, jnp.int32)
+        opt_state = optax.tree.set(optimizer.init(params), count=start)
+        state = TrainState(start, params, stats, opt_state)
+        for _ in range(steps):
+            x, labels = next(batches)
+            images = jnp.asarray(networks.channels_last(x))
+            state, loss, _ = update(state, images, jnp.asarray(labels))
+            losses.append(float(loss))
+        params, stats = state.params, state.stats
+    return losses, nnx.merge(program.graphdef, params, stats)
+
+
+@oracle.every_case("net", only=lambda hyper: "sgd" in hyper)
+@pytest.mark.usefixtures("float64")
+def test_five_steps_of_training_are_the_originals(name, subtests):
+    case = oracle.case("net", name)
+    losses, model = train(case)
+    ours = torch_names.to_torch(model)
+    theirs = case.part("sgd/")
+
+    with subtests.test("losses"):
+        assert len(losses) == 5
+        oracle.assert_near({"loss": np.array(losses)}, {"loss": theirs["loss"]}, RTOL)
+    with subtests.test("logits afterwards"):
+        logits = networks.evaluate(model, case.arrays["xs"][0].astype(np.float64))
+        expected = {"logits": theirs["final_eval_logits"]}
+        oracle.assert_near({"logits": logits}, expected, RTOL)
+    with subtests.test("some parameters, number by number"):
+        final = oracle.part(theirs, "final/")
+        assert len(final) > 10
+        oracle.assert_near(ours, final, RTOL)
+    with subtests.test("every parameter and running statistic, by its summary"):
+        summaries = dict(zip(case.hyper["final_stats_names"], theirs["final_stats"], strict=True))
+        summaries = {n: s for n, s in summaries.items() if not n.endswith("num_batches_tracked")}
+        assert sorted(ours) == sorted(summaries)
+        oracle.assert_summaries_near(ours, summaries, RTOL)
