@@ -29,7 +29,7 @@ from shiftnet.training.step import Program, TrainState, steps_per_dispatch
 
 CIFAR_TRAINING_IMAGES = 50_000  # our loop's steps a call follow from the size of the data set
 LOOP_STEPS_ON_CPU = 8  # an epoch of CIFAR would take minutes there
-NEVER = 10**9
+LOOP_EPOCHS = 10_000  # more than will be asked for; the loop tabulates the rate of each
 # Images are made normalised, so that the step gets what it would get after normalisation.
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
@@ -187,8 +187,8 @@ class Loop:
         if jax.default_backend() != "cpu":
             self._steps = CIFAR_TRAINING_IMAGES // self._batch_size
         for part in (self._config.eval, self._config.checkpoint):
-            part.every_epochs = NEVER
-        self._config.epochs = NEVER
+            part.every_epochs = LOOP_EPOCHS
+        self._config.epochs = LOOP_EPOCHS
         self._workdir = Path(arguments["data"]).parent / "loop"
         self._dataset = self._random_images(setting.class_names)
         self._requests: queue.Queue[None] = queue.Queue()

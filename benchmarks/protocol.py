@@ -6,18 +6,21 @@ without competing for cores or sharing an allocator. Only the standard library i
 may run under another Python than its parent.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_A_ROUND = 1.5  # long against the clock and a context switch, short against a slow drift
 WARM_UP_STEPS = 3
+MACHINE = Path("/proc/stat")
 
 
 class WorkerError(RuntimeError):
@@ -49,9 +52,12 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # nothing to save, and compilers' helper threads end slowly
-        self._process.communicate()
-        self._errors.close()
+        self._process.kill()  # nothing to save, and compilers' helpers end slowly
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
     def ask(self, request: str, **arguments: Any) -> Any:
         """Sends one request and waits for its answer.
@@ -75,6 +81,12 @@ class Worker:
             raise WorkerError(answer["error"])
         return answer["result"]
 
+    def processor_seconds(self) -> float:
+        """Processor time used so far; Linux only."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
 
 def steps_for(worker: Worker, seconds: float) -> int:
     """Warms a worker up; returns how many of its steps last about `seconds`, at least one."""
@@ -82,26 +94,48 @@ def steps_for(worker: Worker, seconds: float) -> int:
     return max(1, round(seconds / worker.ask("run", steps=WARM_UP_STEPS)))
 
 
-def alternate(
-    workers: Mapping[str, Worker], rounds: int, steps: int | None = None
-) -> dict[str, list[float]]:
+class Turns(NamedTuple):
+    """What `alternate` measured.
+
+    Attributes:
+      times: the seconds a step of each round, by the worker's name.
+      others: processor cores that everything but the workers used meanwhile, on average; None
+        where the system does not say.
+    """
+
+    times: dict[str, list[float]]
+    others: float | None
+
+
+def alternate(workers: Mapping[str, Worker], rounds: int, steps: int | None = None) -> Turns:
     """Times workers in turn, A B A B ..., after a warm-up.
 
     Args:
       workers: by name; each has its measurement open.
       rounds: how many times each is timed.
       steps: in each round; None takes as many as last about `SECONDS_A_ROUND`.
-
-    Returns:
-      The seconds a step of each round, by name.
     """
     counts = {name: steps_for(worker, SECONDS_A_ROUND) for name, worker in workers.items()}
     times: dict[str, list[float]] = {name: [] for name in workers}
+    start, before = time.monotonic(), _processor_seconds_of_others(workers)
     for _ in range(rounds):
         for name, worker in workers.items():
             worker.ask("run", steps=1)  # untimed: the other worker had the caches
             times[name].append(worker.ask("run", steps=steps or counts[name]))
-    return times
+    after = _processor_seconds_of_others(workers)
+    if before is None or after is None:
+        return Turns(times, None)
+    return Turns(times, max(0.0, after - before) / (time.monotonic() - start))
+
+
+def _processor_seconds_of_others(workers: Mapping[str, Worker]) -> float | None:
+    """Processor time that all but the workers used since the machine started."""
+    if not MACHINE.exists():
+        return None
+    user, nice, system, _, _, *rest = map(int, MACHINE.read_text().split(maxsplit=9)[1:9])
+    busy = user + nice + system + sum(rest)  # without idle and waiting for the disk
+    own = sum(worker.processor_seconds() for worker in workers.values())
+    return busy / os.sysconf("SC_CLK_TCK") - own
 
 
 class Measurement(Protocol):

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.protocol import Worker, WorkerError, alternate, steps_for
+from benchmarks.protocol import Turns, Worker, WorkerError, alternate, steps_for
 
 OURS, PEER = "benchmarks.ours", "benchmarks.peers.torch_shiftresnet"
 TASKS = ("training", "inference")
@@ -40,7 +40,9 @@ PRECISIONS = {
 # On a GPU a JAX process takes three quarters of the memory at once; two of ours must fit.
 SHARED_GPU = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
 PRESELECTION_SECONDS = 0.5
-UNQUIET = 1.2  # slowest round over fastest: above it, something else was using the machine
+# Above one of these, something else was using the machine: slowest round over fastest, and cores.
+UNSTEADY, BUSY = 1.2, 0.1
+NOT_QUIET = "; NOT TO BE RELIED ON, the machine was not quiet"
 LINUX = sys.platform == "linux"
 CPU_INFO = Path("/proc/cpuinfo")
 # Settings that change how fast either side runs; both inherit them, and the report names them.
@@ -263,10 +265,14 @@ def print_row(name: str, seconds: float, batch_size: int, rest: str = "") -> Non
     )
 
 
-def timed(times: dict[str, list[float]], batch_size: int) -> dict[str, dict[str, Any]]:
-    """Prints and returns the medians of alternating rounds, with the rounds themselves."""
-    result = {}
-    for name, rounds in times.items():
+def timed(turns: Turns, batch_size: int) -> dict[str, Any]:
+    """Prints and returns the medians of alternating rounds, with the rounds themselves.
+
+    `quiet` says whether they can be relied on. Other work slows PyTorch down far more than us: its
+    threads wait for each other at every operation.
+    """
+    result: dict[str, Any] = {"cores_used_by_others": turns.others}
+    for name, rounds in turns.times.items():
         seconds = median(rounds)
         print_row(name, seconds, batch_size, f"({min(rounds):.5f} to {max(rounds):.5f} s)")
         result[name] = {
@@ -274,8 +280,10 @@ def timed(times: dict[str, list[float]], batch_size: int) -> dict[str, dict[str,
             "images_a_second": batch_size / seconds,
             "rounds": rounds,
         }
-    if any(max(rounds) > UNQUIET * min(rounds) for rounds in times.values()):
-        print("  note: the rounds differ a lot; was the machine quiet? Do not rely on the ratio.")
+    steady = all(max(rounds) <= UNSTEADY * min(rounds) for rounds in turns.times.values())
+    result["quiet"] = steady and (turns.others or 0.0) <= BUSY
+    if turns.others is not None:
+        print(f"  meanwhile everything else used {turns.others:.2f} cores")
     return result
 
 
@@ -377,7 +385,9 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     if options.loop:
         report["loop"] = loop_overhead(benchmark, options)
-        print(f"\nloop: {report['loop']['overhead']:+.1%} over the bare step (target: at most 3 %)")
+        quiet = "" if report["loop"]["quiet"] else NOT_QUIET
+        overhead = report["loop"]["overhead"]
+        print(f"\nloop: {overhead:+.1%} over the bare step (target: at most 3 %){quiet}")
         return report
     known = report["peer"]["forms"]
     forms = [
@@ -393,7 +403,7 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         print(
             f"{task}: ours {result['ours']['images_a_second']:.1f} images/s, "
             f"best peer {result['peer']['images_a_second']:.1f} images/s ({result['form']}), "
-            f"ratio {result['ratio']:.2f}"
+            f"ratio {result['ratio']:.2f}{'' if result['quiet'] else NOT_QUIET}"
         )
     return report
 

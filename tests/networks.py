@@ -12,6 +12,7 @@ from flax import nnx
 
 from shiftnet import models
 from shiftnet.models import torch_names
+from shiftnet.models.resnet import ResNet
 from tests.oracle import Arrays, Case
 
 
@@ -38,7 +39,7 @@ def model_config(hyper: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_case(case: Case) -> nnx.Module:
+def of_case(case: Case) -> ResNet:
     """The network of a case with its weights, in float64."""
     hyper = case.hyper
     model = abstract(model_config(hyper), hyper["num_classes"])
@@ -47,12 +48,12 @@ def of_case(case: Case) -> nnx.Module:
     return model
 
 
-def abstract(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
+def abstract(config: Mapping[str, Any], num_classes: int) -> ResNet:
     """A network of shapes, without numbers."""
     return nnx.eval_shape(lambda: models.build(config, num_classes, rngs=nnx.Rngs(0)))
 
 
-def random(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
+def random(config: Mapping[str, Any], num_classes: int) -> ResNet:
     """A network with numbers of the usual sizes; drawing them compiles nothing."""
     model = abstract(config, num_classes)
     draw = np.random.default_rng(0)

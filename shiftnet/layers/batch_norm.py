@@ -51,7 +51,7 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def _apply(x: jax.Array, mean: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    return ((x.astype(scale.dtype) - mean) * scale + bias).astype(x.dtype)
+    return (x.astype(scale.dtype) * scale + (bias - mean * scale)).astype(x.dtype)
 
 
 def _average(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -64,8 +64,8 @@ def _normalize(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The normalised batch, and its mean and biased variance, which carry no gradient.
 
-    Its own gradient, and not the one JAX derives, because that one goes over the activations more
-    often: it took a sixth more time for a whole training step on CPU.
+    Its own gradient, because the one that JAX derives goes over the activations more often: a
+    training step of ShiftResNet20 at expansion 3 took 0.43 s on CPU with that, 0.39 s with this.
     """
     return _normalize_forward(x, scale, bias)[0]
 
@@ -84,10 +84,17 @@ def _normalize_backward(residuals, cotangents):
     axes = tuple(range(x.ndim - 1))
     count = x.size // x.shape[-1]
     dy = cotangents[0].astype(scale.dtype)
-    normalized = (x.astype(scale.dtype) - mean) * inverse
+    wide = x.astype(scale.dtype)
+    # Without the barrier XLA finds `wide - mean` in the forward pass and keeps it until now, which
+    # costs more memory and time than computing it anew.
+    mean = jax.lax.optimization_barrier(mean)
     dbias = dy.sum(axes)
-    dscale = (dy * normalized).sum(axes)
-    dx = scale * inverse * (dy - dbias / count - normalized * (dscale / count))
+    dscale = (dy * (wide - mean)).sum(axes) * inverse
+    # scale * inverse * (dy - dbias / count - normalized * dscale / count), with one factor for each
+    # of dy and x, so that nothing but those two is read.
+    by_dy = scale * inverse
+    by_x = -by_dy * inverse * dscale / count
+    dx = by_dy * dy + by_x * wide - (by_dy * dbias / count + by_x * mean)
     return dx.astype(x.dtype), dscale, dbias
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from shiftnet import models
 from shiftnet.errors import UserError
 from shiftnet.models import torch_names
+from shiftnet.models.resnet import ResNet
 from tests import networks, oracle
 
 
@@ -21,12 +22,12 @@ def parameters(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def middle_features(model: nnx.Module) -> list[int]:
+def middle_features(model: ResNet) -> list[int]:
     """The middle channels of each stage's first block."""
     return [stage[0].conv1.kernel.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)]
 
 
-def output_features(model: nnx.Module) -> list[int]:
+def output_features(model: ResNet) -> list[int]:
     """The channels of the stem and of each stage."""
     last = [
         stage[-1].conv2.kernel.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)

@@ -1,5 +1,6 @@
 """Whole networks, against the original's: logits, loss, every gradient, running statistics."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +23,9 @@ def test_network_computes_and_learns_as_the_original(name, subtests):
 
     with subtests.test("evaluation"):
         oracle.assert_near(
-            {"logits": logits, "loss": np.asarray(loss(logits))}, case.part("eval/"), RTOL
+            {"logits": logits, "loss": np.asarray(loss(jnp.asarray(logits)))},
+            case.part("eval/"),
+            RTOL,
         )
     with subtests.test("training"):
         outputs = {"logits": ours.output, "loss": ours.loss, "grad_x": ours.grad_input}
