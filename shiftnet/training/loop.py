@@ -105,6 +105,8 @@ def train(config: Any, workdir: str | Path) -> Summary:
     seed = np.uint32(config.seed)
     state, note = restore_or_init(program, series, config, dataset, mesh)
     step: int = note["step"]
+    if step < total_steps:
+        note["final"] = None  # of a run that was shorter
     metrics_log = MetricsLog(workdir, step=step, tensorboard=config.log.tensorboard, on=is_main)
     progress.line(describe(config, dataset, state, steps_per_epoch, mesh))
     if step:
@@ -196,7 +198,8 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     """Makes `workdir` this recipe's, or checks that it is.
 
     Raises:
-      UserError: where it holds a run of another recipe; it names the fields that differ.
+      UserError: where it holds a run of another recipe (it names the fields that differ), or
+        cannot be written.
     """
     path = workdir / "config.json"
     if path.exists():
@@ -208,11 +211,22 @@ def claim_workdir(workdir: Path, config: Any) -> None:
                 f"{workdir} holds a run of another recipe, with {'; '.join(changed)}: "
                 "take another --workdir, or the same values"
             )
+    meet("workdir checked")
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(shiftnet.config.to_json(config) + "\n")
+        temporary = path.with_suffix(".tmp")
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(shiftnet.config.to_json(config) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+    meet("workdir claimed")
+
+
+def meet(where: str) -> None:
+    """Waits until all processes of the job are here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("claim_workdir")
+        multihost_utils.sync_global_devices(where)
 
 
 def restore_or_init(

@@ -112,7 +112,8 @@ class Program:
         (loss, (stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
+        predictions = logits.argmax(-1).astype(labels.dtype)
+        correct = (predictions == labels).sum(dtype=jnp.int32)
         return TrainState(state.step + 1, params, stats, opt_state), loss, correct
 
     def _train(

@@ -154,6 +154,13 @@ def test_a_batch_size_that_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_working_directory_that_cannot_be_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write to --workdir .*file: "):
+        loop.train(recipe(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_tensorboard_shows_the_accuracy_of_every_epoch(tmp_path):
     loop.train(recipe(epochs=1, batch_size=512, log__tensorboard=True), tmp_path)
     (events,) = (tmp_path / "tensorboard").iterdir()
