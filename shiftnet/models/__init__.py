@@ -1,7 +1,7 @@
 """The networks, by name: `build(config.model, num_classes, rngs=nnx.Rngs(0))`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from shiftnet.models import depthwiseresnet, resnet, shiftresnet
 
 __all__ = ["FAMILIES", "build", "check", "parse_arch"]
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[..., resnet.ResNet]] = {
     "resnet": resnet.build,
     "shiftresnet": shiftresnet.build,
     "depthwiseresnet": depthwiseresnet.build,

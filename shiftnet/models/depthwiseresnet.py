@@ -1,11 +1,13 @@
 """DepthwiseResNet: the depthwise-separable rival that arXiv:1711.08141's code compares with."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv
-from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, no_expansion, reduced_widths
+from shiftnet.models import resnet
+from shiftnet.models.resnet import Shortcut
 
 
 class DepthwiseBlock(nnx.Module):
@@ -35,23 +37,4 @@ class DepthwiseBlock(nnx.Module):
         return nnx.relu(y + self.shortcut(x, train=train))
 
 
-def build(
-    depth: int,
-    num_classes: int,
-    *,
-    expansion: float,
-    reduction: float,
-    reduction_mode: str,
-    dtype: jnp.dtype | None,
-    rngs: nnx.Rngs,
-) -> ResNet:
-    """DepthwiseResNet: mode `"block"` gives each block `int(out / reduction)` middle channels."""
-    no_expansion(expansion, "depthwiseresnet")
-    inner = reduction if reduction_mode == "block" else 1.0
-
-    def block(in_features, out_features, stride, *, rngs):
-        middle = at_least_one(out_features / inner, "reduction", reduction)
-        return DepthwiseBlock(in_features, out_features, stride, middle_features=middle, rngs=rngs)
-
-    widths = reduced_widths(reduction, reduction_mode)
-    return ResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)
+build = functools.partial(resnet.build, block_type=DepthwiseBlock, family="depthwiseresnet")

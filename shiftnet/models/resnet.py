@@ -5,6 +5,7 @@ form of the code published with arXiv:1711.08141: projection shortcuts, no biase
 Modules carry the names of the original's state dict.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -159,14 +160,19 @@ def build(
     reduction_mode: str,
     dtype: jnp.dtype | None,
     rngs: nnx.Rngs,
+    block_type: Callable[..., nnx.Module] = BasicBlock,
+    family: str = "resnet",
 ) -> ResNet:
-    """ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels."""
-    no_expansion(expansion, "resnet")
+    """ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels.
+
+    The depthwise family is the same with another `block_type`; errors name the `family`.
+    """
+    no_expansion(expansion, family)
     inner = reduction if reduction_mode == "block" else 1.0
 
     def block(in_features, out_features, stride, *, rngs):
         middle = at_least_one(out_features / inner, "reduction", reduction)
-        return BasicBlock(in_features, out_features, stride, middle_features=middle, rngs=rngs)
+        return block_type(in_features, out_features, stride, middle_features=middle, rngs=rngs)
 
     widths = reduced_widths(reduction, reduction_mode)
     return ResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)
