@@ -101,6 +101,19 @@ FIELDS: Mapping[str, Field] = {
         "block: the middle channels of each block / reduction; net: all channels / sqrt(reduction)",
         choices=("block", "net"),
     ),
+    "model.width": Field(
+        1.0, "of a wrn: its stages have 16, 32 and 64 times as many channels", ABOVE_0
+    ),
+    "model.weights": Field(
+        "float",
+        "form of all weights but the first and the last layer's: float, sign, s3 or denseshift",
+    ),
+    "model.weight_bits": Field(
+        0, "2, 3 or 4 bits for s3 and denseshift; 0: the form's own, 3 there", AT_LEAST_0
+    ),
+    "model.quantize_first_last": Field(
+        False, "give the first and the last layer the form of weights too (originals: no)"
+    ),
     "model.dtype": Field(
         "float32",
         "type of the computation; parameters and batch statistics stay float32",
@@ -135,13 +148,23 @@ FIELDS: Mapping[str, Field] = {
     "optimizer.weight_decay": Field(
         5e-4, "on every parameter, batch norm and biases included (original)", AT_LEAST_0
     ),
+    "optimizer.regularizer": Field(
+        1e-5,
+        "times the weights' own regulariser, in the gradient and not in the logged loss; s3 has "
+        "one (S3's code)",
+        AT_LEAST_0,
+    ),
     "schedule.name": Field(
-        "step", "step: the rate times factor at each boundary", choices=("step",)
+        "step",
+        "step: the rate times factor at each boundary; cosine: from the rate to lr_min at the end; "
+        "sgdr: a cosine that starts anew at each boundary",
+        choices=("step", "cosine", "sgdr"),
     ),
     "schedule.boundaries": Field(
-        (82, 123), "epochs, counted from 0, at which the rate falls (original)", RISING, item=int
+        (82, 123), "epochs, counted from 0, of step and sgdr (original)", RISING, item=int
     ),
-    "schedule.factor": Field(0.1, "what the rate is multiplied by (original)", ABOVE_0),
+    "schedule.factor": Field(0.1, "of step: what the rate is multiplied by (original)", ABOVE_0),
+    "schedule.lr_min": Field(0.0, "of cosine and sgdr: the rate that they fall to", AT_LEAST_0),
     "eval.batch_size": Field(500, "images a step of evaluation, all devices together", AT_LEAST_1),
     "eval.every_epochs": Field(1, "epochs between two evaluations", AT_LEAST_1),
     "checkpoint.every_epochs": Field(1, "epochs between two checkpoints", AT_LEAST_1),

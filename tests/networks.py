@@ -10,9 +10,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from shiftnet import models
+from shiftnet import config as config_lib
+from shiftnet import models, weights
 from shiftnet.models import torch_names
-from shiftnet.models.resnet import ResNet
+from shiftnet.models.torch_names import SHIFT, TORCHVISION, WRN, Naming
+from tests import oracle
 from tests.oracle import Arrays, Case
 
 
@@ -26,40 +28,53 @@ def channels_first(x: Any) -> np.ndarray:
     return np.moveaxis(np.asarray(x), -1, 1)
 
 
+# The originals whose networks the oracle ran, by their class.
+NAMINGS = {"WRN_McDonnell": WRN, "ResNet_cifar10": TORCHVISION}
+
+
 def model_config(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """`config.model` for a network's case."""
-    # The original's depthwise network has one reduction, that of its blocks.
-    in_blocks = hyper["arch"].startswith("depthwise")
-    return {
-        "arch": hyper["arch"],
-        "expansion": hyper.get("expansion", 1),
-        "reduction": hyper.get("reduction", 1),
-        "reduction_mode": hyper.get("reduction_mode", "block" if in_blocks else "net"),
-        "dtype": "float32",
-    }
+    arch = hyper["arch"]
+    fields = dict(config_lib.default_config().model)
+    if arch == "WRN_McDonnell":
+        form = "sign" if hyper["binarize"] else "float"
+        fields |= {"arch": f"wrn{hyper['depth']}", "width": hyper["width"], "weights": form}
+    elif arch == "ResNet_cifar10":
+        fields |= {"arch": f"resnet{hyper['depth']}", "weights": "s3"}
+    else:
+        fields |= {name: hyper[name] for name in fields if name in hyper}
+        if arch.startswith("depthwise"):  # the original has one reduction, that of its blocks
+            fields["reduction_mode"] = "block"
+    return fields
 
 
-def of_case(case: Case) -> ResNet:
+def naming(hyper: Mapping[str, Any]) -> Naming:
+    """How the original of a case calls its arrays."""
+    return NAMINGS.get(hyper["arch"], SHIFT)
+
+
+def of_case(case: Case) -> nnx.Module:
     """The network of a case with its weights, in float64."""
     hyper = case.hyper
     model = abstract(model_config(hyper), hyper["num_classes"])
-    weights = case.part("sd/")
-    torch_names.from_torch(model, {name: w.astype(np.float64) for name, w in weights.items()})
+    arrays = case.part("sd/") or oracle.recipe_weights(hyper["state_dict_names"], hyper["seed"])
+    arrays = {name: value.astype(np.float64) for name, value in arrays.items()}
+    torch_names.from_torch(model, arrays, naming(hyper))
     return model
 
 
-def abstract(config: Mapping[str, Any], num_classes: int) -> ResNet:
+def abstract(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
     """A network of shapes, without numbers."""
     return nnx.eval_shape(lambda: models.build(config, num_classes, rngs=nnx.Rngs(0)))
 
 
-def random(config: Mapping[str, Any], num_classes: int) -> ResNet:
+def random(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
     """A network with numbers of the usual sizes; drawing them compiles nothing."""
     model = abstract(config, num_classes)
     draw = np.random.default_rng(0)
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         value = draw.normal(size=leaf.shape)
-        if path[-1] == "kernel":
+        if "weight" in path:
             value *= np.prod(leaf.shape[:-1]) ** -0.5
         elif path[-1] in ("scale", "var"):
             value = np.exp(value / 10)
@@ -112,8 +127,13 @@ def differentiate(
     loss_of: Callable[[jax.Array], jax.Array],
     *,
     train: bool,
+    naming: Naming = SHIFT,
+    regularizer: float = 0.0,
 ) -> Result:
-    """Runs `loss_of(model(x))` and its gradients, compiled; `x` is `[N, C, H, W]`."""
+    """Runs `loss_of(model(x))` and its gradients, compiled; `x` is `[N, C, H, W]`.
+
+    The gradients are those of the loss plus the weights' regulariser times a factor.
+    """
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
     @jax.jit
@@ -121,13 +141,15 @@ def differentiate(
         def loss(params, x):
             model = nnx.merge(graphdef, params, stats, copy=True)
             output = model(x, train=train)
-            return loss_of(output), (output, nnx.state(model, nnx.BatchStat))
+            value = loss_of(output)
+            total = value + regularizer * weights.regularizer(model)
+            return total, (value, output, nnx.state(model, nnx.BatchStat))
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
-    (loss, (output, stats)), (grads, grad_x) = run(params, stats, jnp.asarray(channels_last(x)))
+    (_, (loss, output, stats)), (grads, grad_x) = run(params, stats, jnp.asarray(channels_last(x)))
     # A model that holds gradients in place of parameters, to name them as it names those.
-    named = torch_names.to_torch(nnx.merge(graphdef, grads, stats))
+    named = torch_names.to_torch(nnx.merge(graphdef, grads, stats), naming)
     return Result(
         loss=float(loss),
         output=channels_first(output),

@@ -68,25 +68,80 @@ def case(group: str, name: str) -> Case:
 
 
 def every_case(
-    group: str,
+    *groups: str,
     only: Callable[[Mapping[str, Any]], bool] = lambda hyper: True,
     core: Iterable[str] = (),
 ) -> pytest.MarkDecorator:
-    """Runs a test, which takes `name`, for every case of a group, or skips it once.
+    """Runs a test for every case of a group, or skips it once.
+
+    A test of one group takes `name`; a test of several takes `group` and `name`.
 
     Args:
-      group: as in the manifest.
+      groups: as in the manifest.
       only: leaves out the cases whose hyper-parameters it does not hold for.
       core: the names of those that get the mark `core`.
     """
+    arguments = ("group", "name")[-min(len(groups), 2) :]
     if not FOLDER.is_dir():
-        return pytest.mark.parametrize("name", [pytest.param("", id="none", marks=needed)])
-    names = [c["name"] for c in _manifest() if c["group"] == group and only(c["hyper"])]
-    assert names, f"the oracle has no group {group!r}"
-    assert set(core) <= set(names)
+        nothing = pytest.param(*("" for _ in arguments), id="none", marks=needed)
+        return pytest.mark.parametrize(arguments, [nothing])
+    cases = [
+        (case["group"], case["name"])
+        for case in _manifest()
+        if case["group"] in groups and only(case["hyper"])
+    ]
+    assert {group for group, _ in cases} == set(groups), f"the oracle lacks one of {groups}"
+    assert set(core) <= {name for _, name in cases}
     return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=pytest.mark.core if n in core else ()) for n in names]
+        arguments,
+        [
+            pytest.param(
+                *case[-len(arguments) :],
+                id="-".join(case[-len(arguments) :]),
+                marks=pytest.mark.core if case[1] in core else (),
+            )
+            for case in cases
+        ],
     )
+
+
+def recipe_weights(names: Iterable[tuple[str, Any]], seed: int) -> dict[str, np.ndarray]:
+    """Weights that were not stored, drawn as the manifest's `fill_recipe` says, in float32.
+
+    Args:
+      names: the original's state dict in its order, names and shapes.
+      seed: of the case.
+    """
+    draw = np.random.RandomState(seed)
+    arrays: dict[str, np.ndarray] = {}
+    low_bit = {name.removesuffix("_sign") for name, _ in names if name.endswith(".weight_sign")}
+    fan_in: float | None = None  # of the convolution with latents that comes before a batch norm
+    for name, shape in names:
+        if name.endswith("weight_sign"):
+            continue
+        if name.endswith("num_batches_tracked"):
+            draw.randint(1, 50)
+            continue
+        if name.endswith("running_mean"):
+            value = 0.3 * draw.standard_normal(shape)
+        elif name.endswith("running_var"):
+            value = 0.3 + 1.7 * draw.random_sample(shape)
+        elif len(shape) == 4:
+            value = draw.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        elif len(shape) == 2:
+            value = draw.standard_normal(shape) * np.sqrt(1 / shape[1])
+        elif name.endswith("weight"):
+            value = 0.5 + draw.random_sample(shape)
+        else:
+            value = 0.3 * draw.standard_normal(shape)
+        arrays[name] = np.asarray(value).astype(np.float32)
+        if len(shape) == 4 and name.endswith(".weight"):
+            fan_in = float(np.prod(shape[1:])) if name in low_bit else None
+        elif name.endswith("running_mean") and fan_in:
+            arrays[name] = (arrays[name] * np.float32(np.sqrt(fan_in))).astype(np.float32)
+        elif name.endswith("running_var") and fan_in:
+            arrays[name] = (arrays[name] * np.float32(fan_in) * np.float32(2)).astype(np.float32)
+    return arrays
 
 
 def gaps(ours: Arrays, theirs: Arrays, *, zero: Iterable[str] = ()) -> dict[str, float]:

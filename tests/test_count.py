@@ -261,7 +261,7 @@ def test_multiply_adds_are_half_of_xlas_flops(arch, expansion, reduction, monkey
         name = ".".join(map(str, path))
         if isinstance(module, Conv):
             shape = given[id(module)]
-            share = inside(shape[1], module.kernel.shape[0], module.stride) ** 2
+            share = inside(shape[1], module.weight.shape[0], module.stride) ** 2
             expected[name] = xla_flops(module, shape) / share / 2
             on_the_image += found[name] * share
         elif isinstance(module, Linear):

@@ -20,21 +20,25 @@ class BatchNorm(nnx.Module):
 
     Args:
       features: channels.
+      affine: False normalises alone, without `scale` and `bias`.
 
     State: `scale` and `bias` (parameters), `mean` and `var` (running statistics, `nnx.BatchStat`),
     float32 `[features]` each. Statistics are computed in float32 or wider whatever the input's
     dtype; `[..., features]` comes back in the input's dtype.
     """
 
-    def __init__(self, features: int):
-        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
+    def __init__(self, features: int, *, affine: bool = True):
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32)) if affine else None
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         wide = _wide(x.dtype)
-        scale, bias = self.scale[...].astype(wide), self.bias[...].astype(wide)
+        if self.scale is not None and self.bias is not None:
+            scale, bias = self.scale[...].astype(wide), self.bias[...].astype(wide)
+        else:
+            scale, bias = jnp.ones_like(self.mean[...], wide), jnp.zeros_like(self.mean[...], wide)
         if not train:
             mean, var = self.mean[...].astype(wide), self.var[...].astype(wide)
             return _apply(x, mean, scale * jax.lax.rsqrt(var + EPSILON), bias)

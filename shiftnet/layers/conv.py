@@ -1,9 +1,12 @@
 """Convolution without bias."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
-from shiftnet.layers.initializers import torch_uniform
+from shiftnet.weights import Float, Weight
+from shiftnet.weights.initializers import torch_uniform
 
 
 class Conv(nnx.Module):
@@ -15,8 +18,11 @@ class Conv(nnx.Module):
       kernel_size: side of the kernel, odd.
       stride: in pixels, both ways.
       groups: 1, or `in_features` for a depthwise convolution.
-      rngs: the `params` stream draws the kernel, float32
-        `[kernel_size, kernel_size, in_features // groups, out_features]`.
+      init: draws the weight, `init(key, shape)`.
+      rngs: the `params` stream.
+
+    Its `weight`, `[kernel_size, kernel_size, in_features // groups, out_features]`, is a `Float`
+    that another weight form can replace.
 
     Calling it on `[N, H, W, in_features]` returns
     `[N, ceil(H / stride), ceil(W / stride), out_features]` in the input's dtype.
@@ -30,15 +36,16 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         groups: int = 1,
+        init: Callable[..., jax.Array] = torch_uniform,
         rngs: nnx.Rngs,
     ):
         shape = (kernel_size, kernel_size, in_features // groups, out_features)
-        self.kernel = nnx.Param(torch_uniform(rngs.params(), shape))
+        self.weight: Weight = Float(shape, init=init, rngs=rngs)
         self.stride = stride
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1:
             # As one product of two matrices: XLA's CPU backend then computes the weights' gradient
             # without copying the activations, several times faster than a convolution's.

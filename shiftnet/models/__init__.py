@@ -1,41 +1,83 @@
 """The networks, by name: `build(config.model, num_classes, rngs=nnx.Rngs(0))`."""
 
+import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
+from shiftnet import weights
 from shiftnet.errors import UserError, unknown
-from shiftnet.models import depthwiseresnet, resnet, shiftresnet
+from shiftnet.layers import Conv, Linear
+from shiftnet.models import (
+    depthwiseresnet,
+    imagenet_resnet,
+    resnet,
+    shiftnet,
+    shiftresnet,
+    wrn,
+)
+from shiftnet.models.network import Network
 
-__all__ = ["FAMILIES", "build", "check", "parse_arch"]
+__all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
 
-FAMILIES: dict[str, Callable[..., resnet.ResNet]] = {
-    "resnet": resnet.build,
-    "shiftresnet": shiftresnet.build,
-    "depthwiseresnet": depthwiseresnet.build,
+
+class Family(NamedTuple):
+    """Networks of one kind.
+
+    Attributes:
+      build: `build(depth, num_classes, dtype=..., rngs=..., **fields)`.
+      fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
+      example: a depth to name in errors; None where the family is a single network.
+      depths: all depths there are; None for 6n + 2.
+    """
+
+    build: Callable[..., Network]
+    fields: tuple[str, ...] = ()
+    example: int | None = 20
+    depths: Sequence[int] | None = None
+
+
+FAMILIES = {
+    "resnet": Family(resnet.build, ("reduction", "reduction_mode")),
+    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode")),
+    "depthwiseresnet": Family(depthwiseresnet.build, ("reduction", "reduction_mode")),
+    "wrn": Family(wrn.build, ("width",)),
+    "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS),
+    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), (), None, ()),
+    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, ()),
 }
 
+# What a field is where it changes nothing. The reduction's mode does nothing without a reduction.
+NEUTRAL = {"expansion": 1, "reduction": 1, "width": 1}
 
-def parse_arch(arch: str) -> tuple[str, int]:
-    """Splits an architecture's name, for example `"shiftresnet20"`, into its family and depth.
+
+def parse_arch(arch: str) -> tuple[str, int | None]:
+    """Splits an architecture's name into family and depth: `"shiftresnet20"`, `"shiftnet_a"`.
 
     Raises:
-      UserError: for an unknown family, or a depth that is not 6n + 2 with n at least 1.
+      UserError: for an unknown family, or a depth that the family does not have.
     """
-    match = re.fullmatch(r"([a-z_]+)(\d+)", arch)
-    if match is None or match[1] not in FAMILIES:
-        raise unknown("architecture", arch, [f"{family}20" for family in FAMILIES])
-    family, depth = match[1], int(match[2])
-    if depth < 8 or depth % 6 != 2:
+    match = re.fullmatch(r"([a-z_]+)(\d*)", arch)
+    family = FAMILIES.get(match[1]) if match else None
+    if match is None or family is None or bool(match[2]) != (family.example is not None):
+        names = [f"{name}{'' if f.example is None else f.example}" for name, f in FAMILIES.items()]
+        raise unknown("architecture", arch, names)
+    if family.example is None:
+        return match[1], None
+    depth = int(match[2])
+    if family.depths is None and (depth < 8 or depth % 6 != 2):
         below = max(8, depth - (depth - 2) % 6)
         raise UserError(
             f"architecture {arch!r} does not exist: its depth must be 6n + 2, "
-            f"the nearest are {family}{below} and {family}{below + 6}"
+            f"the nearest are {match[1]}{below} and {match[1]}{below + 6}"
         )
-    return family, depth
+    if family.depths is not None and depth not in family.depths:
+        known = ", ".join(f"{match[1]}{depth}" for depth in family.depths)
+        raise UserError(f"architecture {arch!r} does not exist; there are {known}")
+    return match[1], depth
 
 
 def check(model: Mapping[str, Any]) -> None:
@@ -43,14 +85,16 @@ def check(model: Mapping[str, Any]) -> None:
     nnx.eval_shape(lambda: build(model, 1, rngs=nnx.Rngs(0)))
 
 
-def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> resnet.ResNet:
+def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Network:
     """The network that a recipe's `config.model` names.
 
     Args:
-      model: `arch` (a family and its depth 6n + 2, for example `"shiftresnet20"`), `expansion`,
-        `reduction`, `reduction_mode` (`"block"` or `"net"`) and `dtype` (`"float32"`: compute in
-        the precision of the input; `"bfloat16"`: compute in bfloat16 whatever the input, with
-        float32 parameters and batch statistics).
+      model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
+        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
+        and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
+        `shiftnet.weights`) but the first's and the last's, unless `quantize_first_last`; and
+        `dtype` (`"float32"`: compute in the precision of the input; `"bfloat16"`: compute in
+        bfloat16 whatever the input, with float32 parameters and batch statistics).
       num_classes: length of the logits.
       rngs: the `params` stream draws the parameters.
 
@@ -60,15 +104,36 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> resn
       the batch's.
 
     Raises:
-      UserError: for an architecture that does not exist, or a field that does not apply to it.
+      UserError: for an architecture or a weight form that does not exist, or a field that does not
+        apply to it.
     """
-    family, depth = parse_arch(model["arch"])
-    return FAMILIES[family](
+    name, depth = parse_arch(model["arch"])
+    family = FAMILIES[name]
+    for field, neutral in NEUTRAL.items():
+        if field not in family.fields and model[field] != neutral:
+            takers = " and ".join(n for n, f in FAMILIES.items() if field in f.fields)
+            raise UserError(
+                f"model.{field} must be {neutral} for {name} (it applies to {takers}), "
+                f"got {model[field]}"
+            )
+    form = weights.make(model["weights"], model["weight_bits"])
+    network = family.build(
         depth,
         num_classes,
-        expansion=model["expansion"],
-        reduction=model["reduction"],
-        reduction_mode=model["reduction_mode"],
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
+        **{field: model[field] for field in family.fields},
     )
+    if form is not weights.Float:
+        spared = () if model["quantize_first_last"] else network.first_and_last
+        _set_weights(network, form, spared, rngs)
+    return network
+
+
+def _set_weights(
+    network: Network, form: Callable[..., weights.Weight], spared: Sequence[str], rngs: nnx.Rngs
+) -> None:
+    """Gives every convolution and linear layer but the spared ones weights of a form."""
+    for path, layer in nnx.iter_modules(network):
+        if isinstance(layer, Conv | Linear) and ".".join(map(str, path)) not in spared:
+            layer.weight = form(layer.weight.shape, rngs=rngs)

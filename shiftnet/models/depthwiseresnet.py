@@ -37,4 +37,4 @@ class DepthwiseBlock(nnx.Module):
         return nnx.relu(y + self.shortcut(x, train=train))
 
 
-build = functools.partial(resnet.build, block_type=DepthwiseBlock, family="depthwiseresnet")
+build = functools.partial(resnet.build, block_type=DepthwiseBlock)

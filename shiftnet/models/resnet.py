@@ -14,6 +14,8 @@ from flax import nnx
 
 from shiftnet.errors import UserError
 from shiftnet.layers import BatchNorm, Conv, Linear
+from shiftnet.models.network import Network
+from shiftnet.weights.initializers import torch_uniform
 
 WIDTHS = (16, 32, 64)
 
@@ -26,7 +28,7 @@ class Block(Protocol):
     ) -> nnx.Module: ...
 
 
-class ResNet(nnx.Module):
+class ResNet(Network):
     """Stem, three stages of `(depth - 2) / 6` blocks at strides 1, 2, 2, average pool, linear.
 
     Args:
@@ -34,11 +36,11 @@ class ResNet(nnx.Module):
       depth: 6n + 2.
       num_classes: length of the logits.
       widths: channels of the three stages; the stem has as many as the first.
-      dtype: compute in this dtype whatever the input's; None computes in the input's.
+      dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
-
-    Calling it on normalised `[N, H, W, 3]` returns logits `[N, num_classes]` in the input's dtype.
     """
+
+    first_and_last = ("conv1", "linear")
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class ResNet(nnx.Module):
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
+        super().__init__(dtype)
         count = (depth - 2) // 6
         self.conv1 = Conv(3, widths[0], 3, rngs=rngs)
         self.bn1 = BatchNorm(widths[0])
@@ -57,16 +60,13 @@ class ResNet(nnx.Module):
         self.layer2 = _stage(block, widths[0], widths[1], count, stride=2, rngs=rngs)
         self.layer3 = _stage(block, widths[1], widths[2], count, stride=2, rngs=rngs)
         self.linear = Linear(widths[2], num_classes, rngs=rngs)
-        self.dtype = dtype
 
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        input_dtype = x.dtype
-        x = x.astype(self.dtype or input_dtype)
+    def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), train=train))
         for stage in (self.layer1, self.layer2, self.layer3):
             for block in stage:
                 x = block(x, train=train)
-        return self.linear(_pool(x)).astype(input_dtype)
+        return self.linear(_pool(x))
 
 
 def _stage(block: Block, in_features: int, out_features: int, count: int, *, stride: int, rngs):
@@ -88,10 +88,18 @@ def _pool(x: jax.Array) -> jax.Array:
 class Shortcut(nnx.Module):
     """The identity, or a 1x1 convolution and batch normalisation where the shape changes."""
 
-    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        stride: int,
+        *,
+        init: Callable[..., jax.Array] = torch_uniform,
+        rngs: nnx.Rngs,
+    ):
         self.projection: nnx.List[nnx.Module] = nnx.List([])
         if stride != 1 or in_features != out_features:
-            conv = Conv(in_features, out_features, 1, stride=stride, rngs=rngs)
+            conv = Conv(in_features, out_features, 1, stride=stride, init=init, rngs=rngs)
             self.projection = nnx.List([conv, BatchNorm(out_features)])
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -143,31 +151,20 @@ def at_least_one(features: float, field: str, value: float) -> int:
     return int(features)
 
 
-def no_expansion(expansion: float, family: str) -> None:
-    """Raises UserError where an expansion is asked of a family that has none."""
-    if expansion != 1:
-        raise UserError(
-            f"model.expansion must be 1 for a {family} (it applies to shiftresnet), got {expansion}"
-        )
-
-
 def build(
     depth: int,
     num_classes: int,
     *,
-    expansion: float,
     reduction: float,
     reduction_mode: str,
     dtype: jnp.dtype | None,
     rngs: nnx.Rngs,
     block_type: Callable[..., nnx.Module] = BasicBlock,
-    family: str = "resnet",
 ) -> ResNet:
     """ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels.
 
-    The depthwise family is the same with another `block_type`; errors name the `family`.
+    The depthwise family is the same with another `block_type`.
     """
-    no_expansion(expansion, family)
     inner = reduction if reduction_mode == "block" else 1.0
 
     def block(in_features, out_features, stride, *, rngs):

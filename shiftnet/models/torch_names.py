@@ -1,68 +1,106 @@
 """The originals' state-dict names and PyTorch's layouts, to and from our modules.
 
-Modules carry the originals' names, so the map is mechanical: `layer2.0.conv1.kernel` is
-`layer2.0.conv1.weight` with its axes moved.
+Modules carry the originals' names, so the map is mechanical: `layer2.0.conv1.weight.value` is
+`layer2.0.conv1.weight` with its axes moved. Where originals call the same thing differently, a
+`Naming` says how.
 """
 
+import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-# Our leaf name -> PyTorch's. `num_batches_tracked` counts steps there and has no use here.
+
+class Naming(NamedTuple):
+    """How one original's names differ from ours.
+
+    Attributes:
+      layers: patterns of our paths and what takes their place.
+      weight_suffix: what follows a layer's name in the name of its weight.
+    """
+
+    layers: tuple[tuple[str, str], ...] = ()
+    weight_suffix: str = ".weight"
+
+
+# ShiftResNet, ResNet and DepthwiseResNet of arXiv:1711.08141's code.
+SHIFT = Naming(((r"\.projection\b", ""),))
+# torchvision's ResNets; S3 takes their names for ImageNet and CIFAR.
+TORCHVISION = Naming(((r"\bshortcut\.projection\b", "downsample"), (r"^linear\b", "fc")))
+# 1-bit wide ResNets.
+WRN = Naming(((r"^(group\d)\.(\d+)", r"\1.block\2"),), weight_suffix="")
+
+# Our names -> PyTorch's. `num_batches_tracked` counts steps there and has no use here.
 _LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
+    "scale": ".weight",
+    "bias": ".bias",
+    "mean": ".running_mean",
+    "var": ".running_var",
+}
+# Latents of `layer.weight`, as S3's code calls them; it holds the sign twice, under the name of the
+# weight and as `weight_sign`. DenseShift's third gate and wider forms go on counting.
+_LATENTS = {
+    "value": "",
+    "latent": "",
+    "sign": "",
+    "gate": "_val",
+    "shift1": "_shift",
 }
 
 
-def _torch_name(path: tuple) -> str:
-    parts = [str(part) for part in path if part != "projection"]
-    return ".".join([*parts[:-1], _LEAVES[parts[-1]]])
+def _torch_name(path: tuple[str, ...], naming: Naming) -> str:
+    is_latent = len(path) > 1 and path[-2] == "weight"
+    layer = ".".join(path[:-2] if is_latent else path[:-1])
+    for pattern, replacement in naming.layers:
+        layer = re.sub(pattern, replacement, layer)
+    if is_latent:
+        suffix = _LATENTS.get(path[-1], f"_{path[-1]}")
+        return f"{layer}{naming.weight_suffix}{suffix}"
+    return f"{layer}{_LEAVES[path[-1]]}"
 
 
-def _axes_to_torch(path: tuple, ndim: int) -> tuple[int, ...]:
-    """Kernels are [kh, kw, in, out] or [in, out] here, [out, in, kh, kw] or [out, in] there."""
-    if path[-1] == "kernel":
-        return (3, 2, 0, 1) if ndim == 4 else (1, 0)
-    return tuple(range(ndim))
+def _axes_to_torch(ndim: int) -> tuple[int, ...]:
+    """Weights are [kh, kw, in, out] or [in, out] here, [out, in, kh, kw] or [out, in] there."""
+    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
 
 
-def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
+def to_torch(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, np.ndarray]:
     """The model's parameters and running statistics under PyTorch's names and in its layouts."""
     return {
-        _torch_name(path): np.transpose(np.asarray(leaf[...]), _axes_to_torch(path, leaf.ndim))
+        _torch_name(path, naming): np.transpose(np.asarray(leaf[...]), _axes_to_torch(leaf.ndim))
         for path, leaf in _leaves(model)
     }
 
 
-def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
+def from_torch(
+    model: nnx.Module, state_dict: Mapping[str, np.ndarray], naming: Naming = SHIFT
+) -> None:
     """Sets the model's parameters and running statistics, keeping the given arrays' dtypes.
 
     Args:
       model: changed in place.
       state_dict: arrays by PyTorch's names. Names that the model lacks are ignored.
+      naming: whose names they are.
 
     Raises:
       KeyError: for a name that is missing.
       ValueError: for an array of the wrong shape.
     """
     for path, leaf in _leaves(model):
-        name = _torch_name(path)
-        axes = _axes_to_torch(path, leaf.ndim)
+        name = _torch_name(path, naming)
+        axes = _axes_to_torch(leaf.ndim)
         value = np.transpose(state_dict[name], np.argsort(axes))
         if value.shape != leaf.shape:
             raise ValueError(f"{name}: expected shape {leaf.shape}, found {value.shape}")
         leaf.set_value(jax.numpy.asarray(value))
 
 
-def _leaves(model: nnx.Module) -> list[tuple[tuple, nnx.Variable]]:
+def _leaves(model: nnx.Module) -> list[tuple[tuple[str, ...], nnx.Variable]]:
     return [
-        (path, leaf)
+        (tuple(map(str, path)), leaf)
         for path, leaf in nnx.iter_graph(model)
         if isinstance(leaf, nnx.Param | nnx.BatchStat)
     ]

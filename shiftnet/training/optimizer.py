@@ -8,14 +8,27 @@ import optax
 
 
 def learning_rates(config: Any) -> np.ndarray:
-    """The learning rate of each epoch, float64 `[epochs]`.
+    """The learning rate of each epoch, float64 `[epochs]`; epochs count from 0.
 
-    `"step"`: `optimizer.lr`, times `schedule.factor` from each epoch in `schedule.boundaries` on
-    (epochs count from 0).
+    `"step"`: `optimizer.lr`, times `schedule.factor` from each epoch in `schedule.boundaries` on.
+
+    `"cosine"`: from `optimizer.lr` down half a cosine wave to `schedule.lr_min`, which the epoch
+    after the last would have.
+
+    `"sgdr"`: such a wave from the start, and a new one from each boundary that lies within the
+    run, each as long as it is to the next boundary or to the end (Loshchilov and Hutter,
+    arXiv:1608.03983).
     """
+    schedule, top = config.schedule, config.optimizer.lr
     epochs = np.arange(config.epochs)
-    passed = np.searchsorted(np.asarray(config.schedule.boundaries), epochs, side="right")
-    return config.optimizer.lr * config.schedule.factor**passed
+    if schedule.name == "step":
+        passed = np.searchsorted(np.asarray(schedule.boundaries), epochs, side="right")
+        return top * schedule.factor**passed
+    inside = [b for b in schedule.boundaries if b < config.epochs and schedule.name == "sgdr"]
+    edges = np.array([0, *inside, config.epochs])
+    wave = np.searchsorted(edges, epochs, side="right") - 1
+    done = (epochs - edges[wave]) / (edges[wave + 1] - edges[wave])
+    return schedule.lr_min + (top - schedule.lr_min) * (1 + np.cos(np.pi * done)) / 2
 
 
 def make_optimizer(config: Any, steps_per_epoch: int) -> optax.GradientTransformation:

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from shiftnet import models
+from shiftnet import models, weights
 from shiftnet.data import RGB, augment
 from shiftnet.training.mesh import batch_sharded, replicated
 from shiftnet.training.optimizer import make_optimizer
@@ -99,17 +99,19 @@ class Program:
           labels: int32 `[N]`.
 
         Returns:
-          The next state, the mean cross entropy before the step, and how many images of the batch
+          The next state, the mean cross entropy before the step (without the weights' regulariser,
+          though its gradient is taken too), and how many images of the batch
           were classified correctly (int32).
         """
 
         def loss_of(params):
             model = nnx.merge(self.graphdef, params, state.stats, copy=True)
             logits = model(images, train=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (nnx.state(model, nnx.BatchStat), logits)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
+            return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
-        (loss, (stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (_, (loss, stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         predictions = logits.argmax(-1).astype(labels.dtype)

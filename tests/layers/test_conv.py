@@ -36,8 +36,8 @@ def test_is_the_sum_over_the_window(kernel_size, groups, stride, size):
         lambda: Conv(6, out, kernel_size, stride=stride, groups=groups, rngs=nnx.Rngs(0))
     )
     random = np.random.default_rng(0)
-    x, kernel = random.normal(size=(2, *size, 6)), random.normal(size=conv.kernel.shape)
-    conv.kernel.set_value(jnp.asarray(kernel))
+    x, kernel = random.normal(size=(2, *size, 6)), random.normal(size=conv.weight.shape)
+    conv.weight.value.set_value(jnp.asarray(kernel))
     y = conv(jnp.asarray(x))
     expected = sums(x, kernel, stride, groups)
     assert y.shape == expected.shape
@@ -49,6 +49,6 @@ def test_computes_in_the_inputs_precision_with_float32_parameters(kernel_size):
     conv = Conv(3, 4, kernel_size, rngs=nnx.Rngs(0))
     y = conv(jnp.ones((1, 4, 4, 3), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    assert conv.kernel.dtype == jnp.float32
+    assert conv.weight().dtype == jnp.float32
     gradient = jax.grad(lambda x: conv(x).astype(jnp.float32).sum())(jnp.ones((1, 4, 4, 3)))
     assert gradient.dtype == jnp.float32

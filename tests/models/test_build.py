@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import models
+from shiftnet.config import default_config
 from shiftnet.errors import UserError
 from shiftnet.models import torch_names
+from shiftnet.models.counting import count
 from shiftnet.models.resnet import ResNet
 from tests import networks, oracle
 
 
 def config(arch: str, **fields) -> dict:
-    defaults = {"expansion": 1.0, "reduction": 1.0, "reduction_mode": "net", "dtype": "float32"}
-    return {"arch": arch, **defaults, **fields}
+    return {**default_config().model, "arch": arch, **fields}
+
+
+# Families for small images, with the frame of the ResNet and with their own.
+FRAMED = ["resnet", "shiftresnet", "depthwiseresnet"]
+SMALL = [*FRAMED, "wrn"]
 
 
 def parameters(model: nnx.Module) -> int:
@@ -24,19 +29,19 @@ def parameters(model: nnx.Module) -> int:
 
 def middle_features(model: ResNet) -> list[int]:
     """The middle channels of each stage's first block."""
-    return [stage[0].conv1.kernel.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)]
+    return [stage[0].conv1.weight.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)]
 
 
 def output_features(model: ResNet) -> list[int]:
     """The channels of the stem and of each stage."""
     last = [
-        stage[-1].conv2.kernel.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)
+        stage[-1].conv2.weight.shape[-1] for stage in (model.layer1, model.layer2, model.layer3)
     ]
-    return [model.conv1.kernel.shape[-1], *last]
+    return [model.conv1.weight.shape[-1], *last]
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@pytest.mark.parametrize("family", FRAMED)
 @pytest.mark.parametrize("depth", [8, 14, 20, 56, 110, 164])
 def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
     model = networks.abstract(config(f"{family}{depth}"), 10)
@@ -46,11 +51,11 @@ def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@pytest.mark.parametrize("arch", [*(f"{f}8" for f in SMALL), "imagenet_resnet18", "shiftnet_b"])
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 64), (40, 36), (5, 3), (224, 224)])
 @pytest.mark.parametrize("classes", [1, 10, 1000])
-def test_any_input_size_and_number_of_classes(family, size, classes):
-    model = networks.abstract(config(f"{family}8"), classes)
+def test_any_input_size_and_number_of_classes(arch, size, classes):
+    model = networks.abstract(config(arch), classes)
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     for train in (False, True):
         logits = nnx.eval_shape(lambda model, x, train=train: model(x, train=train), model, x)
@@ -72,9 +77,21 @@ def test_has_the_parameters_that_the_page_reports(fields, count):
     assert parameters(networks.abstract(config(**fields), 10)) == count
 
 
-@oracle.every_case("net")
-def test_has_the_parameters_of_the_original(name):
-    hyper = oracle.case("net", name).hyper
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("arch", "parameter_millions", "multiply_add_billions"),
+    # The paper has 4.1 and 1.1 million, and 1.4 and 0.37 billion.
+    [("shiftnet_a", 4.19, 1.42), ("shiftnet_b", 1.18, 0.371)],
+)
+def test_shiftnets_cost_what_the_paper_reports(arch, parameter_millions, multiply_add_billions):
+    counts = count(networks.abstract(config(arch), 1000), (224, 224, 3))
+    assert counts.parameters / 1e6 == pytest.approx(parameter_millions, rel=0.003)
+    assert counts.multiply_adds / 1e9 == pytest.approx(multiply_add_billions, rel=0.004)
+
+
+@oracle.every_case("net", "wrn", "s3net")
+def test_has_the_parameters_of_the_original(group, name):
+    hyper = oracle.case(group, name).hyper
     model = networks.abstract(networks.model_config(hyper), hyper["num_classes"])
     assert parameters(model) == hyper["n_params"]
 
@@ -113,12 +130,35 @@ def test_reduction_of_the_blocks_narrows_their_middle_alone():
     [
         ({"arch": "shiftresnt20"}, "'shiftresnt20'; did you mean 'shiftresnet20'"),
         ({"arch": "depthwise20"}, "'depthwise20'; did you mean 'depthwiseresnet20'"),
-        ({"arch": "vgg"}, "'vgg'; known: depthwiseresnet20, resnet20, shiftresnet20"),
+        (
+            {"arch": "vgg"},
+            "'vgg'; known: depthwiseresnet20, imagenet_resnet18, resnet20, shiftnet_a, shiftnet_b",
+        ),
         ({"arch": "resnet"}, "unknown architecture 'resnet'; did you mean 'resnet20'"),
         ({"arch": "resnet18"}, r"depth must be 6n \+ 2, the nearest are resnet14 and resnet20"),
         ({"arch": "resnet2"}, "the nearest are resnet8 and resnet14"),
-        ({"arch": "resnet20", "expansion": 3.0}, "expansion must be 1 for a resnet.*got 3.0"),
-        ({"arch": "depthwiseresnet20", "expansion": 3.0}, "must be 1 for a depthwiseresnet"),
+        ({"arch": "wrn18"}, r"depth must be 6n \+ 2, the nearest are wrn14 and wrn20"),
+        (
+            {"arch": "imagenet_resnet20"},
+            "does not exist; there are imagenet_resnet18, imagenet_res",
+        ),
+        (
+            {"arch": "shiftnet_a20"},
+            "unknown architecture 'shiftnet_a20'; did you mean 'shiftnet_a'",
+        ),
+        ({"arch": "resnet20", "width": 2.0}, r"width must be 1 for resnet \(it applies to wrn\)"),
+        ({"arch": "wrn8", "width": 0.05}, "width 0.05 leaves a layer without channels"),
+        ({"arch": "resnet8", "weights": "s4"}, "unknown weight form 's4'; did you mean 's3'"),
+        (
+            {"arch": "resnet8", "weights": "s3", "weight_bits": 5},
+            "weight_bits must be 0 or one of 2, 3, 4 for s3 weights, found 5",
+        ),
+        (
+            {"arch": "resnet8", "weights": "sign", "weight_bits": 2},
+            "weight_bits must be 0 for sign weights, found 2",
+        ),
+        ({"arch": "resnet20", "expansion": 3.0}, "expansion must be 1 for resnet.*got 3.0"),
+        ({"arch": "depthwiseresnet20", "expansion": 3.0}, "must be 1 for depthwiseresnet"),
         ({"arch": "resnet20", "reduction": 257.0}, "reduction 257.0 leaves a layer without chan"),
         (
             {"arch": "resnet20", "reduction": 16.5, "reduction_mode": "block"},

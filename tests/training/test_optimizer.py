@@ -73,6 +73,6 @@ def test_weight_decay_reaches_every_parameter():
 
     updates = one_step(params)
     kinds = {path[-1] for path, _ in nnx.to_flat_state(params)}
-    assert kinds == {"kernel", "scale", "bias"}
+    assert kinds == {"value", "scale", "bias"}
     for update, value in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(update, -0.1 * 5e-4 * value, rtol=1e-5)

@@ -29,13 +29,13 @@ def assert_uniform(values, fan_in: int) -> None:
 def test_convolution(shape, groups, fan_in):
     inside, out, kernel_size = shape
     conv = Conv(inside, out, kernel_size, groups=groups, rngs=nnx.Rngs(0))
-    assert conv.kernel.shape == (kernel_size, kernel_size, inside // groups, out)
-    assert_uniform(conv.kernel[...], fan_in)
+    assert conv.weight.shape == (kernel_size, kernel_size, inside // groups, out)
+    assert_uniform(conv.weight(), fan_in)
 
 
 def test_linear_weight_and_bias():
     linear = Linear(64, 1000, rngs=nnx.Rngs(0))
-    assert_uniform(linear.kernel[...], 64)
+    assert_uniform(linear.weight(), 64)
     assert_uniform(linear.bias[...], 64)
 
 
@@ -43,6 +43,6 @@ def test_every_layer_and_every_seed_draws_its_own():
     rngs = nnx.Rngs(0)
     first, second = Conv(16, 16, 1, rngs=rngs), Conv(16, 16, 1, rngs=rngs)
     again, other = Conv(16, 16, 1, rngs=nnx.Rngs(0)), Conv(16, 16, 1, rngs=nnx.Rngs(1))
-    kernels = [jax.device_get(conv.kernel[...]) for conv in (first, second, other)]
+    kernels = [jax.device_get(conv.weight()) for conv in (first, second, other)]
     assert len({kernel.tobytes() for kernel in kernels}) == 3
-    np.testing.assert_array_equal(again.kernel[...], kernels[0])
+    np.testing.assert_array_equal(again.weight(), kernels[0])

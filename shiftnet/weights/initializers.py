@@ -7,6 +7,12 @@ import jax.numpy as jnp
 # what the original networks trained from. A variance of 1/(3 fan_in) is that uniform distribution.
 torch_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", dtype=jnp.float32)
 
+# N(0, 2 / (k k out_features)): PyTorch's kaiming_normal_(mode="fan_out"), from which 1-bit wide
+# ResNets, S3's latents and torchvision's ResNets start.
+he_normal_fan_out = jax.nn.initializers.variance_scaling(
+    2.0, "fan_out", "normal", dtype=jnp.float32
+)
+
 
 def torch_uniform_bias(key: jax.Array, features: int, fan_in: int) -> jax.Array:
     """A bias as PyTorch starts it: float32 `[features]`, uniform within ±1/sqrt(fan_in)."""

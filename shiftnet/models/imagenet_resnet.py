@@ -1,0 +1,112 @@
+"""Residual networks for images of 224x224 pixels: ResNet-18, -34, -50, -101 and -152.
+
+He et al., arXiv:1512.03385, table 1, with the stride of a bottleneck on its 3x3 convolution, as
+torchvision has them and S3 trains them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shiftnet.layers import BatchNorm, Conv, Linear
+from shiftnet.layers.pooling import max_pool
+from shiftnet.models.network import Network
+from shiftnet.models.resnet import Shortcut
+from shiftnet.weights.initializers import he_normal_fan_out
+
+_Conv = functools.partial(Conv, init=he_normal_fan_out)
+
+
+class BasicBlock(nnx.Module):
+    """3x3(stride) → BN → ReLU → 3x3 → BN → add → ReLU."""
+
+    expansion = 1
+
+    def __init__(self, in_features: int, features: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv1 = _Conv(in_features, features, 3, stride=stride, rngs=rngs)
+        self.bn1 = BatchNorm(features)
+        self.conv2 = _Conv(features, features, 3, rngs=rngs)
+        self.bn2 = BatchNorm(features)
+        self.shortcut = Shortcut(in_features, features, stride, init=he_normal_fan_out, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = self.bn2(self.conv2(y), train=train)
+        return nnx.relu(y + self.shortcut(x, train=train))
+
+
+class Bottleneck(nnx.Module):
+    """1x1 → BN → ReLU → 3x3(stride) → BN → ReLU → 1x1 to four times as many → BN → add → ReLU."""
+
+    expansion = 4
+
+    def __init__(self, in_features: int, features: int, stride: int, *, rngs: nnx.Rngs):
+        out = features * self.expansion
+        self.conv1 = _Conv(in_features, features, 1, rngs=rngs)
+        self.bn1 = BatchNorm(features)
+        self.conv2 = _Conv(features, features, 3, stride=stride, rngs=rngs)
+        self.bn2 = BatchNorm(features)
+        self.conv3 = _Conv(features, out, 1, rngs=rngs)
+        self.bn3 = BatchNorm(out)
+        self.shortcut = Shortcut(in_features, out, stride, init=he_normal_fan_out, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = nnx.relu(self.bn2(self.conv2(y), train=train))
+        y = self.bn3(self.conv3(y), train=train)
+        return nnx.relu(y + self.shortcut(x, train=train))
+
+
+# Depth -> block and blocks a stage.
+_STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+DEPTHS = tuple(_STAGES)
+
+
+class ImageNetResNet(Network):
+    """7x7(2) → BN → ReLU → max pool, four stages at 64, 128, 256, 512, average, linear.
+
+    Args:
+      depth: one of `DEPTHS`.
+      num_classes: length of the logits.
+      dtype: as of `Network`.
+      rngs: the `params` stream draws the parameters.
+    """
+
+    first_and_last = ("conv1", "linear")
+
+    def __init__(
+        self, depth: int, num_classes: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+    ):
+        super().__init__(dtype)
+        block, counts = _STAGES[depth]
+        self.conv1 = _Conv(3, 64, 7, stride=2, rngs=rngs)
+        self.bn1 = BatchNorm(64)
+        stages, inside = [], 64
+        for stage, count in enumerate(counts):
+            features = 64 * 2**stage
+            outside = features * block.expansion
+            blocks = [block(inside, features, 1 + (stage > 0), rngs=rngs)]
+            blocks += [block(outside, features, 1, rngs=rngs) for _ in range(1, count)]
+            stages.append(nnx.List(blocks))
+            inside = outside
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = Linear(inside, num_classes, rngs=rngs)
+
+    def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = self.conv1(x)
+        x = max_pool(nnx.relu(self.bn1(x, train=train)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x, train=train)
+        return self.linear(x.mean((1, 2)))
+
+
+build = ImageNetResNet

@@ -1,0 +1,91 @@
+"""Wide residual networks for small images, made for weights of one bit.
+
+McDonnell, "Training wide residual networks for deployment using a single bit for each weight",
+ICLR 2018, arXiv:1802.08530, in the form of its published PyTorch code: batch norm without scale
+and bias, shortcuts without weights, and a 1x1 convolution in place of the linear layer.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shiftnet.layers import BatchNorm, Conv
+from shiftnet.layers.pooling import average_pool
+from shiftnet.models.network import Network
+from shiftnet.models.resnet import at_least_one
+from shiftnet.weights.initializers import he_normal_fan_out
+
+_Conv = functools.partial(Conv, init=he_normal_fan_out)
+
+
+class WideBlock(nnx.Module):
+    """BN → ReLU → 3x3(stride) → BN → ReLU → 3x3, then add the shortcut.
+
+    The shortcut is the block's input; where the shape changes, its `average_pool` followed by
+    channels of zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+        self.bn0 = BatchNorm(in_features, affine=False)
+        self.conv0 = _Conv(in_features, out_features, 3, stride=stride, rngs=rngs)
+        self.bn1 = BatchNorm(out_features, affine=False)
+        self.conv1 = _Conv(out_features, out_features, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        y = self.conv0(nnx.relu(self.bn0(x, train=train)))
+        y = self.conv1(nnx.relu(self.bn1(y, train=train)))
+        if x.shape != y.shape:
+            x = average_pool(x)
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
+        return y + x
+
+
+class WideResNet(Network):
+    """Stem, three groups of blocks at strides 1, 2, 2, BN, ReLU, 1x1 convolution, BN, average.
+
+    Args:
+      depth: 6n + 2, for n blocks a group.
+      num_classes: length of the logits.
+      width: the groups have `int(16 * width)` channels, twice and four times as many.
+      dtype: as of `Network`.
+      rngs: the `params` stream draws the parameters.
+    """
+
+    first_and_last = ("conv0", "conv_last")
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        *,
+        width: float,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(dtype)
+        features = at_least_one(16 * width, "width", width)
+        self.conv0 = _Conv(3, features, 3, rngs=rngs)
+        groups = []
+        for group in range(3):
+            inside, outside = features * 2 ** max(group - 1, 0), features * 2**group
+            blocks = [WideBlock(inside, outside, 1 + (group > 0), rngs=rngs)]
+            for _ in range(1, (depth - 2) // 6):
+                blocks.append(WideBlock(outside, outside, 1, rngs=rngs))
+            groups.append(nnx.List(blocks))
+        self.group0, self.group1, self.group2 = groups
+        self.bn = BatchNorm(outside, affine=False)
+        self.conv_last = _Conv(outside, num_classes, 1, rngs=rngs)
+        self.bn_last = BatchNorm(num_classes)
+
+    def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = self.conv0(x)
+        for group in (self.group0, self.group1, self.group2):
+            for block in group:
+                x = block(x, train=train)
+        x = nnx.relu(self.bn(x, train=train))
+        return self.bn_last(self.conv_last(x), train=train).mean((1, 2))
+
+
+build = WideResNet
