@@ -3,8 +3,9 @@
 The recipe is `default_config()`, that of the code published with arXiv:1711.08141: 164 epochs of
 batches of 128, SGD with momentum 0.9 and weight decay 5e-4 on every parameter, learning rate 0.1,
 times 0.1 at epochs 82 and 123, random crop after zero padding by 4, random flip. The named files
-beside this one differ in the network and the data set alone. The accuracy that they quote as
-reported is the best test accuracy of any epoch, as that code keeps it.
+beside this one differ in the network and the data set alone; all of them take `weights` and
+`weight_bits` as arguments too, for networks that were never published. The accuracy that they quote
+as reported is the best test accuracy of any epoch, as that code keeps it.
 """
 
 from ml_collections import ConfigDict
@@ -33,5 +34,6 @@ def _recipe(arch: str, dataset: str, argument: str, *model_fields: str) -> Confi
     config = default_config()
     config.model.arch = arch
     config.data.name = dataset
-    apply_argument(config, argument, {name: f"model.{name}" for name in model_fields})
+    names = (*model_fields, "weights", "weight_bits")
+    apply_argument(config, argument, {name: f"model.{name}" for name in names})
     return config

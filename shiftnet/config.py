@@ -119,9 +119,17 @@ FIELDS: Mapping[str, Field] = {
         "type of the computation; parameters and batch statistics stay float32",
         choices=("float32", "bfloat16"),
     ),
-    "data.name": Field("cifar100", "data set, for example cifar10 or digits"),
+    "data.name": Field("cifar100", "data set, for example cifar10, digits or imagenet2012"),
+    "data.source": Field(
+        "tfds",
+        "tfds: the data set of that name; folder: the image files of data.dir's train/<class>/ and "
+        "val/<class>/",
+        choices=("tfds", "folder"),
+    ),
     "data.dir": Field(
-        "", "folder of prepared data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets"
+        "",
+        "folder of prepared data sets, or of image files; empty: $TFDS_DATA_DIR or "
+        "~/tensorflow_datasets",
     ),
     "data.url": Field("", "where to download the data set from; empty: its official address"),
     "data.sha256": Field("", "digest of the download; empty: the official one", SHA256),
@@ -141,6 +149,31 @@ FIELDS: Mapping[str, Field] = {
     ),
     "data.pad_mode": Field(
         "zero", "what the added pixels hold (original: zero)", choices=("zero", "reflect")
+    ),
+    "data.cutout": Field(
+        0,
+        "side in pixels of the square of random pixels put over each training image, partly beside "
+        "it; 0: none (arXiv:1802.08530's code: 18)",
+        AT_LEAST_0,
+    ),
+    "data.size": Field(
+        224, "side in pixels that image files are cropped to (S3's code)", AT_LEAST_1
+    ),
+    "data.resize": Field(
+        0,
+        "shorter side in pixels of image files in evaluation, before the crop from their middle; "
+        "0: 8/7 of data.size, so 256 for 224 (S3's code)",
+        AT_LEAST_0,
+    ),
+    "data.workers": Field(
+        -1,
+        "processes that decode image files; 0: none beside the run's own; -1: one a core",
+        Rule(lambda value: value >= -1, "at least -1"),
+    ),
+    "data.on_corrupt": Field(
+        "error",
+        "what to do about an image file that cannot be decoded: stop, or skip and count it",
+        choices=("error", "skip"),
     ),
     "data.flip": Field(True, "mirror every second training image, at random (original)"),
     "optimizer.lr": Field(0.1, "learning rate at the start (original)", ABOVE_0),
@@ -173,8 +206,16 @@ FIELDS: Mapping[str, Field] = {
 }
 
 # What may change between the runs of one working directory: how long, how watched, where the data
-# lies. Any other field would make the resumed run another experiment.
-RESUMABLE = ("epochs", "log.*", "eval.*", "checkpoint.*", "data.dir")
+# lies and how it is read. Any other field would make the resumed run another experiment.
+RESUMABLE = (
+    "epochs",
+    "log.*",
+    "eval.*",
+    "checkpoint.*",
+    "data.dir",
+    "data.workers",
+    "data.on_corrupt",
+)
 
 
 def default_config() -> ConfigDict:

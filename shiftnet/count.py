@@ -1,7 +1,8 @@
 """Counts a network's parameters and multiply-adds.
 
-By default it prints the lines of the count tool published with arXiv:1711.08141, in that tool's
-own convention (see `page_flops`); --true prints the true counts, layer by layer.
+For the networks published with arXiv:1711.08141 it prints the lines of the count tool published
+there, in that tool's own convention (see `page_flops`); for the others, and with --true, the true
+counts, layer by layer.
 """
 
 import json
@@ -12,9 +13,14 @@ import jax
 from flax import nnx
 
 from shiftnet import config as config_lib
+from shiftnet import tables
 from shiftnet.errors import UserError, reported
-from shiftnet.models import build, parse_arch
+from shiftnet.models import FAMILIES, build, parse_arch
 from shiftnet.models.counting import Counts, count
+
+# Fields of `config.model` that are options, and the families whose counts were published.
+OPTIONS = ("expansion", "reduction", "reduction_mode", "width", "weights", "weight_bits")
+PUBLISHED = ("shiftresnet", "resnet", "depthwiseresnet")
 
 # Values in one tensor, channels times pixels. Tracing a shift builds a table of positions as large
 # as what it moves; this bound keeps that to a few GB.
@@ -26,16 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Counts the network that the command line names; returns the exit code."""
     parser = config_lib.Parser(prog="python -m shiftnet.count", description=__doc__)
     parser.add_argument("--arch", required=True, help="a family and its depth: shiftresnet20")
-    for name in ("expansion", "reduction", "reduction_mode"):
+    for name in OPTIONS:
         field = config_lib.FIELDS[f"model.{name}"]
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            metavar="|".join(field.choices) or "FLOAT",
+            metavar="|".join(field.choices) or type(field.default).__name__.upper(),
             help=f"{field.doc} (default: {_default(name)})",
         )
-    parser.add_argument("--num-classes", metavar="N", type=int, default=10, help="default: 10")
     parser.add_argument(
-        "--image-size", metavar="PIXELS", type=int, default=32, help="height and width, default: 32"
+        "--quantize-first-last",
+        action="store_true",
+        help=config_lib.FIELDS["model.quantize_first_last"].doc,
+    )
+    parser.add_argument(
+        "--num-classes", metavar="N", type=int, help="default: 10; for ImageNet's networks 1000"
+    )
+    parser.add_argument(
+        "--image-size",
+        metavar="PIXELS",
+        type=int,
+        help="height and width, default: 32; for ImageNet's networks 224",
     )
     parser.add_argument(
         "--true",
@@ -46,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     model = _model_config(arguments)
+    family, depth = parse_arch(model["arch"])
+    if arguments.image_size is None:
+        arguments.image_size = FAMILIES[family].image_size
+    if arguments.num_classes is None:
+        arguments.num_classes = 10 if FAMILIES[family].image_size == 32 else 1000
     for option, value in (
         ("--num-classes", arguments.num_classes),
         ("--image-size", arguments.image_size),
@@ -53,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value < 1:
             raise UserError(f"{option} must be at least 1, found {value}")
     new = _count(model, arguments)
-    if arguments.true and not arguments.json:
+    page = {}
+    if family in PUBLISHED:
+        plain = {**config_lib.default_config().model, "arch": f"resnet{depth}"}
+        page = _page(new, _count(plain, arguments))
+    if (arguments.true or not page) and not arguments.json:
         print(_table(new))
         return 0
-    _, depth = parse_arch(model["arch"])
-    plain = {**config_lib.default_config().model, "arch": f"resnet{depth}"}
-    page = _page(new, _count(plain, arguments))
     if arguments.json:
         print(json.dumps(_everything(model, arguments, page, new), indent=2))
         return 0
@@ -69,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{title}: (new) {numbers['new']} (original) {numbers['original']} "
             f"(reduction) {numbers['reduction']:.2f}"
         )
+    if model["weights"] != "float":
+        print(_bits(new))
     return 0
 
 
@@ -106,10 +130,11 @@ def _model_config(arguments: Any) -> Mapping[str, Any]:
     family, _ = parse_arch(arguments.arch)
     if family == "depthwiseresnet":  # published with this mode alone
         config.model.reduction_mode = "block"
-    for name in ("arch", "expansion", "reduction", "reduction_mode"):
+    for name in ("arch", *OPTIONS):
         text = getattr(arguments, name)
         if text is not None:
             config_lib.override(config, f"model.{name}", text)
+    config.model.quantize_first_last = arguments.quantize_first_last
     config_lib.validate(config)
     return config.model
 
@@ -141,12 +166,12 @@ def _page(new: Counts, original: Counts) -> dict[str, dict[str, float]]:
 def _everything(
     model: Mapping[str, Any], arguments: Any, page: Mapping[str, Any], new: Counts
 ) -> dict[str, Any]:
-    options = ("arch", "expansion", "reduction", "reduction_mode")
+    published = {title.lower(): numbers for title, numbers in page.items()}
     return {
-        **{name: model[name] for name in options},
+        **{name: model[name] for name in ("arch", *OPTIONS, "quantize_first_last")},
         "num_classes": arguments.num_classes,
         "image_size": arguments.image_size,
-        "page": {title.lower(): numbers for title, numbers in page.items()},
+        **({"page": published} if published else {}),
         "true": {
             "multiply_adds": new.multiply_adds,
             "parameters": new.parameters,
@@ -158,29 +183,35 @@ def _everything(
 
 
 def _table(counts: Counts) -> str:
-    titles = ("layer", "output", "multiply-adds", "parameters", "weight bytes")
-    rows: list[tuple[str, ...]] = [titles]
+    rows: list[tuple[object, ...]] = [
+        ("layer", "output", "multiply-adds", "parameters", "bits", "weight bytes")
+    ]
     for layer in counts.layers:
         output = "x".join(map(str, layer.output))
-        numbers = (layer.multiply_adds, layer.parameters, layer.weight_bytes)
-        rows.append((layer.name, output, *(f"{number:,}" for number in numbers)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+        numbers = (layer.multiply_adds, layer.parameters, layer.bits, layer.weight_bytes)
+        rows.append((layer.name, output, *numbers))
     return "\n".join(
         [
-            *lines,
+            tables.aligned(rows),
             "",
             f"multiply-adds:    {counts.multiply_adds:>15,} an image",
             f"parameters:       {counts.parameters:>15,}",
             f"weights:          {counts.weight_bytes:>15,} bytes",
             f"peak activations: {counts.peak_activation_bytes:>15,} bytes an image",
         ]
+    )
+
+
+def _bits(counts: Counts) -> str:
+    """Two lines in the manner of the page's: bits a weight, and bytes packed against float32."""
+    low = [layer for layer in counts.layers if layer.bits < 32]
+    weights = sum(layer.parameters for layer in low)
+    plain = 4 * counts.parameters
+    return (
+        f"Bits: (each) {low[0].bits} (layers) {len(low)} "
+        f"(share of parameters) {weights / counts.parameters:.2%}\n"
+        f"Bytes: (packed) {counts.weight_bytes} (float32) {plain} "
+        f"(reduction) {plain / counts.weight_bytes:.2f}"
     )
 
 

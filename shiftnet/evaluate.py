@@ -11,7 +11,7 @@ import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
-from shiftnet.training.evaluation import Evaluation, Evaluator
+from shiftnet.training.evaluation import Evaluation, make_evaluator
 from shiftnet.training.mesh import make_mesh
 
 
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         if not arguments.json:
             print(_line(row))
+            if "skipped" in row:
+                print(f"  left out, corrupt: {', '.join(row['skipped'])}")
             for name, accuracy in row.get("per_class", {}).items():
                 print(f"  {name:24s} {'no images' if accuracy is None else f'{accuracy:.2%}'}")
     if arguments.json:
@@ -55,17 +57,19 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     """One checkpoint's row: its path, what it is, and the numbers."""
     trained_on = model.config.data
     dataset = shiftnet.data.load(
-        arguments.dataset or trained_on.name, data_dir=arguments.data_dir or trained_on.dir
+        arguments.dataset or trained_on.name,
+        source="tfds" if arguments.dataset else trained_on.source,
+        data_dir=arguments.data_dir or trained_on.dir,
     )
     if len(dataset.class_names) != len(model.class_names):
         raise UserError(
             f"{model.path} knows {len(model.class_names)} classes, "
             f"{dataset.name} has {len(dataset.class_names)}"
         )
-    result = Evaluator(
+    result = make_evaluator(
         model.graphdef,
-        dataset.test.images,
-        dataset.test.labels,
+        dataset.test,
+        trained_on,
         mean=model.mean,
         std=model.std,
         batch_size=arguments.batch_size or model.config.eval.batch_size,
@@ -75,12 +79,14 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
         "checkpoint": str(model.path),
         "arch": model.config.model.arch,
         "dataset": dataset.name,
-        "images": len(dataset.test.labels),
+        "images": len(result.labels),
         "step": model.note["step"],
         "top1": result.top1,
         "top5": result.top5,
         "loss": result.loss,
     }
+    if result.skipped:
+        row["skipped"] = list(result.skipped)
     if arguments.per_class:
         row["per_class"] = _per_class(result, dataset.class_names)
     return row

@@ -58,7 +58,7 @@ def _default_workdir(recipe: str) -> str:
 
 def _report(summary: Summary, workdir: Path, recipe: str) -> str:
     best = summary.best
-    lines = []
+    lines = [summary.weights, ""] if summary.weights and summary.finished else []
     if summary.final is not None:
         lines.append(f"test accuracy {summary.final:.2%} after the last epoch")
     if best:

@@ -430,12 +430,12 @@ def test_a_longer_run_that_is_watched_otherwise_may_resume():
 
 
 def test_no_other_field_may_change_when_a_run_resumes():
-    others = {bool: False, int: 77, float: 0.77, str: "other", tuple: (1, 2, 77)}
-    free = {"epochs", "data.dir"}
+    others = {int: 77, float: 0.77, str: "other", tuple: (1, 2, 77)}
+    free = {"epochs", "data.dir", "data.workers", "data.on_corrupt"}
     for name, entry in config.FIELDS.items():
         if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
             continue
-        other = others[type(entry.default)]
+        other = others.get(type(entry.default), entry.default is False)
         new = changed(**{name.replace(".", "__"): other})
         expected = [f"{name}: {entry.default!r} -> {other!r}"]
         assert config.differences(config.default_config(), new, ignore=config.RESUMABLE) == expected

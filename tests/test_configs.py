@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
-from shiftnet import config
+from shiftnet import config, models
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -19,7 +20,18 @@ TABLE_RECIPES = [
     for depth in (20, 56, 110)
     for data in ("c10", "c100")
 ]
-RECIPES = ["quickstart", *TABLE_RECIPES]
+LOW_BIT_RECIPES = [
+    *(f"wrn20_10{bits}_{data}" for bits in ("", "_1bit") for data in ("c10", "c100")),
+    *(f"s3_resnet20_{data}" for data in ("c10", "c100")),
+]
+IMAGENET_RECIPES = [
+    *(f"{weights}resnet{depth}_imagenet" for weights in ("", "s3_") for depth in (18, 50)),
+    "denseshift_resnet18_imagenet",
+    "shiftnet_a_imagenet",
+    "shiftnet_b_imagenet",
+]
+RECIPES = ["quickstart", *TABLE_RECIPES, *LOW_BIT_RECIPES, *IMAGENET_RECIPES]
+BUILDERS = {"shift_family", "wrn_family", "s3_family", "shiftnet_family"}
 
 # The rows of the page, as they stand there. CIFAR-100: model, e, accuracy of the shift, conv and
 # depthwise net, parameters in millions, reduction (in parentheses the one used for the conv net
@@ -132,14 +144,16 @@ def load(recipe: str, argument: str = ""):
 @pytest.mark.core
 def test_every_recipe_is_tested_here():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {*RECIPES, "shift_family"}
+    assert files == {*RECIPES, *BUILDERS}
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads_from_any_folder(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config.validate(load(recipe))
+    settings = load(recipe)
+    config.validate(settings)
+    models.check(settings.model)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -157,6 +171,7 @@ def test_the_command_in_every_docstring_works(recipe):
 def test_a_recipe_of_the_tables_is_the_originals_but_for_network_and_data(recipe):
     default = config.default_config()
     assert config.differences(default, load(recipe), ignore=("model.*", "data.name")) == []
+    assert load(recipe).model.weights == "float"
     arch, data = recipe.split("_")
     assert load(recipe).model.arch == arch
     assert load(recipe).data.name == {"c10": "cifar10", "c100": "cifar100"}[data]
@@ -165,7 +180,8 @@ def test_a_recipe_of_the_tables_is_the_originals_but_for_network_and_data(recipe
 def test_the_defaults_are_the_originals_recipe():
     settings = config.default_config()
     assert (settings.epochs, settings.batch_size) == (164, 128)
-    assert settings.optimizer.to_dict() == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    optimizer = settings.optimizer
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 5e-4)
     assert (settings.schedule.boundaries, settings.schedule.factor) == ((82, 123), 0.1)
     assert (settings.data.pad, settings.data.pad_mode, settings.data.flip) == (4, "zero", True)
 
@@ -202,6 +218,59 @@ def test_no_docstring_has_a_row_that_the_page_has_not():
         for row in ("c", "3c", "6c", "9c")
     }
     assert rows == {cell[:2] for cell in cells()} | depthwise
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("data", ["c10", "c100"])
+@pytest.mark.parametrize("form", ["sign", "float"])
+def test_the_wide_recipes_are_the_originals(data, form):
+    settings = load(f"wrn20_10{'_1bit' if form == 'sign' else ''}_{data}")
+    assert (settings.epochs, settings.batch_size) == (256, 128)
+    assert (settings.model.arch, settings.model.width) == ("wrn20", 10)
+    assert settings.model.weights == form
+    assert settings.optimizer.weight_decay == 5e-4
+    assert (settings.data.pad, settings.data.pad_mode, settings.data.flip) == (4, "reflect", True)
+    np.testing.assert_allclose(np.array(settings.data.mean) * 255, [125.3, 123.0, 113.9])
+    np.testing.assert_allclose(np.array(settings.data.std) * 255, [63.0, 62.1, 66.7])
+
+
+def test_the_wide_recipes_take_depth_width_and_cutout():
+    settings = load("wrn20_10_1bit_c100", "depth=26,width=4,cutout=18")
+    assert (settings.model.arch, settings.model.width) == ("wrn26", 4)
+    assert settings.data.cutout == 18
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("recipe", [r for r in IMAGENET_RECIPES if "resnet" in r])
+def test_the_imagenet_recipes_are_s3s(recipe):
+    settings = load(recipe)
+    form, _, arch = recipe.removesuffix("_imagenet").rpartition("_")
+    assert settings.model.arch == f"imagenet_{arch}"
+    assert settings.model.weights == (form or "float")
+    assert (settings.epochs, settings.batch_size) == (200, 256)
+    assert settings.optimizer.weight_decay == 1e-4
+    assert settings.optimizer.regularizer == 1e-5
+    assert (settings.schedule.name, settings.schedule.lr_min) == ("cosine", 0)
+    assert (settings.data.name, settings.data.size, settings.data.flip) == (
+        "imagenet2012",
+        224,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument", "form", "bits"),
+    [
+        ("s3_resnet18_imagenet", "weight_bits=2", "s3", 2),
+        ("s3_resnet20_c10", "weights=denseshift,weight_bits=4", "denseshift", 4),
+        ("shiftresnet20_c100", "expansion=9,weights=sign", "sign", 0),
+        ("shiftnet_a_imagenet", "weights=s3", "s3", 0),
+    ],
+)
+def test_recipes_take_weight_forms(recipe, argument, form, bits):
+    model = load(recipe, argument).model
+    assert (model.weights, model.weight_bits) == (form, bits)
+    models.check(model)
 
 
 def test_the_quickstart_turns_no_digit_into_its_mirror_image():

@@ -140,7 +140,7 @@ def test_lines_are_the_pages_to_the_character(argv, printed, capsys):
         (["--arch", "resnet21"], ["resnet21", "6n + 2", "resnet20 and resnet26"]),
         (["--arch", "shiftresnet20", "--expansion", "0"], ["expansion", "above 0", "0.0"]),
         (["--arch", "shiftresnet20", "--expansion", "x"], ["expansion", "number", "'x'"]),
-        (["--arch", "resnet20", "--expansion", "3"], ["expansion must be 1 for a resnet", "3.0"]),
+        (["--arch", "resnet20", "--expansion", "3"], ["expansion must be 1 for resnet", "3.0"]),
         (["--arch", "resnet20", "--reduction", "9000"], ["reduction 9000.0", "without channels"]),
         (["--arch", "resnet20", "--reduction-mode", "blok"], ["'blok'", "did you mean 'block'?"]),
         (["--arch", "resnet20", "--num-classes", "0"], ["--num-classes", "at least 1", "found 0"]),
@@ -178,9 +178,9 @@ def test_true_table_adds_up(capsys):
     assert main(["--arch", "shiftresnet20", "--expansion", "3", "--true"]) == 0
     table, totals = capsys.readouterr().out.split("\n\n")
     rows = [line.replace(",", "").split() for line in table.splitlines()[1:]]
-    assert rows[0] == ["conv1", "32x32x16", "442368", "432", "1728"]
-    assert rows[-1] == ["linear", "10", "640", "650", "2600"]
-    sums = [sum(int(row[column]) for row in rows) for column in (2, 3, 4)]
+    assert rows[0] == ["conv1", "32x32x16", "442368", "432", "32", "1728"]
+    assert rows[-1] == ["linear", "10", "640", "650", "32", "2600"]
+    sums = [sum(int(row[column]) for row in rows) for column in (2, 3, 5)]
     assert [
         int(line.replace(",", "").split(":")[1].split()[0]) for line in totals.splitlines()
     ] == [
@@ -324,11 +324,11 @@ class Foreign(nnx.Module):
 def test_networks_of_other_layers_are_counted():
     counts = count(Foreign(), (12, 12, 3))
     assert [tuple(layer) for layer in counts.layers] == [
-        ("stem", 8 * 10 * 8 * (5 * 3 * 3), 5 * 3 * 3 * 8 + 8, 4 * (5 * 3 * 3 * 8 + 8), (8, 10, 8)),
-        ("norm", 0, 16, 64, (8, 10, 8)),
-        ("grouped", 4 * 5 * 8 * (9 * 2), 9 * 2 * 8, 4 * 9 * 2 * 8, (4, 5, 8)),
-        ("again", 2 * 4 * 5 * 8 * 8, 2 * 64, 4 * 2 * 64, (4, 5, 8)),
-        ("", 0, 7, 14, (8,)),  # the network itself
+        ("stem", 8 * 10 * 8 * (5 * 3 * 3), 5 * 3 * 3 * 8 + 8, 32, 1472, (8, 10, 8)),
+        ("norm", 0, 16, 32, 64, (8, 10, 8)),
+        ("grouped", 4 * 5 * 8 * (9 * 2), 9 * 2 * 8, 32, 4 * 9 * 2 * 8, (4, 5, 8)),
+        ("again", 2 * 4 * 5 * 8 * 8, 2 * 64, 32, 4 * 2 * 64, (4, 5, 8)),
+        ("", 0, 7, 32, 14, (8,)),  # the network itself
     ]
 
 

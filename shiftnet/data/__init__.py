@@ -1,18 +1,28 @@
-"""Data sets: on the host as uint8 arrays (`load`), on the device as batches (`augment`).
+"""Data sets (`load`), and what happens to their images on the device (`augment`).
 
 `digits` is in this package and needs nothing else; `cifar10` and `cifar100` are TensorFlow
-Datasets directories, downloaded and prepared on first use (see `shiftnet.data.cifar`).
+Datasets directories, downloaded and prepared on first use (see `shiftnet.data.cifar`). These are
+held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders of image files (see
+`shiftnet.data.folder`) are read image by image, by `shiftnet.data.stream`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from shiftnet import errors
 from shiftnet.data import cifar, digits
+from shiftnet.data.images import Encoded
 
-NAMES = (*cifar.NAMES, *digits.NAMES)
+IN_MEMORY = (*cifar.NAMES, *digits.NAMES)
+IMAGENET = "imagenet2012"
+NAMES = (*IN_MEMORY, IMAGENET)
+SOURCES = ("tfds", "folder")
+
+# Of ImageNet, as torchvision's recipes have them; also for other image files.
+IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 RGB = tuple[float, float, float]
 
@@ -33,23 +43,50 @@ class Split:
         return len(self.labels)
 
 
+class Source(Protocol):
+    """Some images that are read when asked for, in a fixed order; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Encoded: ...
+
+
 @dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set in host memory.
+class Subset:
+    """Some images of a source.
 
     Attributes:
-      name: one of `NAMES`.
+      source: what they are taken from.
+      indices: int [N], which.
+    """
+
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Encoded:
+        return self.source[int(self.indices[index])]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set: in host memory (every part a `Split`), or in files (every part a `Source`).
+
+    Attributes:
+      name: one of `NAMES`, or the path of a folder.
       train: the images to learn from, without those held out.
-      test: the published test split.
+      test: the published test split; of image files, those under `val`.
       validation: the training images held out, or None if none are.
       class_names: one name a class, indexed by label.
       mean, std: of each channel, for pixels in [0, 1]; see `normalization`.
     """
 
     name: str
-    train: Split
-    test: Split
-    validation: Split | None
+    train: Split | Source
+    test: Split | Source
+    validation: Split | Source | None
     class_names: tuple[str, ...]
     mean: RGB
     std: RGB
@@ -58,6 +95,7 @@ class Dataset:
 def load(
     name: str,
     *,
+    source: str = "tfds",
     data_dir: str = "",
     validation: int = 0,
     mean: Sequence[float] = (),
@@ -65,14 +103,15 @@ def load(
     url: str = "",
     sha256: str = "",
 ) -> Dataset:
-    """Reads a data set, and downloads and prepares it before that if it must.
+    """Opens a data set, and downloads and prepares a CIFAR before that if it must.
 
     The held-out images are chosen once and for all: they depend on `validation` and on the size
     of the set alone, not on the seed of a run, so that runs with other seeds are compared on the
     same images and no image moves between training and validation when a run is resumed.
 
     Args:
-      name: one of `NAMES`.
+      name: one of `NAMES`; a folder has none.
+      source: `"tfds"`, or `"folder"` for the image files in `data_dir`.
       data_dir: the TFDS directory, which holds for example `cifar100/3.0.2`. Empty stands for
         `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`. Not used by `digits`.
       validation: how many training images to hold out.
@@ -84,6 +123,10 @@ def load(
       UserError: for an unknown name, a `validation` out of range, or data that is not there and
         cannot be fetched, is damaged, or is in a form that needs TensorFlow.
     """
+    if source not in SOURCES:
+        raise errors.unknown("data.source", source, SOURCES)
+    if source == "folder" or name == IMAGENET:
+        return _image_files(name, source, data_dir, validation, mean, std)
     own_mean, own_std = normalization(name, mean, std)
     if name in digits.NAMES:
         splits = digits.load()
@@ -92,19 +135,55 @@ def load(
     train, test = Split(*splits["train"]), Split(*splits["test"])
     held_out = None
     if validation:
-        train, held_out = _hold_out(name, train, validation)
+        chosen = _chosen(name, len(train), validation)
+        held_out = Split(train.images[chosen], train.labels[chosen])
+        train = Split(train.images[~chosen], train.labels[~chosen])
     return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std)
 
 
+def _image_files(
+    name: str,
+    source: str,
+    data_dir: str,
+    validation: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Dataset:
+    train: Source
+    test: Source
+    if source == "folder":
+        if not data_dir:
+            raise errors.UserError(
+                "data.dir is empty; expected the folder that holds train and val"
+            )
+        from shiftnet.data import folder
+
+        in_train, in_val = (folder.FolderSource(data_dir, split) for split in ("train", "val"))
+        folder.check_same_classes(in_train, in_val)
+        train, test, names, name = in_train, in_val, in_train.class_names, data_dir
+    else:
+        from shiftnet.data import imagenet_tfds  # TFDS takes seconds to import
+
+        in_tfds = imagenet_tfds.TfdsSource(cifar.root(data_dir), "train")
+        test = imagenet_tfds.TfdsSource(cifar.root(data_dir), "val")
+        train, names = in_tfds, in_tfds.class_names
+    held_out = None
+    if validation:
+        chosen = _chosen(name, len(train), validation)
+        held_out = Subset(train, np.flatnonzero(chosen))
+        train = Subset(train, np.flatnonzero(~chosen))
+    return Dataset(name, train, test, held_out, names, *normalization(IMAGENET, mean, std))
+
+
 def class_names(name: str) -> tuple[str, ...]:
-    """The names of a data set's classes, indexed by label; needs no data on disk.
+    """The names of the classes of a set held in memory, by label; needs no data on disk.
 
     Raises:
       UserError: for an unknown name.
     """
     names = {**cifar.CLASS_NAMES, **digits.CLASS_NAMES}
     if name not in names:
-        raise errors.unknown("dataset", name, NAMES)
+        raise errors.unknown("dataset", name, IN_MEMORY)
     return names[name]
 
 
@@ -126,7 +205,11 @@ def normalization(
       UserError: for an unknown name, or when there are not three finite numbers, or a standard
         deviation is not positive.
     """
-    constants = {**cifar.NORMALIZATION, **digits.NORMALIZATION}
+    constants = {
+        **cifar.NORMALIZATION,
+        **digits.NORMALIZATION,
+        IMAGENET: IMAGENET_NORMALIZATION,
+    }
     if name not in constants:
         raise errors.unknown("dataset", name, NAMES)
     own_mean, own_std = constants[name]
@@ -148,16 +231,14 @@ def _rgb(field: str, values: Sequence[float]) -> RGB:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _hold_out(name: str, train: Split, count: int) -> tuple[Split, Split]:
-    if not 0 <= count < len(train):
+def _chosen(name: str, length: int, count: int) -> np.ndarray:
+    """Which of the training images are held out, bool [length]."""
+    if not 0 <= count < length:
         raise errors.UserError(
-            f"data.validation is {count}; expected 0 to {len(train) - 1}, since {name} has "
-            f"{len(train)} training images"
+            f"data.validation is {count}; expected 0 to {length - 1}, since {name} has "
+            f"{length} training images"
         )
     # RandomState, not Generator: NumPy promises never to change what it draws.
-    chosen = np.zeros(len(train), bool)
-    chosen[np.random.RandomState(0).permutation(len(train))[:count]] = True
-    return (
-        Split(train.images[~chosen], train.labels[~chosen]),
-        Split(train.images[chosen], train.labels[chosen]),
-    )
+    chosen = np.zeros(length, bool)
+    chosen[np.random.RandomState(0).permutation(length)[:count]] = True
+    return chosen

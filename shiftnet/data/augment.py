@@ -13,8 +13,8 @@ from shiftnet import errors
 
 PAD_MODES = {"zero": "constant", "reflect": "reflect"}  # ours -> jnp.pad's
 
-# Two streams of one seed, so that epoch 3 and step 3 do not share their random numbers.
-_ORDER, _AUGMENT = 0, 1
+# Streams of one seed, so that epoch 3 and step 3 do not share their random numbers.
+_ORDER, _AUGMENT, _CUTOUT = 0, 1, 2
 
 
 def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
@@ -34,6 +34,11 @@ def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int
 def augment_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """The random key of a step's augmentation; `step` counts from 0 over the whole run."""
     return _key(seed, _AUGMENT, step)
+
+
+def cutout_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's cutout; `step` counts from 0 over the whole run."""
+    return _key(seed, _CUTOUT, step)
 
 
 def _key(seed: int | jax.Array, stream: int, number: int | jax.Array) -> jax.Array:
@@ -92,6 +97,35 @@ def crop_flip_at(
 
     cropped = jax.vmap(crop)(padded, offsets)
     return jnp.where(flips[:, None, None, None], cropped[:, :, ::-1], cropped)
+
+
+def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """Puts a square of random pixels over every image.
+
+    DeVries and Taylor, arXiv:1708.04552, in the form of the code published with arXiv:1802.08530:
+    the square lies anywhere that covers at least one pixel of the image, each place as likely, and
+    every value in it is drawn uniformly from 0 to 255.
+
+    Args:
+      key: for example `cutout_key(seed, step)`.
+      images: uint8 [N, H, W, C].
+      size: side of the square in pixels; 0 leaves the images as they are.
+
+    Returns:
+      images of the same shape and dtype.
+    """
+    if not size:
+        return images
+    place_key, pixel_key = jax.random.split(key)
+    count, height, width, _ = images.shape
+    low, high = 1 - size, jnp.array([height, width], jnp.int32)
+    corners = jax.random.randint(place_key, (count, 2), low, high, jnp.int32)
+    rows, columns = (
+        (jnp.arange(length, dtype=jnp.int32) >= corner) & (jnp.arange(length) < corner + size)
+        for length, corner in ((height, corners[:, :1]), (width, corners[:, 1:]))
+    )
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(inside, jax.random.bits(pixel_key, images.shape, jnp.uint8), images)
 
 
 def normalize(

@@ -115,11 +115,11 @@ def load(name: str, data_dir: str = "", *, url: str = "", sha256: str = "") -> S
       UserError: when the data is not there and cannot be fetched, has a wrong digest, is damaged,
         or was prepared in a form that needs TensorFlow.
     """
-    root = _root(data_dir)
-    folder = root / name / VERSION
+    directory = root(data_dir)
+    folder = directory / name / VERSION
     if not folder.exists():
         official = ARCHIVES[name]
-        prepare(name, root, url or official.url, (sha256 or official.sha256).lower())
+        prepare(name, directory, url or official.url, (sha256 or official.sha256).lower())
     cache = folder.with_name(f"{VERSION}-decoded.npz")
     source = _fingerprint(folder)
     splits = _read_cache(cache, source)
@@ -133,7 +133,12 @@ def load(name: str, data_dir: str = "", *, url: str = "", sha256: str = "") -> S
     return splits
 
 
-def _root(data_dir: str) -> Path:
+def root(data_dir: str) -> Path:
+    """The TFDS directory that `data_dir` stands for; see `load`.
+
+    Raises:
+      UserError: when it is not a local one.
+    """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in chosen:
         raise UserError(f"data.dir is {chosen!r}; expected a local directory")

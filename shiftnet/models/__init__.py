@@ -32,12 +32,14 @@ class Family(NamedTuple):
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
+      image_size: height and width of the images it was made for, in pixels.
     """
 
     build: Callable[..., Network]
     fields: tuple[str, ...] = ()
     example: int | None = 20
     depths: Sequence[int] | None = None
+    image_size: int = 32
 
 
 FAMILIES = {
@@ -45,9 +47,9 @@ FAMILIES = {
     "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode")),
     "depthwiseresnet": Family(depthwiseresnet.build, ("reduction", "reduction_mode")),
     "wrn": Family(wrn.build, ("width",)),
-    "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS),
-    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), (), None, ()),
-    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, ()),
+    "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS, 224),
+    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), (), None, (), 224),
+    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, (), 224),
 }
 
 # What a field is where it changes nothing. The reduction's mode does nothing without a reduction.

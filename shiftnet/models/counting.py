@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from shiftnet import weights
+
 
 class Layer(NamedTuple):
     """One layer's share.
@@ -23,14 +25,17 @@ class Layer(NamedTuple):
       name: path of the module, for example `"layer1.0.conv1"`.
       multiply_adds: of its convolutions and matrix products, for one image; zeros of the padding
         count like pixels. Additions, batch normalisation and activations are left out.
-      parameters: numbers that training sets (`nnx.Param`); running statistics are left out.
-      weight_bytes: of the parameters, in the type they are kept in.
+      parameters: numbers of the trained network that training has set: its weights, whatever
+        latents they come from, and its other `nnx.Param`s; running statistics are left out.
+      bits: of one of its weights; 32 where it has none.
+      weight_bytes: of the parameters: the weights' packed, the others in the type they are kept in.
       output: shape of what it returns, without the batch.
     """
 
     name: str
     multiply_adds: int
     parameters: int
+    bits: int
     weight_bytes: int
     output: tuple[int, ...]
 
@@ -93,13 +98,28 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             multiply_adds[owner(step.variables)] += step.multiply_adds
     parameters: Counter[str] = Counter()
     weight_bytes: Counter[str] = Counter()
+    bits: dict[str, int] = {}
+    forms = weights.of_layers(model)
     for name, variable in variables.items():
-        if isinstance(variable, nnx.Param):
+        is_latent = any(name.startswith(f"{layer}.weight.") for layer in forms)
+        if isinstance(variable, nnx.Param) and not is_latent:
             size = math.prod(variable.shape)
             parameters[owner([name])] += size
             weight_bytes[owner([name])] += size * variable.dtype.itemsize
+    for name, weight in forms.items():
+        layer = owner([name])
+        parameters[layer] += weight.size
+        weight_bytes[layer] += weight.packed_bytes
+        bits[layer] = weight.bits
     layers = tuple(
-        Layer(name, multiply_adds[name], parameters[name], weight_bytes[name], modules[name])
+        Layer(
+            name,
+            multiply_adds[name],
+            parameters[name],
+            bits.get(name, 32),
+            weight_bytes[name],
+            modules[name],
+        )
         for name in {**multiply_adds, **parameters}
     )
     return Counts(layers, _peak_bytes(steps, logits))

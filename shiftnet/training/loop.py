@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -19,13 +20,16 @@ import shiftnet.models
 from shiftnet.checkpoint import BEST, LATEST, Series, from_arrays, to_arrays
 from shiftnet.data import Dataset
 from shiftnet.errors import RunFailed, UserError
-from shiftnet.training.evaluation import Evaluator
+from shiftnet.training import low_bit
+from shiftnet.training.evaluation import Evaluator, make_evaluator
+from shiftnet.training.feed import make_feed
 from shiftnet.training.interrupt import Interrupt
-from shiftnet.training.mesh import make_mesh, replicate, replicated
+from shiftnet.training.low_bit import Codes, LevelWatch
+from shiftnet.training.mesh import make_mesh, replicated
 from shiftnet.training.metrics import MetricsLog, Tally
 from shiftnet.training.optimizer import learning_rates
 from shiftnet.training.progress import Progress
-from shiftnet.training.step import Program, TrainState, steps_per_dispatch
+from shiftnet.training.step import Program, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Summary:
       best: of the epoch with the highest accuracy so far, `{"epoch", "accuracy", "test_accuracy"}`
         (fractions); None before the first evaluation.
       chosen_on: `"test"` or `"validation"`, the images that `best` was chosen on.
+      weights: the table of the network's weights, where some have few bits; None elsewhere.
     """
 
     finished: bool
@@ -46,6 +51,7 @@ class Summary:
     final: float | None
     best: Mapping[str, Any] | None
     chosen_on: str
+    weights: str | None = None
 
 
 def train(config: Any, workdir: str | Path) -> Summary:
@@ -67,6 +73,7 @@ def train(config: Any, workdir: str | Path) -> Summary:
     mesh = make_mesh(config.batch_size)
     dataset = shiftnet.data.load(
         config.data.name,
+        source=config.data.source,
         data_dir=config.data.dir,
         validation=config.data.validation,
         mean=config.data.mean,
@@ -74,7 +81,7 @@ def train(config: Any, workdir: str | Path) -> Summary:
         url=config.data.url,
         sha256=config.data.sha256,
     )
-    num_examples = len(dataset.train.labels)
+    num_examples = len(dataset.train)
     steps_per_epoch = num_examples // config.batch_size
     if not steps_per_epoch:
         raise UserError(
@@ -102,8 +109,8 @@ def train(config: Any, workdir: str | Path) -> Summary:
         on=is_main,
     )
 
-    seed = np.uint32(config.seed)
-    state, note = restore_or_init(program, series, config, dataset, mesh)
+    watch = LevelWatch(program)
+    state, codes, note = restore_or_init(program, watch, series, config, dataset, mesh)
     step: int = note["step"]
     if step < total_steps:
         note["final"] = None  # of a run that was shorter
@@ -112,31 +119,35 @@ def train(config: Any, workdir: str | Path) -> Summary:
     if step:
         progress.line(f"continuing after step {step}, from {series.path(step)}")
 
-    images = replicate(dataset.train.images, mesh)
-    labels = replicate(dataset.train.labels, mesh)
+    feed = make_feed(
+        config,
+        program,
+        dataset.train,
+        steps_per_epoch=steps_per_epoch,
+        mesh=mesh,
+        state=note["feed"],
+    )
     evaluators = make_evaluators(config, program, dataset, mesh)
     chosen_on = next(iter(evaluators))
     lrs = learning_rates(config)
-    chunk = steps_per_dispatch(steps_per_epoch, jax.default_backend())
     tally = Tally(config.batch_size, note["tally"])
-    order = None
     clock = (time.monotonic(), step)
 
     def save() -> None:
-        note["step"], note["tally"] = step, tally.sums()
+        note.update(step=step, tally=tally.sums(), feed=feed.get_state())
         model = to_arrays(state.params, state.stats)
-        series.save(step, note, model=model, optimizer=state.opt_state)
+        levels = {"levels": codes} if watch else {}
+        series.save(step, note, model=model, optimizer=state.opt_state, **levels)
 
-    with Interrupt() as interrupt, explained_out_of_memory(config.batch_size):
+    with (
+        contextlib.closing(feed),
+        Interrupt() as interrupt,
+        explained_out_of_memory(config.batch_size),
+    ):
         while step < total_steps:
-            epoch, within = divmod(step, steps_per_epoch)
-            if order is None:
-                order = program.order(seed, epoch, num_examples)
-            length = min(chunk, steps_per_epoch - within)
-            state, losses, corrects = program.train(
-                state, seed, images, labels, order, length=length
-            )
-            step += length
+            epoch = step // steps_per_epoch
+            state, losses, corrects = feed.advance(state, step)
+            step += len(losses)
             # This waits for the call before, so that the device has the next one meanwhile.
             tally.push(step, losses, corrects)
             progress.step(step, tally.loss, tally.accuracy)
@@ -149,7 +160,6 @@ def train(config: Any, workdir: str | Path) -> Summary:
 
             if epoch_ends:
                 epoch += 1
-                order = None
                 began, first = clock
                 metrics = {
                     "step": step,
@@ -162,9 +172,17 @@ def train(config: Any, workdir: str | Path) -> Summary:
                     / (time.monotonic() - began),
                 }
                 tally = Tally(config.batch_size)
+                if skipped := feed.skipped():
+                    metrics["train_skipped"] = len(skipped)
+                    report_skipped(progress, "training", skipped)
+                if watch:
+                    before, codes = codes, watch.codes(state.params, state.stats)
+                    metrics["weights"] = watch.metrics(before, codes)
                 if epoch % config.eval.every_epochs == 0 or step == total_steps:
                     for name, evaluator in evaluators.items():
-                        metrics |= evaluator(state.params, state.stats).metrics(name)
+                        evaluation = evaluator(state.params, state.stats)
+                        metrics |= evaluation.metrics(name)
+                        report_skipped(progress, name, evaluation.skipped)
                     accuracy = metrics[f"{chosen_on}_accuracy"]
                     note["final"] = metrics["test_accuracy"] if step == total_steps else None
                     if note["best"] is None or accuracy > note["best"]["accuracy"]:
@@ -191,7 +209,11 @@ def train(config: Any, workdir: str | Path) -> Summary:
 
     for resource in (series, best_series, metrics_log):
         resource.close()
-    return Summary(step >= total_steps, step, note["final"], note["best"], chosen_on)
+    weights = None
+    if watch:
+        zeros = {name: share["zeros"] for name, share in watch.metrics(codes, codes).items()}
+        weights = low_bit.table(nnx.merge(program.graphdef, state.params, state.stats), zeros)
+    return Summary(step >= total_steps, step, note["final"], note["best"], chosen_on, weights)
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:
@@ -230,9 +252,14 @@ def meet(where: str) -> None:
 
 
 def restore_or_init(
-    program: Program, series: Series, config: Any, dataset: Dataset, mesh: Mesh
-) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state and note, or fresh ones."""
+    program: Program,
+    watch: LevelWatch,
+    series: Series,
+    config: Any,
+    dataset: Dataset,
+    mesh: Mesh,
+) -> tuple[TrainState, Codes, dict[str, Any]]:
+    """The newest checkpoint's state, the levels at its last epoch's end, and its note; or fresh."""
     seed = np.uint32(config.seed)
     note = {
         "config": shiftnet.config.to_json(config),
@@ -242,13 +269,20 @@ def restore_or_init(
     }
     step = series.latest_step()
     if step is None:
-        return program.init(seed), {**note, "step": 0, "tally": None, "best": None, "final": None}
-    like = jax.tree.map(
+        state = program.init(seed)
+        codes = watch.codes(state.params, state.stats)
+        start: dict[str, Any] = {"step": 0, "tally": None, "feed": {}, "best": None, "final": None}
+        return state, codes, {**note, **start}
+    abstract = jax.eval_shape(program.init, seed)
+    like, levels = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        jax.eval_shape(program.init, seed),
+        (abstract, jax.eval_shape(watch.codes, abstract.params, abstract.stats)),
     )
     parts, saved = series.restore(
-        step, model=to_arrays(like.params, like.stats), optimizer=like.opt_state
+        step,
+        model=to_arrays(like.params, like.stats),
+        optimizer=like.opt_state,
+        **({"levels": levels} if watch else {}),
     )
     source = series.path(step)
     state = TrainState(
@@ -257,7 +291,7 @@ def restore_or_init(
         stats=from_arrays(like.stats, parts["model"], source),
         opt_state=parts["optimizer"],
     )
-    return state, {**saved, **note}
+    return state, parts.get("levels", {}), {**saved, **note}
 
 
 def make_evaluators(
@@ -266,10 +300,10 @@ def make_evaluators(
     """One for each held-out set; the first chooses the best epoch."""
     splits = {"validation": dataset.validation, "test": dataset.test}
     return {
-        name: Evaluator(
+        name: make_evaluator(
             program.graphdef,
-            split.images,
-            split.labels,
+            split,
+            config.data,
             mean=dataset.mean,
             std=dataset.std,
             batch_size=config.eval.batch_size,
@@ -280,12 +314,18 @@ def make_evaluators(
     }
 
 
+def report_skipped(progress: Progress, which: str, names: Sequence[str]) -> None:
+    """Names the files that could not be decoded, if there are any."""
+    if names:
+        progress.line(f"skipped {len(names)} corrupt {which} files: {', '.join(names)}")
+
+
 def describe(
     config: Any, dataset: Dataset, state: TrainState, steps_per_epoch: int, mesh: Mesh
 ) -> str:
     """What is about to be trained, on what."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    count = len(dataset.train.labels)
+    count = len(dataset.train)
     device = mesh.devices.flat[0].device_kind
     return (
         f"{config.model.arch} on {dataset.name}: {parameters} parameters, {count} training images "

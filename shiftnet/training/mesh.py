@@ -42,3 +42,8 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """Puts a host array, the same in every process, whole onto every device."""
     return jax.make_array_from_process_local_data(replicated(mesh), array)
+
+
+def shard_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Joins the shares of a batch that each process has, and divides it over the devices."""
+    return jax.make_array_from_process_local_data(batch_sharded(mesh), array)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """One line an epoch, numbers by name.
+    """One line an epoch, numbers by name; nested where they belong together.
 
     Args:
       workdir: the run's working directory.
@@ -37,17 +38,30 @@ class MetricsLog:
 
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, metrics: Mapping[str, float | int]) -> None:
-        """Appends a line; `metrics` has `"step"` among its names."""
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Appends a line; `metrics` has `"step"` among its names.
+
+        In TensorBoard, names inside names are joined by `/`, and the shares of levels that
+        `low_bit` gives become a histogram.
+        """
         if not self._on:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
         if self._writer:
-            for name, value in metrics.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, metrics["step"])
+            self._draw("", metrics, metrics["step"])
             self._writer.flush()
+
+    def _draw(self, prefix: str, metrics: Mapping[str, Any], step: int) -> None:
+        assert self._writer is not None
+        for key, value in metrics.items():
+            name = f"{prefix}{key}"
+            if key == "levels":
+                self._writer.add_histogram_raw(name, **_histogram(value), global_step=step)
+            elif isinstance(value, Mapping):
+                self._draw(f"{name}/", value, step)
+            elif name != "step":
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -55,7 +69,21 @@ class MetricsLog:
             self._writer.close()
 
 
-def read(workdir: Path) -> list[dict[str, float | int]]:
+def _histogram(shares: Mapping[str, float]) -> dict[str, Any]:
+    """The arguments of `add_histogram_raw` for the shares of whole levels; one bucket a level."""
+    levels, counts = np.array(list(map(int, shares))), np.array(list(shares.values()))
+    return {
+        "min": levels.min(),
+        "max": levels.max(),
+        "num": counts.sum(),
+        "sum": (levels * counts).sum(),
+        "sum_squares": (levels**2 * counts).sum(),
+        "bucket_limits": (levels + 0.5).tolist(),
+        "bucket_counts": counts.tolist(),
+    }
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out."""
     path = workdir / FILE
     if not path.exists():

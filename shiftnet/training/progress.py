@@ -15,7 +15,7 @@ class Progress:
       batch_size: images a step.
       every_seconds: between two plain lines; the live line is renewed ten times a second.
       on: False says nothing: in a job of several processes only the first one speaks.
-      stream: where to write.
+      stream: where to write; None for standard output.
     """
 
     def __init__(
@@ -27,15 +27,15 @@ class Progress:
         batch_size: int,
         every_seconds: float,
         on: bool = True,
-        stream: TextIO = sys.stdout,
+        stream: TextIO | None = None,
     ):
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._epochs = epochs
         self._batch_size = batch_size
         self._on = on
-        self._stream = stream
-        self._live = stream.isatty()
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
         self._every = 0.1 if self._live else every_seconds
         self._last_shown = time.monotonic()
         self._mark: tuple[float, int] | None = None  # time and step that the rate counts from

@@ -46,12 +46,15 @@ class Program:
       mesh: from `make_mesh`.
 
     Attributes:
+      mesh: as given.
       graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
       order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
         `augment.epoch_order`.
       init: `init(seed)` draws a `TrainState`, replicated over the mesh.
-      train: `train(state, seed, images, labels, order, length=n)` takes n steps; see `_train`.
-        Donates the state.
+      train: `train(state, seed, images, labels, order, length=n)` takes n steps on data that the
+        devices hold; see `_train`. Donates the state.
+      train_batch: `train_batch(state, seed, images, labels)` takes one step on a batch; see
+        `_train_batch`. Donates the state.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Program:
         self._num_classes = num_classes
         self._mean, self._std = mean, std
         self._steps_per_epoch = steps_per_epoch
-        self._mesh = mesh
+        self.mesh = mesh
         self._optimizer = make_optimizer(config, steps_per_epoch)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
         everywhere = replicated(mesh)
@@ -77,6 +80,7 @@ class Program:
         self.train = jax.jit(
             self._train, static_argnames="length", donate_argnums=0, out_shardings=everywhere
         )
+        self.train_batch = jax.jit(self._train_batch, donate_argnums=0, out_shardings=everywhere)
 
     def _build(self, seed: jax.Array | int) -> nnx.Module:
         return models.build(
@@ -118,6 +122,25 @@ class Program:
         correct = (predictions == labels).sum(dtype=jnp.int32)
         return TrainState(state.step + 1, params, stats, opt_state), loss, correct
 
+    def _train_batch(
+        self, state: TrainState, seed: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        """Takes one step on a batch that is cropped and mirrored already.
+
+        Args:
+          state: where to start from.
+          seed: uint32 [], the recipe's.
+          images: uint8 `[N, H, W, 3]`.
+          labels: int32 `[N]`.
+
+        Returns:
+          As `update`.
+        """
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        key = augment.cutout_key(seed, state.step)
+        images = augment.cutout(key, images, self._config.data.cutout)
+        return self.update(state, augment.normalize(images, self._mean, self._std, dtype), labels)
+
     def _train(
         self,
         state: TrainState,
@@ -143,13 +166,12 @@ class Program:
           classified images, int32 `[length]`.
         """
         data = self._config.data
-        dtype = jax.tree.leaves(state.params)[0].dtype
 
         def one(state: TrainState, _):
             batch_size = self._config.batch_size
             start = state.step % self._steps_per_epoch * batch_size
             chosen = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
-            chosen = jax.lax.with_sharding_constraint(chosen, batch_sharded(self._mesh))
+            chosen = jax.lax.with_sharding_constraint(chosen, batch_sharded(self.mesh))
             batch = augment.crop_flip(
                 augment.augment_key(seed, state.step),
                 images[chosen],
@@ -157,8 +179,7 @@ class Program:
                 pad_mode=data.pad_mode,
                 flip=data.flip,
             )
-            batch = augment.normalize(batch, self._mean, self._std, dtype)
-            state, loss, correct = self.update(state, batch, labels[chosen])
+            state, loss, correct = self._train_batch(state, seed, batch, labels[chosen])
             return state, (loss, correct)
 
         if length == 1:  # no loop at all: XLA's CPU backend runs convolutions in loops very slowly

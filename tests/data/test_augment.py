@@ -195,3 +195,54 @@ def test_normalize_is_the_formula():
         double = augment.normalize(images, mean, std, jnp.float64)
     assert double.dtype == np.float64
     np.testing.assert_allclose(double, expected, rtol=0, atol=1e-14)
+
+
+# Cutout
+
+
+def covered(images: np.ndarray, size: int, count: int) -> np.ndarray:
+    """Where cutout changed black images that it drew no black pixel on, bool [count, H, W]."""
+    key = augment.cutout_key(0, 0)
+    changed = np.asarray(augment.cutout(key, jnp.asarray(images), size))
+    assert changed.dtype == np.uint8
+    return (changed != images).any(-1)
+
+
+def test_cutout_puts_one_square_over_each_image_partly_beside_it():
+    count, side, size = 4000, 16, 5
+    images = np.zeros((count, side, side, 16), np.uint8)  # 16 channels: never black throughout
+    inside = covered(images, size, count)
+    places = set()
+    for mask in inside:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert mask.sum() == len(rows) * len(columns) > 0
+        assert np.ptp(rows) == len(rows) - 1
+        assert np.ptp(columns) == len(columns) - 1
+        assert max(len(rows), len(columns)) <= size
+        for found in (rows, columns):
+            assert len(found) == size or found[0] == 0 or found[-1] == side - 1
+        places.add((rows[0], rows[-1], columns[0], columns[-1]))
+    # 20 x 20 places, each as likely: a pixel in the middle is covered by 25 of the 400.
+    assert len(places) == 400
+    share = inside.mean(0)
+    assert abs(share[8, 8] - 25 / 400) < 5 * np.sqrt(25 / 400 / count)
+    assert abs(share[0, 0] - 25 / 400) < 5 * np.sqrt(25 / 400 / count)
+
+
+def test_cutout_draws_every_value_and_its_own_for_each_pixel():
+    images = jnp.full((64, 32, 32, 3), 77, jnp.uint8)
+    filled = np.asarray(augment.cutout(augment.cutout_key(0, 1), images, 100))
+    assert (filled != 77).mean() > 0.2
+    drawn = filled[filled != 77]
+    counts = np.bincount(drawn, minlength=256)
+    assert (np.delete(counts, 77) > 0).all()
+    assert abs(drawn.mean() - 127.5) < 1
+    assert len({image.tobytes() for image in filled}) == 64
+
+
+def test_cutout_of_nothing_changes_nothing_and_the_key_follows_the_step():
+    images = jnp.asarray(random_images(4))
+    assert augment.cutout(augment.cutout_key(0, 0), images, 0) is images
+    first, again, later = (augment.cutout(augment.cutout_key(0, s), images, 18) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(later)).any()

@@ -12,7 +12,8 @@ import numpy as np
 
 from shiftnet import data
 from shiftnet.checkpoint import to_arrays
-from shiftnet.training.evaluation import Evaluator
+from shiftnet.data import Split
+from shiftnet.training.evaluation import make_evaluator
 from shiftnet.training.mesh import make_mesh, replicate
 from shiftnet.training.step import Program
 from tests.training.small import recipe
@@ -49,10 +50,11 @@ def main(out: str, *job: str) -> None:
     for _ in range(4):
         state, loss, _ = program.train(state, seed, images, labels, order, length=1)
         losses.append(np.asarray(loss))
-    evaluator = Evaluator(
+    evaluator = make_evaluator(
         program.graphdef,
-        dataset.test.images[:61],  # a number that no device count divides
-        dataset.test.labels[:61],
+        # A number that no device count divides.
+        Split(dataset.test.images[:61], dataset.test.labels[:61]),
+        config.data,
         mean=dataset.mean,
         std=dataset.std,
         batch_size=25,

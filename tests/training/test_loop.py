@@ -11,6 +11,7 @@ from shiftnet import checkpoint, data
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import loop, metrics
 from shiftnet.training.interrupt import Interrupt
+from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicate
 from shiftnet.training.step import Program, steps_per_dispatch
 from tests.training.small import recipe
@@ -40,11 +41,14 @@ def _everything(workdir: Path) -> dict[str, np.ndarray]:
     """All arrays of a run's newest checkpoint, the optimiser's included."""
     config = recipe()
     series = checkpoint.Series(workdir / checkpoint.LATEST)
-    state, _ = loop.restore_or_init(
-        _program(config), series, config, data.load("digits"), make_mesh()
+    program = _program(config)
+    state, codes, _ = loop.restore_or_init(
+        program, LevelWatch(program), series, config, data.load("digits"), make_mesh()
     )
     series.close()
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path((state, codes))
+    }
 
 
 def _lines(workdir: Path) -> list[dict]:

@@ -31,6 +31,47 @@ def test_learning_rate_falls_at_epochs_82_and_123():
     )
 
 
+def wide_schedule():
+    config = default_config()
+    config.epochs = 256
+    config.schedule.name = "sgdr"
+    config.schedule.boundaries = (2, 4, 8, 16, 32, 64, 128)
+    config.schedule.lr_min = 1e-4
+    return config
+
+
+@oracle.needed
+def test_cosine_and_restarts_of_every_epoch_are_those_intended():
+    schedules = json.loads((oracle.FOLDER / "lr_schedules.json").read_text())
+    np.testing.assert_allclose(
+        learning_rates(wide_schedule()), schedules["wrn"][0]["intended_sgdr"], rtol=1e-14
+    )
+    config = default_config()
+    config.epochs, config.schedule.name = 200, "cosine"
+    np.testing.assert_allclose(
+        learning_rates(config), schedules["s3"][0]["used_torch_1_0"], rtol=1e-12, atol=1e-16
+    )
+
+
+def test_a_cosine_starts_anew_at_each_boundary_and_ends_with_the_run():
+    rates = learning_rates(wide_schedule())
+    restarts = [0, 2, 4, 8, 16, 32, 64, 128]
+    np.testing.assert_allclose(rates[restarts], 0.1)
+    assert list(np.flatnonzero(np.diff(rates) > 0) + 1) == restarts[1:]
+    # Half way down each wave: the mean of both ends.
+    np.testing.assert_allclose(rates[[1, 3, 6, 12, 24, 48, 96, 192]], (0.1 + 1e-4) / 2)
+    short = wide_schedule()
+    short.epochs = 6  # boundaries beyond the end change nothing
+    np.testing.assert_allclose(learning_rates(short)[4:], [0.1, (0.1 + 1e-4) / 2])
+
+
+def test_a_cosine_falls_from_the_rate_towards_the_lowest():
+    config = default_config()
+    config.epochs, config.schedule.name, config.schedule.lr_min = 4, "cosine", 0.02
+    half = 0.04 * np.sqrt(0.5)
+    np.testing.assert_allclose(learning_rates(config), [0.1, 0.06 + half, 0.06, 0.06 - half])
+
+
 @pytest.mark.usefixtures("float64")
 def test_steps_are_pytorchs_sgd_with_momentum_over_the_boundary():
     config = default_config()

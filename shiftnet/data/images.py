@@ -1,0 +1,284 @@
+"""One encoded image: decoding, and the geometry of training and evaluation.
+
+The numbers are those of torchvision's Pillow path (`Image.open(...).convert("RGB")`, `Resize`,
+`CenterCrop`, `RandomResizedCrop`), which the published ImageNet results were made with. Like there,
+the file's name says nothing about its kind, EXIF orientation is ignored, and so is damage that the
+JPEG library goes over (it fills in grey); a file that ends early is an error.
+
+Training decodes ordinary JPEGs by simplejpeg, which is libjpeg-turbo as in Pillow and gives the
+same pixels, and only down to the last row of the crop. For files of 500x375 pixels and 105 kB that
+takes 1.0 ms on average, where Pillow takes 1.15 ms, and 1.24 ms for all rows (one core of a Xeon;
+0.9 ms are entropy decoding); `for_training` as a whole takes 1.8 ms in place of 2.0 ms with Pillow.
+Everything else is Pillow's.
+"""
+
+import io
+import math
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+# torchvision's `RandomResizedCrop`: parts of the area, ratios of width to height, and tries.
+SCALE = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+
+# Start of frame of the JPEGs that Pillow reads: baseline, extended, progressive.
+_FRAMES = (0xC0, 0xC1, 0xC2)
+_START_OF_IMAGE = b"\xff\xd8"
+_START_OF_SCAN = 0xDA
+_END_OF_IMAGE = b"\xff\xd9"
+
+
+class Encoded(NamedTuple):
+    """An image as it is stored.
+
+    Attributes:
+      data: the file's bytes.
+      label: of its class, counted from 0.
+      name: what errors call it: a path, or the name that the data set gives it.
+    """
+
+    data: bytes
+    label: int
+    name: str
+
+
+class CorruptImage(ValueError):
+    """Bytes that are no readable image. The message is one sentence: which file, and why."""
+
+
+def decode(data: bytes, *, name: str) -> np.ndarray:
+    """Decodes an image file in full.
+
+    Args:
+      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG, WebP, BMP or whatever else Pillow
+        reads.
+      name: what an error calls it.
+
+    Returns:
+      uint8 [H, W, 3], red, green, blue.
+
+    Raises:
+      CorruptImage: when it cannot be decoded.
+    """
+    try:
+        return np.asarray(_rgb(_open(data)))
+    except Exception as error:  # Pillow's readers each have their own
+        raise _corrupt(name, data, error) from error
+
+
+def for_evaluation(data: bytes, *, size: int, resize: int, name: str) -> np.ndarray:
+    """Decodes an image and takes its middle: torchvision's `Resize(resize)`, `CenterCrop(size)`.
+
+    The shorter side becomes `resize` and the other one `int(resize * longer / shorter)`, by
+    Pillow's bilinear filter with antialiasing. The result is torchvision's, bit for bit.
+
+    Args:
+      data: the file's bytes.
+      size: side of the result, in pixels; at most `resize`.
+      resize: the shorter side before the crop, in pixels.
+      name: what an error calls it.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      CorruptImage: when it cannot be decoded.
+      ValueError: when `size` is more than `resize`.
+    """
+    if size > resize:
+        raise ValueError(f"size is {size}, more than the {resize} that images are resized to")
+    try:
+        image = _rgb(_open(data))
+        shorter, longer = sorted(image.size)
+        other = int(resize * longer / shorter)
+        width, height = (resize, other) if image.width <= image.height else (other, resize)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        # `round` is Python's, to even.
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return np.asarray(image.crop((left, top, left + size, top + size)))
+    except Exception as error:
+        raise _corrupt(name, data, error) from error
+
+
+def for_training(
+    data: bytes, *, size: int, flip: bool, rng: np.random.Generator, name: str
+) -> np.ndarray:
+    """Decodes a random part of an image: torchvision's `RandomResizedCrop(size)`, then a flip.
+
+    The crop (`crop_box`) is resized by Pillow's bilinear filter with antialiasing. A JPEG is not
+    decoded below the crop. The result is torchvision's for the same choices, bit for bit, as long
+    as a side of the crop is less than twice `size`. Where both sides are at least 2, 4 or 8 times
+    `size`, a JPEG is decoded to 1/2, 1/4 or 1/8 of its size, so that nothing is enlarged, and the
+    result is near. Measured over 287 crops of noise with the spectrum of photographs, 1,000 to
+    3,000 pixels a side: the pixels differ from full decoding by 1.2 grey levels on average (3.9 in
+    the worst crop) and by 25 at most.
+
+    Args:
+      data: the file's bytes.
+      size: side of the result, in pixels.
+      flip: whether the image is mirrored left to right with probability 1/2.
+      rng: makes the random choices; the same state gives the same result.
+      name: what an error calls it.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      CorruptImage: when it cannot be decoded.
+    """
+    try:
+        jpeg, scale = _jpeg(data), 1
+        if jpeg:
+            shape = jpeg.shape
+        else:
+            pixels = np.asarray(_rgb(_open(data)))
+            shape = pixels.shape[0], pixels.shape[1]
+        top, left, height, width = crop_box(rng, *shape)
+        right, bottom = left + width, top + height
+        if jpeg:
+            while scale < 8 and min(height, width) >= 2 * scale * size:
+                scale *= 2
+            try:
+                pixels = _upper_rows(data, jpeg, bottom, scale)
+            except ValueError:  # sampling factors that TurboJPEG does not know, or a damaged file
+                pixels, scale = np.asarray(_rgb(_open(data))), 1
+        # The whole pixels of what is decoded that the crop touches, and the crop within them.
+        x, y = left // scale, top // scale
+        part = pixels[y : -(-bottom // scale), x : -(-right // scale)]
+        box = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
+        image = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=box)
+        if flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image)
+    except Exception as error:
+        raise _corrupt(name, data, error) from error
+
+
+def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    """Draws the part of an image that a training step sees.
+
+    It has 8 % to 100 % of the area and a ratio of width to height of 3/4 to 4/3, uniform in its
+    logarithm. When ten draws do not fit into the image, it is the middle: all of it, or as much as
+    the nearest allowed ratio leaves.
+
+    Args:
+      rng: makes the random choices.
+      height, width: of the image, in pixels.
+
+    Returns:
+      top, left, height and width of the part, in pixels.
+    """
+    log_ratio = (math.log(RATIO[0]), math.log(RATIO[1]))
+    for _ in range(TRIES):
+        area = height * width * rng.uniform(*SCALE)
+        ratio = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h, endpoint=True))
+            return top, int(rng.integers(0, width - w, endpoint=True)), h, w
+    w, h = width, height
+    if width < RATIO[0] * height:
+        h = round(width / RATIO[0])
+    elif width > RATIO[1] * height:
+        w = round(height * RATIO[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _open(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        # About metadata that nothing here uses; some files of ImageNet have damaged EXIF.
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(data))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _corrupt(name: str, data: bytes, error: Exception) -> CorruptImage:
+    if not data:
+        reason = "it is empty"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        reason = "it is no image of a known kind"  # Pillow's sentence gives a memory address
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return CorruptImage(f"{name} cannot be decoded ({reason})")
+
+
+class _Jpeg(NamedTuple):
+    """What the header of an ordinary JPEG says.
+
+    Attributes:
+      shape: height and width in pixels.
+      height_at: where the two bytes of the height are.
+      block_row: how many rows are coded together.
+    """
+
+    shape: tuple[int, int]
+    height_at: int
+    block_row: int
+
+
+def _jpeg(data: bytes) -> _Jpeg | None:
+    """Reads the header of a JPEG; None for one that Pillow must decode, and for all other files.
+
+    That is a JPEG which is not grey or of three colours, or which has no end: simplejpeg would fill
+    in the missing part, or never see it, and that a file is cut off must not depend on the crop.
+    """
+    at = 2 if data.startswith(_START_OF_IMAGE) else len(data)
+    while data[at : at + 1] == b"\xff" and at + 10 <= len(data):
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            # length (2 bytes), precision (1), height (2), width (2), components (1), and then for
+            # each component its id, sampling factors (horizontal << 4 | vertical), and table
+            height = int.from_bytes(data[at + 5 : at + 7], "big")
+            width = int.from_bytes(data[at + 7 : at + 9], "big")
+            components = data[at + 9]
+            factors = data[at + 11 : at + 10 + 3 * components : 3]
+            block_row = 8 * max((factor & 15 for factor in factors), default=0)
+            complete = data.rfind(_END_OF_IMAGE, at) > 0
+            if not (complete and components in (1, 3) and height and width and block_row):
+                return None
+            return _Jpeg((height, width), at + 5, block_row)
+        if marker == _START_OF_SCAN:
+            return None
+        # A filler byte, or a segment, which begins with its length.
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _upper_rows(data: bytes, jpeg: _Jpeg, rows: int, scale: int) -> np.ndarray:
+    """Decodes a JPEG from the top to `rows` or a little below.
+
+    It is given a smaller height in its header. The pixels of the rows above do not change by a bit:
+    decoding goes from top to bottom, and the one block row more than needed covers what
+    interpolation of the colours looks at.
+
+    Args:
+      data: the file's bytes.
+      jpeg: its header.
+      rows: how many rows, counted from the top, are needed.
+      scale: 1, 2, 4 or 8; what the size is divided by, rounding up.
+
+    Returns:
+      uint8 [at least rows / scale, width / scale, 3].
+
+    Raises:
+      ValueError: when TurboJPEG cannot decode it.
+    """
+    height, width = jpeg.shape
+    at, enough = jpeg.height_at, (rows // jpeg.block_row + 2) * jpeg.block_row
+    if enough < height:
+        data, height = data[:at] + enough.to_bytes(2, "big") + data[at + 2 :], enough
+    return simplejpeg.decode_jpeg(
+        data,
+        min_height=-(-height // scale),
+        min_width=-(-width // scale),
+        min_factor=scale,
+        strict=False,  # the data that is left over is no error
+    )

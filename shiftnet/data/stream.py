@@ -1,0 +1,388 @@
+"""Batches of decoded images on the host, by Grain: worker processes, prefetch, batching.
+
+What a batch holds follows from its arguments, the seed and the number of the step alone, so the
+number of worker processes, the number of processes of the job, and where a run was interrupted do
+not change a bit of it. (As long as NumPy stays the same: its generators may draw other numbers in
+another version.)
+
+Grain starts its workers by spawning, so the script that is run is imported again in each: it must
+do its work under `if __name__ == "__main__"`. Grain imports JAX where it is installed; nothing here
+or there initialises it, so workers take no accelerator. Batches come through POSIX shared memory
+(/dev/shm on Linux), up to four a worker.
+"""
+
+import functools
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+from grain.multiprocessing import SharedMemoryArray
+
+from shiftnet import errors
+from shiftnet.data import images
+from shiftnet.data.images import CorruptImage, Encoded
+from shiftnet.errors import UserError
+
+ON_CORRUPT = ("error", "skip")
+AHEAD = 2  # batches that each worker keeps ready
+
+# Grain 0.2.18 reads this flag of its own without regard to programs that parse no Abseil flags, and
+# fails (github.com/google/grain/issues/1355). A flag that is marked as given has its default value.
+_UNPARSED = "grain_enable_multiprocess_worker_profiling"
+if _UNPARSED in flags.FLAGS:
+    flags.FLAGS[_UNPARSED].present = 1
+
+
+class Source(Protocol):
+    """What is read from: `FolderSource` or `TfdsSource`. It is pickled for each worker."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Encoded: ...
+
+
+class Batch(NamedTuple):
+    """Some decoded images.
+
+    Attributes:
+      images: uint8 [N, size, size, 3].
+      labels: int32 [N]; -1 where there is no image.
+      skipped: the names of the corrupt files that belong here and are not here.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    skipped: tuple[str, ...]
+
+
+class _Example(NamedTuple):
+    image: np.ndarray  # uint8 [size, size, 3]
+    label: int
+    skipped: tuple[str, ...]
+
+
+class TrainStream:
+    """A run's training batches, from its first step to its last, for one process of a job.
+
+    Step s belongs to epoch s // steps_per_epoch. An epoch's order is a permutation of the whole
+    source; step s takes the `batch_size` positions of it from (s % steps_per_epoch) * batch_size.
+    Process k of n takes the k-th n-th of these. The permutation is drawn by Philox with the seed
+    and the epoch as its key and a counter from 0; the crop and flip of example i (its index in the
+    source) with the same key and a counter from (i + 1) * 2^128.
+
+    Under `on_corrupt="skip"`, a file that cannot be decoded is replaced by the example at the next
+    position of the epoch's order whose file can be (after the last position comes the first), cut
+    as it is everywhere in that epoch; so that one is seen twice. The batch names each file that is
+    replaced in it; those passed over on the way are named where they belong.
+
+    Args:
+      source: the training images.
+      size: side of the images, in pixels.
+      batch_size: images a step, over all processes.
+      steps_per_epoch: at most `len(source) // batch_size`.
+      total_steps: of the run.
+      seed: of the run, 0 to 2^64 - 1.
+      flip: whether half of the images are mirrored.
+      on_corrupt: `"error"` or `"skip"`.
+      workers: processes that decode; 0 decodes in this one, when a batch is asked for.
+      process_index, process_count: which process of the job this is.
+
+    Raises:
+      UserError: for an unknown `on_corrupt`, a `batch_size` that the processes cannot share evenly,
+        or more steps an epoch than there are images for.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int,
+        batch_size: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        seed: int,
+        flip: bool,
+        on_corrupt: str,
+        workers: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        share = _Share(batch_size, process_index, process_count, on_corrupt)
+        if steps_per_epoch * batch_size > len(source):
+            raise UserError(
+                f"an epoch of {steps_per_epoch} steps of {batch_size} images is more than the "
+                f"{len(source)} training images"
+            )
+        self._example = _TrainExample(source, share, size, steps_per_epoch, seed, flip)
+        self._share = share
+        self._total_steps = total_steps
+        self._workers = workers
+        self._step = 0
+        self._running: list[grain.DatasetIterator] = []  # one, from the first batch to `close`
+        weakref.finalize(self, _close, self._running)
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next step's batch.
+
+        Raises:
+          StopIteration: after the last step.
+          UserError: for a file that cannot be read, or, under `on_corrupt="error"`, decoded.
+        """
+        if self._step >= self._total_steps:
+            self.close()
+            raise StopIteration
+        if not self._running:
+            first, stop = self._step, self._total_steps
+            self._running.append(
+                _batches(self._example, first, stop, self._share.size, self._workers)
+            )
+        try:
+            batch = _next(self._running)
+        except BaseException:
+            self.close()
+            raise
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is: what `set_state` takes, now or in another run; JSON can hold it."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where a stream with the same arguments was; `workers` may be another."""
+        self.close()
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Ends the worker processes. Asked for another batch, the stream starts new ones."""
+        _close(self._running)
+
+
+class EvalStream:
+    """Every image of a source once and in order, for one process of a job; may be iterated again.
+
+    Batch b has the images from b * batch_size on, and process k of n the k-th n-th of these. The
+    last batch is filled up with black images and the label -1, so that all processes get the same
+    number of batches. Under `on_corrupt="skip"`, a file that cannot be decoded becomes such an
+    image.
+
+    Args:
+      source: the images.
+      size: side of the images, in pixels.
+      resize: the shorter side before the crop, in pixels.
+      batch_size: images a batch, over all processes.
+      on_corrupt: `"error"` or `"skip"`.
+      workers: processes that decode; 0 decodes in this one.
+      process_index, process_count: which process of the job this is.
+
+    Raises:
+      UserError: for an unknown `on_corrupt`, or a `batch_size` that the processes cannot share
+        evenly; while iterating, for a file that cannot be read, or, under "error", decoded.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        size: int,
+        resize: int,
+        batch_size: int,
+        on_corrupt: str,
+        workers: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        self._share = _Share(batch_size, process_index, process_count, on_corrupt)
+        self._example = _EvalExample(source, self._share, size, resize)
+        self._length = -(-len(source) // batch_size)
+        self._workers = workers
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        running = [_batches(self._example, 0, self._length, self._share.size, self._workers)]
+        end = weakref.finalize(self, _close, running)
+        try:
+            for _ in range(self._length):
+                yield _next(running)
+        finally:
+            end()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Which part of every batch this process makes, and what it does about corrupt files."""
+
+    batch_size: int
+    process_index: int
+    process_count: int
+    on_corrupt: str
+
+    def __post_init__(self) -> None:
+        if self.on_corrupt not in ON_CORRUPT:
+            raise errors.unknown("on_corrupt", self.on_corrupt, ON_CORRUPT)
+        if self.batch_size % self.process_count:
+            raise UserError(
+                f"batch_size is {self.batch_size}; expected a multiple of {self.process_count}, "
+                f"the number of processes"
+            )
+
+    @property
+    def size(self) -> int:
+        return self.batch_size // self.process_count
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The batch, and the place in the whole of it, of this process's `number`-th image."""
+        batch, place = divmod(number, self.size)
+        return batch, self.process_index * self.size + place
+
+
+@dataclass(frozen=True)
+class _TrainExample:
+    """Makes this process's images of the run, by number; sent to the workers."""
+
+    source: Source
+    share: _Share
+    size: int
+    steps_per_epoch: int
+    seed: int
+    flip: bool
+
+    def __call__(self, number: int) -> _Example:
+        step, place = self.share.locate(number)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order = _order(self.seed, epoch, len(self.source))
+        position = step * self.share.batch_size + place
+        skipped: tuple[str, ...] = ()
+        for candidate in range(position, position + len(order)):
+            index = int(order[candidate % len(order)])
+            data, label, name = self.source[index]
+            rng = _generator(self.seed, epoch, index + 1)
+            try:
+                image = images.for_training(
+                    data, size=self.size, flip=self.flip, rng=rng, name=name
+                )
+            except CorruptImage as error:
+                if self.share.on_corrupt == "error":
+                    raise UserError(str(error)) from error
+                skipped = skipped or (name,)
+            else:
+                return _Example(image, label, skipped)
+        raise UserError(f"none of the {len(order)} training images can be decoded")
+
+
+@dataclass(frozen=True)
+class _EvalExample:
+    """Makes this process's images, by number; sent to the workers."""
+
+    source: Source
+    share: _Share
+    size: int
+    resize: int
+
+    def __call__(self, number: int) -> _Example:
+        batch, place = self.share.locate(number)
+        index = batch * self.share.batch_size + place
+        skipped: tuple[str, ...] = ()
+        if index < len(self.source):
+            data, label, name = self.source[index]
+            try:
+                image = images.for_evaluation(data, size=self.size, resize=self.resize, name=name)
+                return _Example(image, label, skipped)
+            except CorruptImage as error:
+                if self.share.on_corrupt == "error":
+                    raise UserError(str(error)) from error
+                skipped = (name,)
+        return _Example(np.zeros((self.size, self.size, 3), np.uint8), -1, skipped)
+
+
+@functools.lru_cache(maxsize=2)  # where an epoch ends, a worker may need two
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return _generator(seed, epoch, 0).permutation(np.arange(length, dtype=np.int32))
+
+
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed | epoch << 64, counter=stream << 128))
+
+
+def _batches(
+    example: Callable[[int], _Example], first: int, stop: int, size: int, workers: int
+) -> grain.DatasetIterator:
+    """An iterator over batches `first` to `stop` - 1 of `size` images each."""
+    numbers = grain.MapDataset.range(first * size, stop * size)
+    # Batched before it is split among the workers, each makes whole batches, and which images are
+    # in a batch does not depend on how many they are. Each works for itself, without threads.
+    batches = (
+        numbers.map(example)
+        .batch(size, batch_fn=_stack)
+        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    )
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+        batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
+    return iter(batches)
+
+
+def _stack(examples: Sequence[_Example]) -> Batch:
+    return Batch(
+        np.stack([example.image for example in examples]),
+        np.array([example.label for example in examples], np.int32),
+        tuple(name for example in examples for name in example.skipped),
+    )
+
+
+def _next(running: list[grain.DatasetIterator]) -> Batch:
+    try:
+        batch = next(running[0])
+    except UserError as error:
+        # Without the frames of Grain and a worker, and a note about them that Grain adds.
+        raise UserError(str(error)) from None
+    # Out of a worker come arrays of Grain's own class in shared memory; a copy lets go of that at
+    # once, and Grain complains at the interpreter's exit about one that is still held then.
+    return Batch(np.array(batch.images), np.array(batch.labels), batch.skipped)
+
+
+def _close(running: list[grain.DatasetIterator]) -> None:
+    """Ends the workers of the iterator in `running`, if there is one, and drops it.
+
+    Called by `weakref.finalize`, so also at the interpreter's exit, where Grain alone is too late.
+    Nothing else may hold the iterator.
+    """
+    if not running:
+        return
+    running.pop().close()
+    # An exhausted iterator of Grain 0.2.18 keeps its last batch in a cycle with the traceback of
+    # its StopIteration, and a thread of Grain's frees what is let go of. Left for the exit, Python
+    # would report a leak of shared memory.
+    gc.collect()
+    if (pool := getattr(SharedMemoryArray, "_del_thread_pool", None)) is not None:
+        pool.apply(int)  # returns when the thread has done all that was asked of it before
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    # Ctrl-C reaches every process of the terminal; the parent decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot end them, and Grain's workers would wait for it for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

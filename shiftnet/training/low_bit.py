@@ -1,0 +1,113 @@
+"""What training does to low-bit weights: their levels, and which weights still change.
+
+A weight that no longer changes its sign or level has stopped learning; the S3 paper calls the
+first "sign freezing".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from shiftnet import tables, weights
+from shiftnet.training.mesh import replicated
+from shiftnet.training.step import Program
+from shiftnet.weights import LowBitWeight
+
+Codes = dict[str, jax.Array]  # uint8 of each layer's shape, by layer; see `LowBitWeight.codes`
+
+
+class LevelWatch:
+    """Compares the levels of a network's low-bit weights from one epoch to the next.
+
+    Args:
+      program: what trains the network.
+
+    Attributes:
+      codes: `codes(params, stats)`, the weights' levels by layer, replicated over the mesh.
+    """
+
+    def __init__(self, program: Program):
+        def low_bit(params: nnx.State, stats: nnx.State) -> dict[str, LowBitWeight]:
+            network = nnx.merge(program.graphdef, params, stats)
+            found = weights.of_layers(network)
+            return {n: w for n, w in found.items() if isinstance(w, LowBitWeight)}
+
+        def codes(params: nnx.State, stats: nnx.State) -> Codes:
+            return {name: weight.codes() for name, weight in low_bit(params, stats).items()}
+
+        abstract = jax.eval_shape(program.init, np.uint32(0))
+        found = low_bit(abstract.params, abstract.stats)
+        self._levels = {name: weight.levels for name, weight in found.items()}
+        everywhere = replicated(program.mesh)
+        self.codes = jax.jit(codes, out_shardings=everywhere)
+        self._compare = jax.jit(self._count_changes, out_shardings=everywhere)
+
+    def __bool__(self) -> bool:
+        """Whether there is any low-bit weight."""
+        return bool(self._levels)
+
+    def metrics(self, before: Codes, now: Codes) -> dict[str, Any]:
+        """What became of the weights between two epochs' codes.
+
+        Returns:
+          For each layer, and for `"all"` of them together, fractions of its weights: `"zeros"`,
+          `"levels"` (by level, as text), `"level_changed"`, and `"sign_changed"`, from plus to
+          minus or back.
+        """
+        counts = jax.device_get(self._compare(before, now))
+        result = {}
+        for name, levels in self._levels.items():
+            result[name] = _fractions(levels, *counts[name])
+        every = sorted({level for levels in self._levels.values() for level in levels})
+        total = dict.fromkeys(every, 0)
+        for name, levels in self._levels.items():
+            for level, count in zip(levels, counts[name][0].tolist(), strict=True):
+                total[level] += count
+        changed = [sum(int(count[i]) for count in counts.values()) for i in (1, 2)]
+        return {"all": _fractions(every, np.array(list(total.values())), *changed), **result}
+
+    def _count_changes(self, before: Codes, now: Codes) -> dict[str, tuple[jax.Array, ...]]:
+        counts: dict[str, tuple[jax.Array, ...]] = {}
+        for name, levels in self._levels.items():
+            signs = jnp.sign(jnp.asarray(levels, jnp.int32))
+            codes = jnp.arange(len(levels), dtype=jnp.uint8)
+            histogram = jax.vmap(lambda code, codes=now[name]: (codes == code).sum())(codes)
+            opposite = signs[now[name]] * signs[before[name]] < 0
+            counts[name] = histogram, (now[name] != before[name]).sum(), opposite.sum()
+        return counts
+
+
+def _fractions(levels, histogram, level_changed, sign_changed) -> dict[str, Any]:
+    size = int(histogram.sum())
+    shares = {str(level): int(count) / size for level, count in zip(levels, histogram, strict=True)}
+    return {
+        "zeros": shares.get("0", 0.0),
+        "level_changed": int(level_changed) / size,
+        "sign_changed": int(sign_changed) / size,
+        "levels": shares,
+    }
+
+
+def table(network: nnx.Module, zeros: Mapping[str, float]) -> str:
+    """A network's weights, layer by layer: shape, bits, zeros, bytes in float32 and packed.
+
+    Args:
+      network: with numbers or without.
+      zeros: the fraction of zeros of each low-bit layer.
+    """
+    rows: list[tuple[object, ...]] = [
+        ("layer", "shape", "bits", "zeros", "float32 bytes", "packed bytes")
+    ]
+    found = weights.of_layers(network)
+    for name, weight in found.items():
+        share = f"{zeros[name]:.1%}" if name in zeros else ""
+        shape = "x".join(map(str, weight.shape))
+        rows.append((name, shape, weight.bits, share, 4 * weight.size, weight.packed_bytes))
+    floats = sum(4 * weight.size for weight in found.values())
+    packed = sum(weight.packed_bytes for weight in found.values())
+    rows.append(("all weights", "", "", "", floats, packed))
+    return tables.aligned(rows)

@@ -1,0 +1,261 @@
+"""Decoding and geometry, against torchvision's algorithms restated by plain Pillow calls."""
+
+import io
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shiftnet.data import images
+from tests.data import image_files
+
+RNG = np.random.default_rng(0)
+ODD = image_files.odd_files(RNG)
+CORRUPT = image_files.corrupt_files(RNG)
+odd = pytest.mark.parametrize("data", ODD.values(), ids=ODD)
+
+
+def opened(data):
+    """What torchvision's `default_loader` returns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def resize_and_center_crop(image, resize, size):
+    """torchvision 0.28's `Resize(resize)` and `CenterCrop(size)` of a Pillow image."""
+    width, height = image.size
+    short, long = (width, height) if width <= height else (height, width)
+    new_short, new_long = resize, int(resize * long / short)
+    width, height = (new_short, new_long) if width <= height else (new_long, new_short)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
+    return image.crop((left, top, left + size, top + size))
+
+
+def cut(image, box, size, mirrored):
+    """torchvision's `resized_crop` and `hflip` of a Pillow image."""
+    top, left, height, width = box
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def torchvision_box(rng, height, width):
+    """torchvision 0.28's `RandomResizedCrop.get_params`, on a generator of another kind."""
+    area = height * width
+    log_ratio = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        target_area = area * rng.uniform(0.08, 1.0)
+        aspect_ratio = math.exp(rng.uniform(*log_ratio))
+        w = round(math.sqrt(target_area * aspect_ratio))
+        h = round(math.sqrt(target_area / aspect_ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h + 1), rng.randint(0, width - w + 1), h, w
+    in_ratio = float(width) / float(height)
+    if in_ratio < 3 / 4:
+        w = width
+        h = round(w / (3 / 4))
+    elif in_ratio > 4 / 3:
+        h = height
+        w = round(h * (4 / 3))
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def in_training(data, seed, size, flip=True):
+    """`for_training`, and the choices that it made."""
+    rng = np.random.default_rng(seed)
+    height, width = opened(data).size[::-1]
+    box = images.crop_box(rng, height, width)
+    mirrored = flip and rng.random() < 0.5
+    rng = np.random.default_rng(seed)
+    return images.for_training(data, size=size, flip=flip, rng=rng, name="x"), box, mirrored
+
+
+@odd
+def test_every_kind_of_file_decodes_as_in_torchvision(data):
+    found = images.decode(data, name="x.JPEG")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(opened(data)))
+
+
+def test_an_image_is_not_turned_by_its_exif():
+    assert images.decode(ODD["rotated"], name="x").shape == (44, 66, 3)
+
+
+@odd
+@pytest.mark.parametrize(("resize", "size"), [(36, 32), (37, 24), (64, 64)])
+def test_evaluation_sees_what_torchvision_shows(data, resize, size):
+    found = images.for_evaluation(data, size=size, resize=resize, name="x")
+    assert found.shape == (size, size, 3)
+    expected = np.asarray(resize_and_center_crop(opened(data), resize, size))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_evaluation_refuses_a_crop_larger_than_the_image():
+    with pytest.raises(ValueError, match="size is 33, more than the 32"):
+        images.for_evaluation(ODD["rgb"], size=33, resize=32, name="x")
+
+
+@odd
+def test_training_sees_what_torchvision_cuts(data):
+    """At a size at which no crop is decoded to a fraction; rows below the crop are left out."""
+    mirrors = set()
+    for seed in range(12):
+        found, box, mirrored = in_training(data, seed, size=64)
+        np.testing.assert_array_equal(found, np.asarray(cut(opened(data), box, 64, mirrored)))
+        mirrors.add(mirrored)
+    assert mirrors == {True, False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+        {"mode": "L"},
+        {"keep_rgb": True},
+    ],
+    ids=str,
+)
+def test_leaving_out_lower_rows_changes_no_bit_of_the_upper(options):
+    data = image_files.encoded(image_files.pixels(RNG, 150, 40), **options)
+    full, jpeg, heights = np.asarray(opened(data)), images._jpeg(data), set()
+    for rows in range(1, 151, 7):
+        upper = images._upper_rows(data, jpeg, rows, 1)
+        np.testing.assert_array_equal(upper[:rows], full[:rows])
+        heights.add(len(upper))
+    assert min(heights) < 50  # it does leave out
+    assert max(heights) == 150
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(160, 80), (161, 87)])
+def test_a_fraction_is_the_one_that_pillow_decodes(shape, scale):
+    data = image_files.encoded(image_files.pixels(RNG, *shape))
+    found = images._upper_rows(data, images._jpeg(data), shape[0], scale)
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (image.width // scale, image.height // scale))
+    assert found.shape == (-(-shape[0] // scale), -(-shape[1] // scale), 3)
+    np.testing.assert_allclose(found, np.asarray(image), atol=1, rtol=0)
+
+
+def test_a_jpeg_that_turbojpeg_refuses_is_left_to_pillow(monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("could not determine subsampling type")
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    found, box, mirrored = in_training(ODD["rgb"], 0, size=8)
+    np.testing.assert_array_equal(found, np.asarray(cut(opened(ODD["rgb"]), box, 8, mirrored)))
+
+
+def test_unflipped_training_never_mirrors():
+    for seed in range(12):
+        found, box, _ = in_training(ODD["rgb"], seed, size=48, flip=False)
+        np.testing.assert_array_equal(found, np.asarray(cut(opened(ODD["rgb"]), box, 48, False)))
+
+
+def test_decoding_to_a_fraction_stays_near_full_decoding():
+    """`for_training` states 1.2, 3.9 and 25 grey levels for finer-grained, larger images."""
+    rng = np.random.default_rng(1)
+    data = image_files.encoded(image_files.pixels(rng, 700, 900))
+    image, drafts, deviations = opened(data), set(), []
+    for size in (30, 60, 120):
+        for seed in range(8):
+            found, box, mirrored = in_training(data, seed, size)
+            drafts.add(min(8, 2 ** int(math.log2(max(1, min(box[2:]) / size)))))
+            expected = np.asarray(cut(image, box, size, mirrored)).astype(int)
+            deviations.append(np.abs(found - expected))
+    assert {2, 4, 8} <= drafts
+    means = [deviation.mean() for deviation in deviations]
+    assert 0 < np.mean(means) < 1.2
+    assert max(means) < 3.9
+    assert max(deviation.max() for deviation in deviations) <= 25
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_a_fraction_is_decoded_only_where_nothing_is_enlarged(scale, monkeypatch):
+    used = []
+
+    def decode(data, jpeg, rows, scale):
+        used.append(scale)
+        return upper_rows(data, jpeg, rows, scale)
+
+    upper_rows = images._upper_rows
+    monkeypatch.setattr(images, "_upper_rows", decode)
+    data = image_files.encoded(image_files.pixels(RNG, 320, 320))
+    for height in (40 * scale, 40 * scale - 1):
+        monkeypatch.setattr(images, "crop_box", lambda *_, h=height: (320 - h, 0, h, 320))
+        rng = np.random.default_rng(0)
+        images.for_training(data, size=40, flip=False, rng=rng, name="x")
+    assert used == [scale, scale // 2]
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (100, 800), (640, 64)])
+def test_crops_are_distributed_as_torchvisions(shape):
+    """Means within four standard errors of a difference, at fixed seeds."""
+    count = 4000
+    rng, peer = np.random.default_rng(2), np.random.RandomState(3)
+    ours, theirs = (
+        np.array([draw(generator, *shape) for _ in range(count)], float)
+        for draw, generator in ((images.crop_box, rng), (torchvision_box, peer))
+    )
+
+    def features(boxes):
+        top, left, height, width = boxes.T
+        places = [place / np.maximum(1, room) for place, room in (
+            (top, shape[0] - height), (left, shape[1] - width)
+        )]  # fmt: skip
+        area, ratio = height * width / (shape[0] * shape[1]), np.log(width / height)
+        whole = (height == shape[0]) | (width == shape[1])
+        columns = [area, area**2, ratio, ratio**2, *places, *(p**2 for p in places), whole]
+        return np.stack(columns, axis=1).astype(float)
+
+    ours, theirs = features(ours), features(theirs)
+    error = np.sqrt((ours.var(0) + theirs.var(0)) / count)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) <= 4 * error + 1e-12).all()
+    assert ours[:, 0].min() >= 0 < theirs[:, 0].min()
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"), [((1000, 10), (493, 0, 13, 10)), ((9, 1000), (0, 494, 9, 12))]
+)
+def test_an_image_too_narrow_for_a_crop_gives_its_middle(shape, box):
+    assert images.crop_box(np.random.default_rng(0), *shape) == box
+    assert torchvision_box(np.random.RandomState(0), *shape) == box
+
+
+def readers(data, name):
+    rng = np.random.default_rng(0)
+    yield lambda: images.decode(data, name=name)
+    yield lambda: images.for_evaluation(data, size=32, resize=36, name=name)
+    yield lambda: images.for_training(data, size=32, flip=True, rng=rng, name=name)
+
+
+@pytest.mark.parametrize("data", CORRUPT.values(), ids=CORRUPT)
+def test_a_corrupt_file_is_named_in_one_sentence(data):
+    for read in readers(data, "train/n01440764/a.JPEG"):
+        with pytest.raises(images.CorruptImage) as caught:
+            read()
+        message = str(caught.value)
+        assert message.startswith("train/n01440764/a.JPEG cannot be decoded (")
+        assert "\n" not in message
+        assert "0x" not in message
+        assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+def test_whether_a_file_is_corrupt_does_not_depend_on_the_crop(monkeypatch):
+    monkeypatch.setattr(images, "crop_box", lambda *_: (0, 0, 8, 8))
+    rng = np.random.default_rng(0)
+    with pytest.raises(images.CorruptImage, match="truncated"):
+        images.for_training(
+            CORRUPT["cut at the end"], size=8, flip=False, rng=rng, name="x"
+        )  # fmt: skip
