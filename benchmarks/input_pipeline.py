@@ -176,12 +176,8 @@ def compare(
         print(f"  meanwhile everything else used {turns.others:.2f} cores")
     steady = all(max(rounds) <= UNSTEADY * min(rounds) for rounds in turns.times.values())
     result["quiet"] = steady and (turns.others or 0.0) <= BUSY
-    result["ratio"] = {
-        kind: median(
-            theirs / own for own, theirs in zip(turns.times["ours"], turns.times[kind], strict=True)
-        )
-        for kind in KINDS
-    }
+    own = result["ours"]["images_a_second"]
+    result["ratio"] = {kind: own / result[kind]["images_a_second"] for kind in KINDS}
     return result
 
 

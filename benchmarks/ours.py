@@ -152,7 +152,7 @@ class Inference:
             "std": STD,
         }
         arrays = checkpoint.to_arrays(setting.params, setting.stats)
-        self._model = Classifier(checkpoint.Saved(Path("memory"), arrays, note))
+        self._model = Classifier.of(checkpoint.Saved(Path("memory"), arrays, note))
         self._wait_each = jax.default_backend() == "cpu"  # where calls could run side by side
 
     def check(self, steps: int) -> list[float]:

@@ -256,8 +256,8 @@ def _upper_rows(data: bytes, jpeg: _Jpeg, rows: int, scale: int) -> np.ndarray:
     """Decodes a JPEG from the top to `rows` or a little below.
 
     It is given a smaller height in its header. The pixels of the rows above do not change by a bit:
-    decoding goes from top to bottom, and the one block row more than needed covers what
-    interpolation of the colours looks at.
+    decoding goes from top to bottom. Only for the last row of a block row does the interpolation of
+    colours look at the next one, which is kept as well when that row is needed.
 
     Args:
       data: the file's bytes.
@@ -272,7 +272,7 @@ def _upper_rows(data: bytes, jpeg: _Jpeg, rows: int, scale: int) -> np.ndarray:
       ValueError: when TurboJPEG cannot decode it.
     """
     height, width = jpeg.shape
-    at, enough = jpeg.height_at, (rows // jpeg.block_row + 2) * jpeg.block_row
+    at, enough = jpeg.height_at, (rows // jpeg.block_row + 1) * jpeg.block_row
     if enough < height:
         data, height = data[:at] + enough.to_bytes(2, "big") + data[at + 2 :], enough
     return simplejpeg.decode_jpeg(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from shiftnet.weights import form
@@ -41,3 +42,9 @@ class DenseShift(form.LowBitWeight):
         for i in range(1, self.num_shifts + 1):
             shift = (shift + 1) * form.gate(getattr(self, f"shift{i}")[...])
         return form.straight_through(sign * form.power_of_two(shift), sign * jnp.sqrt(shift + 1))
+
+    def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
+        count = self.num_shifts
+        # The last gate must be open for a shift of 1, the last two for 2, and so on.
+        shifts = {f"shift{i}": np.abs(levels) > 2 ** (count - i) for i in range(1, count + 1)}
+        return {"sign": levels > 0, **shifts}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from shiftnet.weights.initializers import he_normal_fan_out
@@ -65,7 +66,26 @@ class LowBitWeight(Weight):
         """The index of each weight's level, uint8 of the weight's shape."""
         weight = self()
         levels = jnp.asarray(self.levels, weight.dtype)
-        return jnp.searchsorted(levels, weight / self.scale).astype(jnp.uint8)
+        # Rounded, since the compiler may divide by multiplying, which is not exact.
+        return jnp.searchsorted(levels, jnp.round(weight / self.scale)).astype(jnp.uint8)
+
+    def set_codes(self, codes: np.ndarray) -> None:
+        """Sets the latents so that the weights have these codes.
+
+        Each latent becomes plus or minus the standard deviation that it would have started with:
+        what is left of a weight whose latents are not known, to compute with or to train on from.
+
+        Args:
+          codes: of the weight's shape, as `codes` returns them.
+        """
+        deviation = np.float32(math.sqrt(2 / (self.size / self.shape[-2])))
+        signs = self.signs_of_latents(np.asarray(self.levels)[codes])
+        for name, sign_of in signs.items():
+            getattr(self, name).set_value(jnp.asarray(np.where(sign_of, deviation, -deviation)))
+
+    def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
+        """For weights at these levels, whether each latent is above zero, by its name."""
+        raise NotImplementedError
 
 
 def latent(shape: Sequence[int], rngs: nnx.Rngs) -> nnx.Param:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from shiftnet.weights import form
@@ -46,3 +47,7 @@ class S3(form.LowBitWeight):
     def regularizer(self) -> jax.Array:
         """Σ max(-b, 0), which keeps weights from freezing at zero; its gradient at 0 is 0."""
         return nnx.relu(-self.gate[...]).sum()
+
+    def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
+        shifts = {f"shift{i}": np.abs(levels) >= 2**i for i in range(1, self.num_shifts + 1)}
+        return {"sign": levels >= 0, "gate": levels != 0, **shifts}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from flax import nnx
 
 from shiftnet.weights import form
@@ -27,3 +28,6 @@ class Sign(form.LowBitWeight):
     def __call__(self) -> jax.Array:
         # The gradient is 1 and not the scale, as in the published code.
         return form.straight_through(self.scale * form.sign(self.latent[...]), self.latent[...])
+
+    def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"latent": levels > 0}

@@ -134,10 +134,6 @@ def test_crops_differ_from_epoch_to_epoch(source):
     assert all((one != other).any() for one, other in pairs)
 
 
-def test_worker_processes_change_no_bit_of_training(source):
-    assert_same(list(train(source, workers=2)), list(train(source)))
-
-
 def test_worker_processes_change_no_bit_of_evaluation(source):
     assert_same(list(evaluation(source, workers=2)), list(evaluation(source)))
 
@@ -147,15 +143,17 @@ def test_evaluation_can_be_repeated(source):
     assert_same(list(stream), list(stream))
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 2)])
 def test_a_continued_run_sees_what_an_uninterrupted_one_would(source, before, after):
+    """Whatever the number of worker processes, before and after."""
     whole = list(train(source))
     stream = train(source, workers=before)
     head = [next(stream) for _ in range(3)]
     state = json.loads(json.dumps(stream.get_state()))
     stream.close()
     again = train(source, workers=after)
-    next(again)
+    if not after:
+        next(again)
     again.set_state(state)
     assert again.get_state() == state
     assert_same(head + list(again), whole)
@@ -231,12 +229,13 @@ def test_a_skipped_file_is_replaced_by_the_next_that_can_be_decoded(source):
     np.testing.assert_array_equal(found[1].images[1:], good[1].images[1:])
 
 
-def test_the_search_for_a_replacement_goes_round_and_ends():
-    only = Memory(5, corrupt=(0, 1, 3, 4))
+@pytest.mark.parametrize("good", range(5))
+def test_the_search_for_a_replacement_goes_round_and_ends(good):
+    broken = [index for index in range(5) if index != good]
     options = {"steps_per_epoch": 1, "total_steps": 1, "on_corrupt": "skip"}
-    (batch,) = train(only, **options)
-    assert batch.labels.tolist() == [102] * 5
-    assert sorted(batch.skipped) == ["file 0", "file 1", "file 3", "file 4"]
+    (batch,) = train(Memory(5, corrupt=broken), **options)
+    assert batch.labels.tolist() == [100 + good] * 5
+    assert sorted(batch.skipped) == [f"file {index}" for index in broken]
     with pytest.raises(UserError, match="none of the 5 training images can be decoded"):
         next(train(Memory(5, corrupt=range(5)), **options))
 
@@ -273,7 +272,7 @@ def test_settings_that_cannot_be_are_refused(source, options, message):
 
 
 SCRIPT = """
-    import os, sys, time
+    import os, signal, sys
     import numpy as np
     from shiftnet.data.images import Encoded
     from shiftnet.data.folder import FolderSource
@@ -289,10 +288,14 @@ SCRIPT = """
         source = Nosy(sys.argv[1], "train")
         stream = TrainStream(source, size=16, batch_size=2, steps_per_epoch=4, total_steps=100,
                              seed=0, flip=True, on_corrupt="error", workers=2)
-        batch = next(stream)
+        batch = [next(stream) for worker in range(2)][0]
         if sys.argv[2] == "wait":
             print("ready", flush=True)
             sys.stdin.read()
+        if sys.argv[2] == "interrupt":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the loop, which finishes its step
+            os.killpg(0, signal.SIGINT)
+            assert len(list(stream)) == 98
         if sys.argv[2] == "close":
             stream.close()
             held = [b for b in EvalStream(source, size=16, resize=16, batch_size=2,
@@ -311,13 +314,14 @@ def started(tmp_path, how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
-@pytest.mark.parametrize("how", ["close", "leave"])
+@pytest.mark.parametrize("how", ["close", "leave", "interrupt"])
 def test_a_plain_script_ends_without_a_word_from_its_workers(tmp_path, how):
-    """Also: no worker has initialised JAX."""
+    """Also: no worker has initialised JAX, and Ctrl-C does not end workers."""
     with started(tmp_path, how) as process:
         output, errors = process.communicate(timeout=120)
     assert (process.returncode, output, errors) == (0, "done (2,)\n", "")

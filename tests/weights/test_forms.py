@@ -265,3 +265,28 @@ def test_the_regulariser_sums_over_all_layers():
     np.testing.assert_allclose(weights.regularizer(network), expected, rtol=1e-5)
     plain = models.build(config("resnet8"), 10, rngs=nnx.Rngs(0))
     assert weights.regularizer(plain) == 0
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("name", "bits"), LOW_BIT)
+def test_weights_can_be_set_from_their_codes(name, bits):
+    weight = weights.make(name, bits)((3, 3, 8, 16), rngs=nnx.Rngs(0))
+    assert isinstance(weight, LowBitWeight)
+    codes = np.random.default_rng(0).integers(0, len(weight.levels), weight.shape).astype(np.uint8)
+    weight.set_codes(codes)
+    np.testing.assert_array_equal(weight.codes(), codes)
+    # As far from zero as they would have started, so that training can move them.
+    for leaf in jax.tree.leaves(nnx.state(weight)):
+        np.testing.assert_allclose(np.abs(leaf), np.sqrt(2 / (9 * 16)), rtol=1e-6)
+
+
+@pytest.mark.core
+def test_codes_of_scaled_weights_are_right_whatever_the_scale():
+    # The scale is no power of two, and compiled code may divide by multiplying.
+    latent = np.tile(np.array([-0.5, 0.5], np.float32), 4)
+    for fan_in in (3, 8, 16, 72, 144, 576):
+        weight = weights.make("sign")((fan_in, 8), rngs=nnx.Rngs(0))
+        with_latents(weight, {"latent": np.tile(latent, (fan_in, 1))})
+        graphdef, state = nnx.split(weight)
+        codes = jax.jit(lambda state, graphdef=graphdef: nnx.merge(graphdef, state).codes())(state)
+        np.testing.assert_array_equal(codes[0], latent > 0, err_msg=str(fan_in))
