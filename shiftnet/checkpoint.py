@@ -134,6 +134,28 @@ def _is_checkpoint(directory: Path) -> bool:
     return (directory / "_CHECKPOINT_METADATA").is_file()
 
 
+def write(directory: str | PathLike[str], arrays: Mapping[str, jax.Array], note: Any) -> Path:
+    """Writes a checkpoint of a network alone, which no run continues from.
+
+    Args:
+      directory: what to make.
+      arrays: as `to_arrays` gives them.
+      note: as in the other checkpoints.
+
+    Raises:
+      UserError: where the directory exists, or cannot be written.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        raise UserError(f"{directory} exists; take another place, or remove it")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        ocp.save_checkpointables(directory, {"model": dict(arrays)}, custom_metadata=dict(note))
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
+    return directory
+
+
 def read(path: str | PathLike[str], sharding: Sharding | None = None) -> Saved:
     """Reads a checkpoint's network and note.
 

@@ -1,7 +1,9 @@
 """Trained networks for use in Python: what `shiftnet.load` returns."""
 
 import dataclasses
+from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import shiftnet.config
-from shiftnet import checkpoint, models
+from shiftnet import checkpoint, models, packing
 from shiftnet.data import RGB, augment
 
 
@@ -37,29 +39,43 @@ class Classifier:
       class_names: by class number.
       mean: per channel, for pixels in [0, 1]; what `predict` normalises by.
       std: likewise.
-      path: the checkpoint it came from.
+      path: the checkpoint or file it came from.
+      note: what is known of it: the recipe, the step, the accuracies.
     """
 
-    def __init__(self, saved: checkpoint.Saved):
-        self.path = saved.path
-        self.config: Any = shiftnet.config.from_json(saved.note["config"])
-        self.class_names: tuple[str, ...] = tuple(saved.note["class_names"])
-        self.mean: RGB = tuple(saved.note["mean"])
-        self.std: RGB = tuple(saved.note["std"])
-        self.note = saved.note
-        abstract = nnx.eval_shape(
-            lambda: models.build(self.config.model, len(self.class_names), rngs=nnx.Rngs(0))
-        )
-        self.graphdef, *states = nnx.split(abstract, nnx.Param, nnx.BatchStat)
-        params, stats = states
-        self.params = checkpoint.from_arrays(params, saved.arrays, saved.path)
-        self.stats = checkpoint.from_arrays(stats, saved.arrays, saved.path)
+    def __init__(self, path: Path, note: Mapping[str, Any], network: nnx.Module):
+        self.path = path
+        self.config: Any = shiftnet.config.from_json(note["config"])
+        self.class_names: tuple[str, ...] = tuple(note["class_names"])
+        self.mean: RGB = tuple(note["mean"])
+        self.std: RGB = tuple(note["std"])
+        self.note = note
+        self.graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
+        self.params, self.stats = states
         self._logits = jax.jit(lambda params, stats, x: nnx.merge(self.graphdef, params, stats)(x))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Classifier":
-        """Reads a checkpoint; `shiftnet.load` calls this."""
-        return cls(checkpoint.read(path))
+        """Reads a checkpoint, or a packed file; `shiftnet.load` calls this."""
+        if Path(path).is_file():
+            network, note = packing.read(path)
+            return cls(Path(path).absolute(), note, network)
+        return cls.of(checkpoint.read(path))
+
+    @classmethod
+    def of(cls, saved: checkpoint.Saved) -> "Classifier":
+        """The network that a checkpoint was read from."""
+        recipe = shiftnet.config.from_json(saved.note["config"])
+        classes = len(saved.note["class_names"])
+        network = nnx.eval_shape(lambda: models.build(recipe.model, classes, rngs=nnx.Rngs(0)))
+        graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
+        filled = [checkpoint.from_arrays(state, saved.arrays, saved.path) for state in states]
+        return cls(saved.path, saved.note, nnx.merge(graphdef, *filled))
+
+    @property
+    def network(self) -> nnx.Module:
+        """A copy of the network: `network(x)` takes normalised images to logits."""
+        return nnx.merge(self.graphdef, self.params, self.stats, copy=True)
 
     def __call__(self, x: jax.Array | np.ndarray) -> jax.Array:
         """Logits `[N, num_classes]` of normalised images `[N, H, W, 3]`, in their float dtype.

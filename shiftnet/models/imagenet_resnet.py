@@ -60,14 +60,14 @@ class Bottleneck(nnx.Module):
 
 
 # Depth -> block and blocks a stage.
-_STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
+STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
     101: (Bottleneck, (3, 4, 23, 3)),
     152: (Bottleneck, (3, 8, 36, 3)),
 }
-DEPTHS = tuple(_STAGES)
+DEPTHS = tuple(STAGES)
 
 
 class ImageNetResNet(Network):
@@ -86,7 +86,7 @@ class ImageNetResNet(Network):
         self, depth: int, num_classes: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
     ):
         super().__init__(dtype)
-        block, counts = _STAGES[depth]
+        block, counts = STAGES[depth]
         self.conv1 = _Conv(3, 64, 7, stride=2, rngs=rngs)
         self.bn1 = BatchNorm(64)
         stages, inside = [], 64

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from shiftnet import weights
+
 
 class Naming(NamedTuple):
     """How one original's names differ from ours.
@@ -76,7 +78,11 @@ def to_torch(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, np.ndarray]
 
 
 def from_torch(
-    model: nnx.Module, state_dict: Mapping[str, np.ndarray], naming: Naming = SHIFT
+    model: nnx.Module,
+    state_dict: Mapping[str, np.ndarray],
+    naming: Naming = SHIFT,
+    *,
+    codes: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Sets the model's parameters and running statistics, keeping the given arrays' dtypes.
 
@@ -84,18 +90,41 @@ def from_torch(
       model: changed in place.
       state_dict: arrays by PyTorch's names. Names that the model lacks are ignored.
       naming: whose names they are.
+      codes: of low-bit weights whose latents are not in `state_dict`, in PyTorch's layout and by
+        the name of the weight; see `LowBitWeight.set_codes`.
 
     Raises:
       KeyError: for a name that is missing.
       ValueError: for an array of the wrong shape.
     """
+    coded = {}
+    for layer, weight in weights.of_layers(model).items():
+        name = _torch_name((*layer.split("."), "weight", "value"), naming)
+        if codes and name in codes and isinstance(weight, weights.LowBitWeight):
+            weight.set_codes(_from_torch_layout(name, codes[name], weight.shape))
+            coded[f"{layer}.weight"] = name
     for path, leaf in _leaves(model):
-        name = _torch_name(path, naming)
-        axes = _axes_to_torch(leaf.ndim)
-        value = np.transpose(state_dict[name], np.argsort(axes))
-        if value.shape != leaf.shape:
-            raise ValueError(f"{name}: expected shape {leaf.shape}, found {value.shape}")
-        leaf.set_value(jax.numpy.asarray(value))
+        if ".".join(path[:-1]) not in coded:
+            name = _torch_name(path, naming)
+            leaf.set_value(
+                jax.numpy.asarray(_from_torch_layout(name, state_dict[name], leaf.shape))
+            )
+
+
+def _from_torch_layout(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    axes = _axes_to_torch(len(shape))
+    expected = tuple(shape[axis] for axis in axes)
+    if array.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, found {array.shape}")
+    return np.transpose(array, np.argsort(axes))
+
+
+def names(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, tuple[int, ...]]:
+    """PyTorch's name and shape of each of the model's parameters and running statistics."""
+    return {
+        _torch_name(path, naming): tuple(leaf.shape[axis] for axis in _axes_to_torch(leaf.ndim))
+        for path, leaf in _leaves(model)
+    }
 
 
 def _leaves(model: nnx.Module) -> list[tuple[tuple[str, ...], nnx.Variable]]:

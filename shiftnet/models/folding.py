@@ -1,0 +1,25 @@
+"""Networks after training, without running statistics."""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from shiftnet.layers import BatchNorm
+from shiftnet.layers.affine import Affine
+
+
+def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = Affine.of) -> None:
+    """Puts an `Affine` in the place of every `BatchNorm`; the network can no longer be trained.
+
+    Args:
+      network: changed in place.
+      fold: makes the one of the other.
+    """
+    for _, parent in list(nnx.iter_modules(network)):
+        if isinstance(parent, nnx.List):
+            for index, child in enumerate(parent):
+                if isinstance(child, BatchNorm):
+                    parent[index] = fold(child)
+        for name, child in list(vars(parent).items()):
+            if isinstance(child, BatchNorm):
+                setattr(parent, name, fold(child))

@@ -1,0 +1,166 @@
+"""Networks in small files: low-bit weights at their true width, in one `.safetensors` file.
+
+Such a file holds, by the names that the arrays have in the network,
+
+- `<layer>.weight`: of low-bit weights the codes, packed (`shiftnet.weights.bits`), uint8 `[bytes]`;
+  of float ones the weights themselves;
+- `<layer>.bias`, and for every batch norm its `scale` and `bias` (`shiftnet.layers.affine`);
+- the recipe, the classes' names, the normalisation and a SHA-256 of each tensor and of the rest of
+  the metadata, in the metadata.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from shiftnet import config, models, weights
+from shiftnet.errors import UserError
+from shiftnet.layers.affine import Affine
+from shiftnet.models.folding import fold_batch_norms
+from shiftnet.weights import Float, LowBitWeight, bits
+
+FORMAT = "shiftnet packed 1"
+RESTS = ("float32", "float16")
+# What of a checkpoint's note goes into the metadata, as JSON.
+NOTE = ("config", "class_names", "mean", "std", "step")
+
+
+def write(
+    path: str | PathLike[str], network: nnx.Module, note: Mapping[str, Any], rest: str = "float32"
+) -> None:
+    """Writes a network; its batch norms are folded, so it is changed.
+
+    Args:
+      path: the file; replaced once the new one is complete.
+      network: with numbers.
+      note: a checkpoint's.
+      rest: dtype of what is not packed, `"float32"` or `"float16"`.
+
+    Raises:
+      UserError: where the file cannot be written.
+    """
+    fold_batch_norms(network)
+    tensors = {
+        name: array.astype(rest) if array.dtype == np.float32 else array
+        for name, array in _tensors(network).items()
+    }
+    metadata = {name: json.dumps(note[name]) for name in NOTE}
+    metadata |= {"format": FORMAT, "tensors": json.dumps(_digests(tensors))}
+    metadata["sha256"] = _digest_of_text(metadata)
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        safetensors.numpy.save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
+    """Reads a file that `write` wrote: the network, its batch norms folded, and the note.
+
+    Raises:
+      UserError: where it is not one, or was cut off or changed; it names the tensor.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a whole safetensors file: {reason}") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is a safetensors file, but not one of shiftnet's")
+    if metadata.get("sha256") != _digest_of_text(metadata):
+        raise UserError(f"{path} was changed: its metadata does not have its checksum")
+    note = {name: json.loads(metadata[name]) for name in NOTE}
+    digests = json.loads(metadata["tensors"])
+    for name in {**digests, **tensors}:
+        if name not in tensors or name not in digests or _digest(tensors[name]) != digests[name]:
+            raise UserError(f"{path} was changed: tensor {name!r} does not have its checksum")
+    recipe = config.from_json(note["config"])
+    network = _abstract(recipe.model, len(note["class_names"]))
+    _fill(network, tensors, path)
+    return network, note
+
+
+def _abstract(model: Mapping[str, Any], num_classes: int) -> nnx.Module:
+    def build() -> nnx.Module:
+        network = models.build(model, num_classes, rngs=nnx.Rngs(0))
+        fold_batch_norms(network, lambda norm: Affine(norm.mean.shape[0]))
+        return network
+
+    return nnx.eval_shape(build)
+
+
+def _tensors(network: nnx.Module) -> dict[str, np.ndarray]:
+    forms = weights.of_layers(network)
+    tensors = {}
+    for layer, weight in forms.items():
+        if isinstance(weight, LowBitWeight):
+            tensors[f"{layer}.weight"] = bits.pack(np.asarray(weight.codes()), weight.bits)
+        else:
+            tensors[f"{layer}.weight"] = np.asarray(weight())
+    for name, leaf in _rest(network, forms):
+        tensors[name] = np.asarray(leaf[...])
+    return tensors
+
+
+def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Sets the numbers of a network from a file's tensors, whose digests are right."""
+    forms = weights.of_layers(network)
+
+    def take(name: str, shape: tuple[int, ...]) -> jnp.ndarray:
+        if name not in tensors or tensors[name].shape != shape:
+            found = tensors[name].shape if name in tensors else "nothing"
+            raise UserError(f"{path}: the network needs {name!r} of shape {shape}, found {found}")
+        return jnp.asarray(tensors[name].astype(np.float32))
+
+    for layer, weight in forms.items():
+        name = f"{layer}.weight"
+        if isinstance(weight, LowBitWeight):
+            try:
+                weight.set_codes(bits.unpack(tensors[name], weight.bits, weight.shape))
+            except (KeyError, IndexError, ValueError) as error:
+                raise UserError(
+                    f"{path}: the packed weights {name!r} do not fit: {error}"
+                ) from None
+        elif isinstance(weight, Float):
+            weight.value.set_value(take(name, weight.shape))
+    for name, leaf in _rest(network, forms):
+        leaf.set_value(take(name, leaf.shape))
+
+
+def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.Variable]]:
+    """The parameters beside the weights, by dotted name."""
+    found = [
+        (".".join(map(str, path)), leaf)
+        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+    ]
+    inside = tuple(f"{layer}.weight." for layer in forms)
+    return [(name, leaf) for name, leaf in found if not name.startswith(inside)]
+
+
+def _digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {name: _digest(array) for name, array in tensors.items()}
+
+
+def _digest(array: np.ndarray) -> str:
+    head = f"{array.dtype} {array.shape} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _digest_of_text(metadata: Mapping[str, str]) -> str:
+    others = {name: text for name, text in metadata.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
