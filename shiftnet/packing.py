@@ -59,11 +59,11 @@ def write(
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        safetensors.numpy.save_file(tensors, temporary, metadata)
+        temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
         temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:

@@ -26,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where checkpoints and metrics go, and where a run is continued from "
         "(default: runs/ and the recipe's name)",
     )
+    parser.add_argument(
+        "--init",
+        metavar="CKPT",
+        help="a checkpoint, converted ones too, to start from; the last layer starts fresh where "
+        "the classes differ in number",
+    )
     processes = parser.add_argument_group("several processes", "jax.distributed; all three or none")
     processes.add_argument("--coordinator", metavar="HOST:PORT", help="the first process's address")
     processes.add_argument("--num-processes", metavar="N", type=int)
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = Path(arguments.workdir or _default_workdir(arguments.config))
-    summary = train(config, workdir)
+    summary = train(config, workdir, init=arguments.init)
     if jax.process_index() == 0:
         print(_report(summary, workdir, f"--config {arguments.config}"))
     return 0 if summary.finished else 130

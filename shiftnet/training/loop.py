@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 import shiftnet.config
 import shiftnet.data
 import shiftnet.models
-from shiftnet.checkpoint import BEST, LATEST, Series, from_arrays, to_arrays
+from shiftnet.checkpoint import BEST, LATEST, Series, from_arrays, read, to_arrays
 from shiftnet.data import Dataset
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import low_bit
@@ -54,7 +54,7 @@ class Summary:
     weights: str | None = None
 
 
-def train(config: Any, workdir: str | Path) -> Summary:
+def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -> Summary:
     """Trains, or continues the run that `workdir` holds.
 
     Every process of a `jax.distributed` job calls this with the same arguments; the first one
@@ -63,9 +63,12 @@ def train(config: Any, workdir: str | Path) -> Summary:
     Args:
       config: a validated recipe.
       workdir: where checkpoints, metrics and the recipe go; made where it is missing.
+      init: a checkpoint to take parameters and running statistics from, see `start_from`; a run
+        that is continued does not look at it.
 
     Raises:
-      UserError: for a recipe that cannot be trained, or one that differs from the run's.
+      UserError: for a recipe that cannot be trained, one that differs from the run's, or an `init`
+        that does not fit.
       RunFailed: where the loss is not finite, or the device's memory is too small.
     """
     workdir = Path(workdir)
@@ -116,6 +119,10 @@ def train(config: Any, workdir: str | Path) -> Summary:
         note["final"] = None  # of a run that was shorter
     metrics_log = MetricsLog(workdir, step=step, tensorboard=config.log.tensorboard, on=is_main)
     progress.line(describe(config, dataset, state, steps_per_epoch, mesh))
+    if init is not None and not step:
+        state, told = start_from(state, init, len(dataset.class_names), mesh)
+        codes = watch.codes(state.params, state.stats)
+        progress.line(told)
     if step:
         progress.line(f"continuing after step {step}, from {series.path(step)}")
 
@@ -292,6 +299,45 @@ def restore_or_init(
         opt_state=parts["optimizer"],
     )
     return state, parts.get("levels", {}), {**saved, **note}
+
+
+def start_from(
+    state: TrainState, init: str | Path, num_classes: int, mesh: Mesh
+) -> tuple[TrainState, str]:
+    """A fresh state with the numbers of a checkpoint, and a sentence on what was taken.
+
+    Arrays that the checkpoint lacks, such as the latents of another form of weights, stay as they
+    were drawn; so do those of the last layer where the classes differ in number.
+
+    Raises:
+      UserError: where the checkpoint has none of the arrays, or one of another shape.
+    """
+    saved = read(init)
+    classes = len(saved.note["class_names"])
+    own = to_arrays(state.params, state.stats)
+    taken, fresh = {}, []
+    for name, array in own.items():
+        other = saved.arrays.get(name)
+        if other is None:
+            fresh.append(name)
+        elif other.shape == array.shape:
+            taken[name] = jax.device_put(np.asarray(other), replicated(mesh))
+        elif (classes, num_classes) == (other.shape[-1], array.shape[-1]):
+            fresh.append(name)
+        else:
+            raise UserError(
+                f"{saved.path}: {name!r} has shape {other.shape}, the network needs {array.shape}"
+            )
+    if not taken:
+        raise UserError(f"{saved.path} has none of the network's arrays")
+    arrays = own | taken
+    state = dataclasses.replace(
+        state,
+        params=from_arrays(state.params, arrays, saved.path),
+        stats=from_arrays(state.stats, arrays, saved.path),
+    )
+    told = f"started from {saved.path}: {len(taken)} arrays taken"
+    return state, f"{told}; fresh: {', '.join(fresh)}" if fresh else told
 
 
 def make_evaluators(

@@ -1,0 +1,143 @@
+"""Exported networks compute the same elsewhere, and their arrays have the originals' names."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import shiftnet
+from shiftnet import checkpoint, export, packing
+from shiftnet import config as config_lib
+from shiftnet.models import recognition, torch_names
+from tests import networks
+from tests.test_packing import note
+
+
+def saved(tmp_path, **model):
+    """A checkpoint of a small network, and that network."""
+    recipe = config_lib.default_config()
+    recipe.model.update({"arch": "shiftresnet8", **model})
+    network = networks.random(recipe.model, 10)
+    states = nnx.split(network, nnx.Param, nnx.BatchStat)[1:]
+    return checkpoint.write(tmp_path / "ckpt", checkpoint.to_arrays(*states), note(recipe))
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+
+# What someone runs who has JAX and not this package; prints nothing of its own.
+ELSEWHERE = """
+import sys
+import numpy as np
+from jax import export
+
+assert not any(name.startswith("shiftnet") for name in sys.modules)
+program = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+assert sorted(program.platforms) == ["cpu", "cuda", "tpu"]
+images = np.load(sys.argv[2])
+np.save(sys.argv[3], np.concatenate([program.call(images), program.call(images[:2])]))
+"""
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}, {"weights": "s3"}])
+def test_a_program_runs_in_a_fresh_process_without_this_package(model, tmp_path, capsys):
+    ckpt = saved(tmp_path, **model)
+    out = tmp_path / "net.stablehlo"
+    assert export.main([str(ckpt), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "uint8 [batch, 32, 32, 3] to float32 [batch, 10], for cpu, cuda, tpu" in printed
+    np.save(tmp_path / "images.npy", IMAGES)
+    argv = [out, tmp_path / "images.npy", tmp_path / "logits.npy"]
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, argv)], check=True, cwd=tmp_path, timeout=300
+    )
+    logits = np.load(tmp_path / "logits.npy")
+    loaded = shiftnet.load(ckpt)
+    mean, std = (np.array(values, np.float32) for values in (loaded.mean, loaded.std))
+    expected = np.asarray(loaded((IMAGES.astype(np.float32) / 255 - mean) / std))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits[:5], expected, atol=1e-4 * scale)
+    np.testing.assert_allclose(logits[5:], expected[:2], atol=1e-4 * scale)
+
+
+def test_a_low_bit_program_holds_a_byte_a_weight(tmp_path):
+    sizes = []
+    for weights in ("float", "s3"):
+        folder = tmp_path / weights
+        folder.mkdir()
+        out = folder / "net.stablehlo"
+        ckpt = saved(folder, arch="resnet20", weights=weights)
+        assert export.main([str(ckpt), str(out)]) == 0
+        sizes.append(out.stat().st_size)
+    # 269,824 weights of 1 byte in place of 4.
+    assert sizes[0] - sizes[1] > 2.9 * 269_824
+
+
+def test_a_packed_file_exports_the_same_program(tmp_path):
+    ckpt = saved(tmp_path, weights="s3")
+    model = shiftnet.load(ckpt)
+    packing.write(tmp_path / "packed.safetensors", model.network, model.note)
+    logits = []
+    for source in (ckpt, tmp_path / "packed.safetensors"):
+        program = jax.export.deserialize(bytearray(export.stablehlo(shiftnet.load(source), 32)))
+        logits.append(np.asarray(program.call(IMAGES)))
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "naming"),
+    [
+        ({}, torch_names.SHIFT),
+        ({"arch": "wrn8", "weights": "sign"}, torch_names.WRN),
+        ({"arch": "resnet8", "weights": "s3"}, torch_names.TORCHVISION),
+        ({"arch": "imagenet_resnet18"}, torch_names.TORCHVISION),
+    ],
+)
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_arrays_go_back_under_the_originals_names(model, naming, ending, tmp_path):
+    ckpt = saved(tmp_path, **model)
+    out = tmp_path / f"net.{ending}"
+    assert export.main([str(ckpt), str(out)]) == 0
+    arrays = safetensors.numpy.load_file(out) if ending == "safetensors" else dict(np.load(out))
+    expected = torch_names.to_torch(shiftnet.load(ckpt).network, naming)
+    counts = {name for name in arrays if name.endswith("num_batches_tracked")}
+    assert len(counts) == sum(name.endswith("running_var") for name in arrays) > 0
+    assert set(arrays) - counts == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+    found = recognition.recognise(arrays)
+    assert found.naming == naming
+    assert found.model["arch"] == model.get("arch", "shiftresnet8")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["nowhere", "net.stablehlo"], "nowhere does not exist"),
+        (["nowhere", "net.onnx"], "must end in one of .stablehlo"),
+        (["nowhere", "net.stablehlo", "--image-size", "0"], "--image-size must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(argv, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
+    ckpt = saved(tmp_path)
+    model = shiftnet.load(ckpt)
+    packing.write(tmp_path / "packed.safetensors", model.network, model.note)
+    assert export.main([str(tmp_path / "packed.safetensors"), str(tmp_path / "net.npz")]) == 2
+    assert "its batch norms are no longer the original's" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert export.main([str(ckpt), str(tmp_path / "net.pth")]) == 2
+    assert "PyTorch, which is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.glob("net.*"))
