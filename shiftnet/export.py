@@ -6,13 +6,23 @@ where JAX does, without this package:
 
     logits = jax.export.deserialize(open("net.stablehlo", "rb").read()).call(images)
 
+.onnx: the same as an ONNX program, by jax2onnx. That package asks for an older orbax-checkpoint
+than this one, without using it, so give it an environment of its own:
+
+    python -m venv onnx && onnx/bin/pip install jax2onnx==0.17.1 onnxruntime
+    onnx/bin/pip install -r requirements.txt    # pip names the conflict; it does no harm
+    onnx/bin/python -m shiftnet.export CKPT OUT.onnx
+
 .safetensors, .npz, .pth: the arrays under the original code's names, in PyTorch's layouts; .pth
 needs PyTorch.
 """
 
+import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +35,32 @@ from shiftnet import config as config_lib
 from shiftnet.data import augment
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
-from shiftnet.layers import Conv, Linear
+from shiftnet.layers import Conv, Linear, Shift
 from shiftnet.models import FAMILIES, parse_arch, torch_names
 from shiftnet.models.folding import fold_batch_norms
 from shiftnet.weights import LowBitWeight
 from shiftnet.weights.levels import Levels
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-ENDINGS = (".stablehlo", ".safetensors", ".npz", ".pth")
+PROGRAMS = (".stablehlo", ".onnx")
+ENDINGS = (*PROGRAMS, ".safetensors", ".npz", ".pth")
 
 
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports the checkpoint that the command line names; returns the exit code."""
-    parser = config_lib.Parser(prog="python -m shiftnet.export", description=__doc__)
+    parser = config_lib.Parser(
+        prog="python -m shiftnet.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, as evaluate.py takes it")
     parser.add_argument("out", metavar="OUT", help=f"the file to write, {', '.join(ENDINGS)}")
     parser.add_argument(
         "--image-size",
         metavar="PIXELS",
         type=int,
-        help="height and width of a .stablehlo's images (default: 224 for a network trained on "
+        help="height and width of a program's images (default: 224 for a network trained on "
         "ImageNet or another folder's files, unless they had another size; 32 for the others)",
     )
     arguments = parser.parse_args(argv)
@@ -54,17 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{out} must end in one of {', '.join(ENDINGS)}")
     if arguments.image_size is not None and arguments.image_size < 1:
         raise UserError(f"--image-size must be at least 1, found {arguments.image_size}")
-    if out.suffix == ".pth":
-        _torch()
+    _converter(out.suffix)  # asked for before any work is done
 
     model = shiftnet.load(arguments.ckpt)
-    if out.suffix == ".stablehlo":
+    if out.suffix in PROGRAMS:
         size = arguments.image_size or image_size(model)
-        content = stablehlo(model, size)
+        content = (stablehlo if out.suffix == ".stablehlo" else onnx)(model, size)
         _write(out, lambda file: file.write_bytes(content))
         print(
             f"{out}: {len(content):,} bytes; uint8 [batch, {size}, {size}, 3] to float32 "
-            f"[batch, {len(model.class_names)}], for {', '.join(PLATFORMS)}"
+            f"[batch, {len(model.class_names)}]"
         )
     else:
         arrays = original(model)
@@ -82,21 +96,41 @@ def image_size(model: Classifier) -> int:
     return FAMILIES[family].image_size
 
 
-def stablehlo(model: Classifier, size: int) -> bytes:
-    """A serialised `jax.export` program: uint8 `[b, size, size, 3]` to logits, float32."""
+def program(model: Classifier) -> Callable[[jax.Array], jax.Array]:
+    """From uint8 `[N, H, W, 3]` to float32 logits, with batch norms folded, to be traced."""
     network = model.network
     if nnx.to_flat_state(model.stats):
         fold_batch_norms(network)
     for _, layer in nnx.iter_modules(network):
         if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight):
             layer.weight = Levels(layer.weight)
+    return lambda images: network(augment.normalize(images, model.mean, model.std))
 
-    def logits(images: jax.Array) -> jax.Array:
-        return network(augment.normalize(images, model.mean, model.std))
 
+def stablehlo(model: Classifier, size: int) -> bytes:
+    """A serialised `jax.export` program: uint8 `[batch, size, size, 3]` to logits, float32."""
+    exported = jax_export.export(jax.jit(program(model)), platforms=PLATFORMS)(_images(size))
+    return bytes(exported.serialize())
+
+
+def onnx(model: Classifier, size: int) -> bytes:
+    """The same as `stablehlo`, as an ONNX model.
+
+    Raises:
+      UserError: where jax2onnx is not installed.
+    """
+    network = model.network
+    for _, layer in nnx.iter_modules(network):
+        if isinstance(layer, Shift):
+            layer.implementation = "select"  # the other's choice by platform is not in ONNX
+    fixed = Classifier(model.path, model.note, network)
+    converted = _converter(".onnx").to_onnx(program(fixed), [_images(size)])
+    return converted.SerializeToString()
+
+
+def _images(size: int) -> jax.ShapeDtypeStruct:
     (batch,) = jax_export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-    return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize())
+    return jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
 
 
 def original(model: Classifier) -> dict[str, np.ndarray]:
@@ -133,17 +167,26 @@ def _save(file: Path, ending: str, arrays: dict[str, np.ndarray]) -> None:
 
         file.write_bytes(safetensors.numpy.save(arrays))
     else:
-        torch = _torch()
+        torch = _converter(".pth")
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         torch.save({"state_dict": tensors}, file)
 
 
-def _torch():
+def _converter(ending: str) -> Any:
+    """The package that an ending needs beside this one's own, or None.
+
+    Raises:
+      UserError: where it is not installed.
+    """
+    name = {".pth": "torch", ".onnx": "jax2onnx"}.get(ending)
     try:
-        import torch
+        return importlib.import_module(name) if name else None
     except ImportError:
-        raise UserError("a .pth needs PyTorch, which is not installed; take .safetensors") from None
-    return torch
+        raise UserError(
+            f"a {ending} needs {name}, which is not installed here; --help says how"
+            if ending == ".onnx"
+            else f"a {ending} needs {name}, which is not installed here; take .safetensors"
+        ) from None
 
 
 def _write(out: Path, save) -> None:

@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, export, packing
+from shiftnet import checkpoint, data, export, packing
 from shiftnet import config as config_lib
 from shiftnet.models import recognition, torch_names
 from tests import networks
@@ -49,7 +49,7 @@ def test_a_program_runs_in_a_fresh_process_without_this_package(model, tmp_path,
     out = tmp_path / "net.stablehlo"
     assert export.main([str(ckpt), str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "uint8 [batch, 32, 32, 3] to float32 [batch, 10], for cpu, cuda, tpu" in printed
+    assert "uint8 [batch, 32, 32, 3] to float32 [batch, 10]" in printed
     np.save(tmp_path / "images.npy", IMAGES)
     argv = [out, tmp_path / "images.npy", tmp_path / "logits.npy"]
     subprocess.run(
@@ -88,6 +88,22 @@ def test_a_packed_file_exports_the_same_program(tmp_path):
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}, {"weights": "s3"}])
+def test_an_onnx_program_computes_the_same(model, tmp_path):
+    pytest.importorskip("jax2onnx", reason="needs jax2onnx, in an environment of its own")
+    runtime = pytest.importorskip("onnxruntime")
+    ckpt = saved(tmp_path, **model)
+    assert export.main([str(ckpt), str(tmp_path / "net.onnx")]) == 0
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    images = data.load("digits").test.images[:7]
+    images = np.pad(images, [(0, 0), *[(0, 32 - images.shape[1])] * 2, (0, 0)])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
+    loaded = shiftnet.load(ckpt)
+    mean, std = (np.array(values, np.float32) for values in (loaded.mean, loaded.std))
+    expected = np.asarray(loaded((images.astype(np.float32) / 255 - mean) / std))
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     ("model", "naming"),
     [
@@ -118,7 +134,7 @@ def test_arrays_go_back_under_the_originals_names(model, naming, ending, tmp_pat
     ("argv", "sentence"),
     [
         (["nowhere", "net.stablehlo"], "nowhere does not exist"),
-        (["nowhere", "net.onnx"], "must end in one of .stablehlo"),
+        (["nowhere", "net.pb"], "must end in one of .stablehlo"),
         (["nowhere", "net.stablehlo", "--image-size", "0"], "--image-size must be at least 1"),
     ],
 )
@@ -139,5 +155,8 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
     assert "its batch norms are no longer the original's" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)
     assert export.main([str(ckpt), str(tmp_path / "net.pth")]) == 2
-    assert "PyTorch, which is not installed" in capsys.readouterr().err
+    assert "torch, which is not installed here; take .safetensors" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    assert export.main([str(ckpt), str(tmp_path / "net.onnx")]) == 2
+    assert "jax2onnx, which is not installed here; --help says how" in capsys.readouterr().err
     assert not list(tmp_path.glob("net.*"))
