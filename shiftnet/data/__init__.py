@@ -8,13 +8,15 @@ held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from shiftnet import errors
 from shiftnet.data import cifar, digits
-from shiftnet.data.images import Encoded
+
+if TYPE_CHECKING:  # the digits need neither Pillow nor a JPEG library
+    from shiftnet.data.images import Encoded
 
 IN_MEMORY = (*cifar.NAMES, *digits.NAMES)
 IMAGENET = "imagenet2012"
@@ -48,7 +50,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Encoded: ...
+    def __getitem__(self, index: int, /) -> "Encoded": ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int, /) -> Encoded:
+    def __getitem__(self, index: int, /) -> "Encoded":
         return self.source[int(self.indices[index])]
 
 

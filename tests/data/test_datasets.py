@@ -13,7 +13,7 @@ def test_an_unknown_data_set_names_the_nearest():
             function("cifar1000")
 
 
-@pytest.mark.parametrize("name", data.NAMES)
+@pytest.mark.parametrize("name", data.IN_MEMORY)
 def test_names_and_normalisation_need_no_data(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     names = data.class_names(name)
