@@ -63,12 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="height and width of a program's images (default: 224 for a network trained on "
         "ImageNet or another folder's files, unless they had another size; 32 for the others)",
     )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="of a 1-bit wide ResNet's arrays: in the original's own packed form, a bit a weight",
+    )
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
     if out.suffix not in ENDINGS:
         raise UserError(f"{out} must end in one of {', '.join(ENDINGS)}")
     if arguments.image_size is not None and arguments.image_size < 1:
         raise UserError(f"--image-size must be at least 1, found {arguments.image_size}")
+    if arguments.packed and out.suffix in PROGRAMS:
+        raise UserError(f"--packed is for arrays, {out} is a program")
     _converter(out.suffix)  # asked for before any work is done
 
     model = shiftnet.load(arguments.ckpt)
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"[batch, {len(model.class_names)}]"
         )
     else:
-        arrays = original(model)
+        arrays = packed(model) if arguments.packed else original(model)
         _write(out, lambda file: _save(file, out.suffix, arrays))
         print(f"{out}: {len(arrays)} arrays, {out.stat().st_size:,} bytes")
     return 0
@@ -144,7 +151,28 @@ def original(model: Classifier) -> dict[str, np.ndarray]:
     arrays = torch_names.to_torch(model.network, naming(model))
     for name in [name for name in arrays if name.endswith(".running_var")]:
         arrays[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return {name: np.array(array, order="C") for name, array in arrays.items()}
+
+
+def packed(model: Classifier) -> dict[str, np.ndarray]:
+    """A 1-bit wide ResNet as its original packs it: `original` with the prefix `module.`.
+
+    The signs of every 1-bit convolution are bits, 1 for plus, packed along the input channels:
+    uint8 `[out, in / 8, 3, 3]`.
+
+    Raises:
+      UserError: for another network, or one whose channels 8 does not divide.
+    """
+    config = model.config.model
+    if naming(model) is not torch_names.WRN or config.weights != "sign":
+        raise UserError(f"--packed is for 1-bit wide ResNets, this is a {config.arch}")
+    arrays = original(model)
+    for name, array in arrays.items():
+        if name.startswith("group") and ".conv" in name:
+            if array.shape[1] % 8:
+                raise UserError(f"--packed needs channels that 8 divides, {name} has {array.shape}")
+            arrays[name] = np.packbits(array >= 0, axis=1)
+    return {f"module.{name}": array for name, array in arrays.items()}
 
 
 def naming(model: Classifier) -> torch_names.Naming:
@@ -169,7 +197,9 @@ def _save(file: Path, ending: str, arrays: dict[str, np.ndarray]) -> None:
     else:
         torch = _converter(".pth")
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        torch.save({"state_dict": tensors}, file)
+        # The original reads a packed file as the state dict itself.
+        is_packed = any(array.dtype == np.uint8 for array in arrays.values())
+        torch.save(tensors if is_packed else {"state_dict": tensors}, file)
 
 
 def _converter(ending: str) -> Any:

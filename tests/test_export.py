@@ -10,10 +10,10 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, data, export, packing
+from shiftnet import checkpoint, convert_torch, data, export, packing
 from shiftnet import config as config_lib
 from shiftnet.models import recognition, torch_names
-from tests import networks
+from tests import networks, oracle
 from tests.test_packing import note
 
 
@@ -145,6 +145,54 @@ def test_bad_input_is_one_sentence(argv, sentence, capsys, tmp_path, monkeypatch
     assert error.count("\n") == 1
     assert sentence in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_a_wide_network_goes_back_in_the_originals_packed_form(ending, tmp_path):
+    ckpt = saved(tmp_path, arch="wrn8", weights="sign")
+    out = tmp_path / f"net.{ending}"
+    assert export.main([str(ckpt), str(out), "--packed"]) == 0
+    arrays = safetensors.numpy.load_file(out) if ending == "safetensors" else dict(np.load(out))
+    assert all(name.startswith("module.") for name in arrays)
+    bits = arrays["module.group1.block0.conv0"]
+    assert (bits.dtype, bits.shape) == (np.uint8, (32, 2, 3, 3))
+    plain = torch_names.to_torch(shiftnet.load(ckpt).network, torch_names.WRN)
+    signs = np.unpackbits(bits, axis=1)
+    np.testing.assert_array_equal(signs == 1, plain["group1.block0.conv0"] >= 0)
+    # And back again, through the converter.
+    assert convert_torch.main([str(out), "--out", str(tmp_path / "back")]) == 0
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    expected = np.asarray(shiftnet.load(ckpt)(x))
+    logits = shiftnet.load(tmp_path / "back")(x)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@oracle.needed
+def test_the_originals_packed_file_comes_back_as_it_was(tmp_path):
+    file = oracle.FOLDER / "checkpoints" / "packed_dev.npz"
+    assert convert_torch.main([str(file), "--out", str(tmp_path / "ckpt")]) == 0
+    out = tmp_path / "net.npz"
+    assert export.main([str(tmp_path / "ckpt"), str(out), "--packed"]) == 0
+    theirs, ours = np.load(file), np.load(out)
+    assert set(theirs.files) == set(ours.files)
+    for name in theirs.files:
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_only_1_bit_wide_networks_have_a_packed_form(tmp_path, capsys):
+    for model, sentence in (
+        ({}, "--packed is for 1-bit wide ResNets, this is a shiftresnet8"),
+        ({"arch": "wrn8", "width": 0.25, "weights": "sign"}, "channels that 8 divides"),
+    ):
+        folder = tmp_path / model.get("arch", "shift")
+        folder.mkdir()
+        ckpt = saved(folder, **model)
+        assert export.main([str(ckpt), str(folder / "net.npz"), "--packed"]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (folder / "net.npz").exists()
+    assert export.main([str(ckpt), str(tmp_path / "net.onnx"), "--packed"]) == 2
+    assert "--packed is for arrays" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
