@@ -60,14 +60,15 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (np.stack(rgb, axis=-1) + 128).clip(0, 255).astype(np.uint8)
 
 
-def make_files(folder: Path, count: int) -> float:
+def make_files(folder: Path, count: int, scale: int = 1) -> float:
     """Writes `count` JPEG files to `folder/train/<class>`; returns their mean size in bytes."""
     rng = np.random.default_rng(0)
     sizes = []
     for number in range(count):
         path = folder / "train" / f"n{number % CLASSES:08d}" / f"{number:06d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = photograph(rng, *SHAPES[number % len(SHAPES)])
+        height, width = SHAPES[number % len(SHAPES)]
+        pixels = photograph(rng, scale * height, scale * width)
         Image.fromarray(pixels).save(path, quality=QUALITY)
         sizes.append(path.stat().st_size)
     (folder / "val").mkdir()
@@ -90,6 +91,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description="Images/s of our ImageNet input pipeline against PyTorch's DataLoader.",
     )
     parser.add_argument("--images", type=int, default=1000, help="files to make")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="height and width of the files, times 500x375 or so"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40, help="timed batches of a round")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
@@ -197,7 +201,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             f"{options.torch_python} cannot run the peer ({error}); name a Python that has PyTorch "
             f"and torchvision with --torch-python PATH"
         ) from error
-    mean_bytes = make_files(folder, options.images)
+    mean_bytes = make_files(folder, options.images, options.scale)
     names = ("images", "batch_size", "steps", "rounds", "workers")
     report["options"] = {name: getattr(options, name) for name in names}
     report["mean_bytes"] = mean_bytes

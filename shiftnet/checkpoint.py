@@ -5,7 +5,10 @@ A run keeps two series in its working directory: `checkpoints/<step>` to continu
 
 - `model`: the parameters and running statistics, by their dotted names in the network;
 - `optimizer`: the optimiser's state, in `checkpoints/` only;
-- a note (JSON): the recipe, the classes' names, the normalisation, the step and the accuracies.
+- `levels`: of networks with low-bit weights, their codes at the end of the last epoch, by layer, so
+  that a continued run logs the same changes; in `checkpoints/` only;
+- a note (JSON): the recipe, the classes' names, the normalisation, the step, the accuracies, and
+  where the reading of files was.
 """
 
 import dataclasses
