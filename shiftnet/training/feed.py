@@ -119,7 +119,7 @@ class FileFeed:
         )
         if state:
             self._stream.set_state(dict(state))
-        self._skipped: list[str] = []
+        self._skipped: list[str] = list(state.get("skipped", ()))
 
     def advance(self, state: TrainState, step: int) -> Taken:
         del step  # the stream knows
@@ -130,7 +130,7 @@ class FileFeed:
         return state, loss[None], correct[None]
 
     def get_state(self) -> dict[str, Any]:
-        return self._stream.get_state()
+        return {**self._stream.get_state(), "skipped": self._skipped}
 
     def skipped(self) -> list[str]:
         mine, self._skipped = self._skipped, []

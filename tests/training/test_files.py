@@ -127,6 +127,27 @@ def test_corrupt_files_are_skipped_named_and_counted_when_told_so(damaged, tmp_p
     assert f"left out, corrupt: {damaged / 'val' / wnid(2)}" in printed
 
 
+def test_an_interrupted_epoch_still_counts_what_it_skipped_before(damaged, tmp_path, monkeypatch):
+    settings = files(damaged, data__on_corrupt="skip", epochs=1, batch_size=2)  # all 34 images
+    loop.train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        # Stops as soon as the damaged file was met.
+        patched.setattr(Interrupt, "requested", lambda self: bool(seen))
+        seen: list[str] = []
+        advance = feed.FileFeed.advance
+
+        def watched(self, *arguments):
+            taken = advance(self, *arguments)
+            seen.extend(self._skipped)
+            return taken
+
+        patched.setattr(feed.FileFeed, "advance", watched)
+        assert not loop.train(settings, tmp_path / "broken").finished
+    assert loop.train(settings, tmp_path / "broken").finished
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    assert lines(tmp_path / "whole")[0]["train_skipped"] == 1
+
+
 def _door(folder, tmp_path) -> list[str]:
     file = tmp_path / "recipe.py"
     file.write_text(
