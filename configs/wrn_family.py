@@ -10,6 +10,7 @@ what that code gave depended on PyTorch's version.
 from ml_collections import ConfigDict
 
 from shiftnet.config import apply_argument, default_config
+from shiftnet.data.cifar import WRN_NORMALIZATION
 
 
 def wrn(dataset: str, weights: str, argument: str) -> ConfigDict:
@@ -21,8 +22,7 @@ def wrn(dataset: str, weights: str, argument: str) -> ConfigDict:
     config.model.weights = weights
     config.data.name = dataset
     config.data.pad_mode = "reflect"
-    config.data.mean = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-    config.data.std = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+    config.data.mean, config.data.std = WRN_NORMALIZATION
     config.schedule.name = "sgdr"
     config.schedule.boundaries = (2, 4, 8, 16, 32, 64, 128)
     config.schedule.lr_min = 1e-4

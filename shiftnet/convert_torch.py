@@ -15,14 +15,13 @@ from flax import nnx
 
 from shiftnet import checkpoint, data, foreign, models, tables
 from shiftnet import config as config_lib
+from shiftnet.data.cifar import WRN_NORMALIZATION
 from shiftnet.errors import UserError, reported
 from shiftnet.models import torch_names
 from shiftnet.models.recognition import Recognised, recognise
 
 # The data set that so many classes mean, where the command line names none.
 DATASETS = {10: "cifar10", 100: "cifar100", 1000: "imagenet2012"}
-# Of wide ResNets, for both CIFARs (their code); the others take their data set's own.
-WRN_NORMALIZATION = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
 
 
 @reported
@@ -127,7 +126,7 @@ def describe(
             f"{path} knows {found.num_classes} classes, --dataset {dataset} has {len(names)}"
         )
     if found.naming is torch_names.WRN:
-        mean, std = WRN_NORMALIZATION
+        mean, std = WRN_NORMALIZATION  # the others take their data set's own
     recipe.data.mean, recipe.data.std = mean, std
     return {
         "config": config_lib.to_json(recipe),

@@ -4,7 +4,7 @@
 logits [batch, classes], for CPU, CUDA and TPU and any batch, with the normalisation inside. It runs
 where JAX does, without this package:
 
-    logits = jax.export.deserialize(open("net.stablehlo", "rb").read()).call(images)
+    logits = jax.export.deserialize(bytearray(open("net.stablehlo", "rb").read())).call(images)
 
 .onnx: the same as an ONNX program, by jax2onnx. That package asks for an older orbax-checkpoint
 than this one, without using it, so give it an environment of its own:
@@ -35,6 +35,7 @@ from shiftnet import config as config_lib
 from shiftnet.data import augment
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
+from shiftnet.kernels.shift import Implementation
 from shiftnet.layers import Conv, Linear, Shift
 from shiftnet.models import FAMILIES, parse_arch, torch_names
 from shiftnet.models.folding import fold_batch_norms
@@ -103,14 +104,22 @@ def image_size(model: Classifier) -> int:
     return FAMILIES[family].image_size
 
 
-def program(model: Classifier) -> Callable[[jax.Array], jax.Array]:
-    """From uint8 `[N, H, W, 3]` to float32 logits, with batch norms folded, to be traced."""
+def program(
+    model: Classifier, shift: Implementation | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """From uint8 `[N, H, W, 3]` to float32 logits, with batch norms folded, to be traced.
+
+    Args:
+      model: a trained network.
+      shift: the implementation of shifts; None chooses by the device that the program runs on.
+    """
     network = model.network
-    if nnx.to_flat_state(model.stats):
-        fold_batch_norms(network)
+    fold_batch_norms(network)
     for _, layer in nnx.iter_modules(network):
         if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight):
             layer.weight = Levels(layer.weight)
+        elif isinstance(layer, Shift):
+            layer.implementation = shift
     return lambda images: network(augment.normalize(images, model.mean, model.std))
 
 
@@ -126,12 +135,8 @@ def onnx(model: Classifier, size: int) -> bytes:
     Raises:
       UserError: where jax2onnx is not installed.
     """
-    network = model.network
-    for _, layer in nnx.iter_modules(network):
-        if isinstance(layer, Shift):
-            layer.implementation = "select"  # the other's choice by platform is not in ONNX
-    fixed = Classifier(model.path, model.note, network)
-    converted = _converter(".onnx").to_onnx(program(fixed), [_images(size)])
+    # ONNX has no choice by platform.
+    converted = _converter(".onnx").to_onnx(program(model, shift="select"), [_images(size)])
     return converted.SerializeToString()
 
 

@@ -77,15 +77,21 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file, but not one of shiftnet's")
     if metadata.get("sha256") != _digest_of_text(metadata):
         raise UserError(f"{path} was changed: its metadata does not have its checksum")
-    note = {name: json.loads(metadata[name]) for name in NOTE}
-    digests = json.loads(metadata["tensors"])
+    try:
+        note = {name: json.loads(metadata[name]) for name in NOTE}
+        digests = dict(json.loads(metadata["tensors"]))
+        kinds = [(note["class_names"], str), (note["mean"], float), (note["std"], float)]
+        if not all(values and all(isinstance(v, kind) for v in values) for values, kind in kinds):
+            raise TypeError("class_names, mean or std is not a list of what it should be")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} has metadata that cannot be read: {error}") from error
     for name in {**digests, **tensors}:
         if name not in tensors or name not in digests or _digest(tensors[name]) != digests[name]:
             raise UserError(f"{path} was changed: tensor {name!r} does not have its checksum")

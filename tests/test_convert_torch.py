@@ -1,6 +1,8 @@
 """The originals' checkpoints become networks with the originals' logits, or are refused."""
 
+import contextlib
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import shiftnet
 from shiftnet import convert_torch, evaluate, foreign, models
@@ -256,6 +260,42 @@ def test_arrays_that_are_missing_or_cannot_be_are_named(change, sentence):
     with pytest.raises(UserError) as caught:
         convert_torch.fill(recognise(arrays))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.core
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_names_and_shapes_end_in_anything_but_a_sentence(data):
+    fields, naming = data.draw(st.sampled_from(FIELDS[1:2] + FIELDS[5:6] + FIELDS[8:9]))
+    arrays = named_zeros({**fields, "arch": re.sub(r"\d+", "8", fields["arch"])}, naming)
+    for name in data.draw(st.lists(st.sampled_from(sorted(arrays)), max_size=40, unique=True)):
+        shape = data.draw(st.none() | st.lists(st.integers(0, 70), max_size=5))
+        if shape is None:
+            del arrays[name]
+        else:
+            dtype = data.draw(st.sampled_from([np.float32, np.uint8, np.int64]))
+            arrays[name] = np.broadcast_to(dtype(1), shape)
+    if data.draw(st.booleans()):
+        arrays["layer1.999999999.conv1.weight"] = np.zeros((1, 1, 1, 1), np.float32)
+    with contextlib.suppress(UserError):
+        convert_torch.fill(recognise(arrays))
+
+
+@pytest.mark.core
+def test_stages_without_blocks_or_with_empty_layers_are_refused():
+    arrays = named_zeros({"arch": "resnet8"}, SHIFT)
+    without = {n: a for n, a in arrays.items() if not n.startswith("layer2")}
+    empty = {**arrays, "layer1.0.conv2.weight": np.zeros((0, 16, 3, 3), np.float32)}
+    named = {**arrays, **{f"layer1.{i}.x": np.zeros(1) for i in range(500)}}
+    for given_arrays, sentence in (
+        (without, "layer2.0.conv2.weight is missing"),
+        (empty, "none of them 0"),
+        (named, "expected 1 to 400"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            recognise(given_arrays)
+    with pytest.raises(UserError, match="--weights is for wide ResNets"):
+        recognise(arrays, weights="sign")
 
 
 @pytest.mark.core

@@ -133,6 +133,20 @@ def test_altered_metadata_is_refused(good, tmp_path):
     assert "its metadata does not have its checksum" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("class_names", "3"), ("mean", '["a"]'), ("std", None), ("config", "{"), ("tensors", "[1]")],
+)
+def test_metadata_that_was_made_up_with_a_right_checksum_is_refused(good, tmp_path, name, text):
+    def change(_, metadata):
+        metadata[name] = text
+        if text is None:
+            del metadata[name]
+        metadata["sha256"] = packing._digest_of_text(metadata)
+
+    assert "metadata that cannot be read" in altered(good, tmp_path, change)
+
+
 def test_every_flipped_byte_is_refused(good, tmp_path):
     file = tmp_path / "net.safetensors"
     draw = np.random.default_rng(0)

@@ -41,6 +41,9 @@ SIDE = 32  # pixels
 # published code).
 NORMALIZATION = dict.fromkeys(NAMES, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
 
+# The recipe of the 1-bit wide ResNets uses these for both (the PyTorch code of arXiv:1802.08530).
+WRN_NORMALIZATION = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
+
 # In the order of the archives' own label files.
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100 = """

@@ -18,6 +18,8 @@ Arrays = Mapping[str, np.ndarray]
 
 S3_LEVELS = (-4, -2, -1, 0, 1, 2, 4)  # of the only width that S3's authors released
 
+MOST_BLOCKS = 400  # in a stage: the deepest ResNet for CIFAR that was published has 200
+
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
@@ -52,6 +54,8 @@ def recognise(arrays: Arrays, *, weights: str | None = None) -> Recognised:
     """
     if "conv_last" in arrays and "group0.block0.conv0" in arrays:
         return _wrn(arrays, weights)
+    if weights is not None:
+        raise UserError("--weights is for wide ResNets, these arrays are not one's")
     if "fc.weight" in arrays and "layer1.0.conv1.weight" in arrays:
         return _torchvision(arrays)
     if "linear.weight" in arrays and "layer1.0.conv1.weight" in arrays:
@@ -71,14 +75,21 @@ def _shape(arrays: Arrays, name: str, ndim: int) -> tuple[int, ...]:
     """The shape of an array that the network cannot be told without."""
     if name not in arrays:
         raise UserError(f"{name} is missing")
-    if arrays[name].ndim != ndim:
-        raise UserError(f"{name} has shape {arrays[name].shape}; expected {ndim} dimensions")
-    return arrays[name].shape
+    shape = arrays[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise UserError(f"{name} has shape {shape}; expected {ndim} dimensions, none of them 0")
+    return shape
 
 
 def _blocks(arrays: Arrays, pattern: str) -> int:
     """How many blocks a stage has, from the numbers that `pattern` finds in the names."""
-    return 1 + max(int(match[1]) for name in arrays if (match := re.match(pattern, name)))
+    numbers = {match[1] for name in arrays if (match := re.match(pattern, name))}
+    # By their count and not the largest, which a file could choose as it likes.
+    if not 0 < len(numbers) <= MOST_BLOCKS:
+        raise UserError(
+            f"{len(numbers)} blocks have names like {pattern}; expected 1 to {MOST_BLOCKS}"
+        )
+    return len(numbers)
 
 
 def _wrn(arrays: Arrays, weights: str | None) -> Recognised:

@@ -97,12 +97,12 @@ def from_torch(
       KeyError: for a name that is missing.
       ValueError: for an array of the wrong shape.
     """
-    coded = {}
+    coded = set()
     for layer, weight in weights.of_layers(model).items():
         name = _torch_name((*layer.split("."), "weight", "value"), naming)
         if codes and name in codes and isinstance(weight, weights.LowBitWeight):
             weight.set_codes(_from_torch_layout(name, codes[name], weight.shape))
-            coded[f"{layer}.weight"] = name
+            coded.add(f"{layer}.weight")
     for path, leaf in _leaves(model):
         if ".".join(path[:-1]) not in coded:
             name = _torch_name(path, naming)
