@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = 4 * sum(leaf.size for leaf in weights.of_layers(network).values())
     size = out.stat().st_size
     print(
-        f"\n{out}: {size / 1e6:.2f} MB ({size:,} bytes), "
-        f"{before / size:.1f} times smaller than its weights in float32"
+        f"\n{out}: {size / 1e6:.2f} MB ({size:,} bytes); "
+        f"its weights alone are {before / 1e6:.2f} MB in float32, ratio {before / size:.1f}"
     )
     return 0
 
