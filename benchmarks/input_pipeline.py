@@ -14,7 +14,7 @@ numbers of workers, and the best is compared with, for each of two kinds of batc
 
 The sides take turns, A B A B ..., each in a process of its own, and in each turn start their worker
 processes afresh. The time counts from when the workers are at work to the last batch, with none
-made in advance. The files are in the page cache.
+made in advance; ending the workers does not count. The files are in the page cache.
 """
 
 import argparse

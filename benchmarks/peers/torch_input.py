@@ -99,12 +99,13 @@ class Loading(Measurement):
             sampler=order.tolist(),
             num_workers=self._workers,
         )
-        start = 0.0
+        start = end = 0.0
         for number, (images, _) in enumerate(loader, 1):
             assert images.shape[2:] == (SIDE, SIDE)
+            end = time.perf_counter()
             if number == before:
-                start = time.perf_counter()
-        return (time.perf_counter() - start) / steps
+                start = end
+        return (end - start) / steps
 
 
 def describe() -> dict[str, Any]:

@@ -8,8 +8,9 @@ JPEG library goes over (it fills in grey); a file that ends early is an error.
 Training decodes ordinary JPEGs by simplejpeg, which is libjpeg-turbo as in Pillow and gives the
 same pixels, and only down to the last row of the crop. For files of 500x375 pixels and 105 kB that
 takes 1.0 ms on average, where Pillow takes 1.15 ms, and 1.24 ms for all rows (one core of a Xeon;
-0.9 ms are entropy decoding); `for_training` as a whole takes 1.8 ms in place of 2.0 ms with Pillow.
-Everything else is Pillow's.
+0.9 ms are entropy decoding). It resizes the crop by cykooz_resizer, Pillow's filter with vector
+instructions: 0.21 ms in place of 0.65 ms (Pillow's where that is not installed). Everything else is
+Pillow's.
 """
 
 import io
@@ -20,6 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+try:
+    import cykooz_resizer as resizer
+except ImportError:  # it has no wheel for Linux on ARM
+    resizer = None
 
 # torchvision's `RandomResizedCrop`: parts of the area, ratios of width to height, and tries.
 SCALE = (0.08, 1.0)
@@ -111,7 +117,8 @@ def for_training(
     """Decodes a random part of an image: torchvision's `RandomResizedCrop(size)`, then a flip.
 
     The crop (`crop_box`) is resized by Pillow's bilinear filter with antialiasing. A JPEG is not
-    decoded below the crop. The result is torchvision's for the same choices, bit for bit, as long
+    decoded below the crop. The result is torchvision's for the same choices but for rounding (200
+    crops of files of 500x375 pixels: 19 % of the values differ, by 2 grey levels at most), as long
     as a side of the crop is less than twice `size`. Where both sides are at least 2, 4 or 8 times
     `size`, a JPEG is decoded to 1/2, 1/4 or 1/8 of its size, so that nothing is enlarged, and the
     result is near. Measured over 287 crops of noise with the spectrum of photographs, 1,000 to
@@ -151,10 +158,8 @@ def for_training(
         x, y = left // scale, top // scale
         part = pixels[y : -(-bottom // scale), x : -(-right // scale)]
         box = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
-        image = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=box)
-        if flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image)
+        image = _resized(part, box, size)
+        return image[:, ::-1] if flip and rng.random() < 0.5 else image
     except Exception as error:
         raise _corrupt(name, data, error) from error
 
@@ -198,6 +203,34 @@ def _open(data: bytes) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _resized(
+    pixels: np.ndarray, box: tuple[float, float, float, float], size: int
+) -> np.ndarray:
+    """Resizes the part from (left, top) to (right, bottom) to `size` squared, bilinearly.
+
+    Args:
+      pixels: uint8 [H, W, 3].
+      box: left, top, right and bottom.
+      size: side of the result.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    if resizer is None:
+        image = Image.fromarray(pixels)
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    left, top, right, bottom = box
+    options = resizer.ResizeOptions(
+        resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
+        crop_box=resizer.CropBox(left, top, right - left, bottom - top),
+    )
+    height, width, _ = pixels.shape
+    source = resizer.ImageData(width, height, resizer.PixelType.U8x3, pixels.tobytes())
+    result = resizer.ImageData(size, size, resizer.PixelType.U8x3)
+    resizer.Resizer().resize(source, result, options)  # one a call: threads must not share it
+    return np.frombuffer(result.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
 def _corrupt(name: str, data: bytes, error: Exception) -> CorruptImage:

@@ -44,6 +44,14 @@ def cut(image, box, size, mirrored):
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
+def assert_near(found, image):
+    """Within the two grey levels that `for_training` states for the rounding of its filter."""
+    expected = np.asarray(image).astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 2
+    assert np.abs(found - expected).mean() < 0.3
+
+
 def torchvision_box(rng, height, width):
     """torchvision 0.28's `RandomResizedCrop.get_params`, on a generator of another kind."""
     area = height * width
@@ -108,7 +116,7 @@ def test_training_sees_what_torchvision_cuts(data):
     mirrors = set()
     for seed in range(12):
         found, box, mirrored = in_training(data, seed, size=64)
-        np.testing.assert_array_equal(found, np.asarray(cut(opened(data), box, 64, mirrored)))
+        assert_near(found, cut(opened(data), box, 64, mirrored))
         mirrors.add(mirrored)
     assert mirrors == {True, False}
 
@@ -154,13 +162,13 @@ def test_a_jpeg_that_turbojpeg_refuses_is_left_to_pillow(monkeypatch):
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
     found, box, mirrored = in_training(ODD["rgb"], 0, size=8)
-    np.testing.assert_array_equal(found, np.asarray(cut(opened(ODD["rgb"]), box, 8, mirrored)))
+    assert_near(found, cut(opened(ODD["rgb"]), box, 8, mirrored))
 
 
 def test_unflipped_training_never_mirrors():
     for seed in range(12):
         found, box, _ = in_training(ODD["rgb"], seed, size=48, flip=False)
-        np.testing.assert_array_equal(found, np.asarray(cut(opened(ODD["rgb"]), box, 48, False)))
+        assert_near(found, cut(opened(ODD["rgb"]), box, 48, False))
 
 
 def test_decoding_to_a_fraction_stays_near_full_decoding():
