@@ -1,5 +1,7 @@
 # make quickstart   set up, train on real handwritten digits, evaluate (no download but packages)
 # make test         linters, type checker, import order, all tests
+# make compile-check   the kernels and whole networks for TPUs and an H200, without one (4.4 GB of
+#                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs alone)
 # make fuzz         read 22,000 damaged weight files (3 to 5 minutes)
 # make clean        forget the environment and the quickstart's run
 
@@ -8,10 +10,11 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test fuzz clean
+.PHONY: quickstart test compile-check compile-tpu compile-gpu fuzz clean
 
 quickstart: $(VENV)/base
 	rm -rf $(WORKDIR)
@@ -31,6 +34,16 @@ test: $(VENV)/dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+# Kernels and whole networks through the compilers for devices that are not here.
+compile-check: compile-tpu compile-gpu
+
+compile-tpu: $(VENV)/dev
+	$(BIN)/python -m tests.kernels.compile_nets
+
+compile-gpu: $(CUDA_VENV)/cuda
+	$(CUDA_VENV)/bin/python -m tests.kernels.compile_gpu
+	$(CUDA_VENV)/bin/python -m tests.kernels.compile_packed_gpu
+
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.foreign.fuzz
 
@@ -42,6 +55,12 @@ $(VENV)/base: requirements.txt
 
 $(VENV)/dev: $(VENV)/base pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt --editable ".[dev]"
+	touch $@
+
+$(CUDA_VENV)/cuda: requirements.txt
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]" absl-py
 	touch $@
 
 clean:

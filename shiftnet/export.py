@@ -35,6 +35,7 @@ from shiftnet import config as config_lib
 from shiftnet.data import augment
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
+from shiftnet.kernels.implementations import only_xla
 from shiftnet.kernels.shift import Implementation
 from shiftnet.layers import Conv, Linear, Shift
 from shiftnet.models import FAMILIES, parse_arch, torch_names
@@ -120,7 +121,12 @@ def program(
             layer.weight = Levels(layer.weight)
         elif isinstance(layer, Shift):
             layer.implementation = shift
-    return lambda images: network(augment.normalize(images, model.mean, model.std))
+
+    def logits(images: jax.Array) -> jax.Array:
+        with only_xla():
+            return network(augment.normalize(images, model.mean, model.std))
+
+    return logits
 
 
 def stablehlo(model: Classifier, size: int) -> bytes:

@@ -205,9 +205,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resized(
-    pixels: np.ndarray, box: tuple[float, float, float, float], size: int
-) -> np.ndarray:
+def _resized(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
     """Resizes the part from (left, top) to (right, bottom) to `size` squared, bilinearly.
 
     Args:

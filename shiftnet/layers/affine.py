@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from shiftnet.kernels.layouts import Layout, per_channel
 from shiftnet.layers.batch_norm import EPSILON, BatchNorm
 
 
@@ -35,9 +36,26 @@ class Affine(nnx.Module):
         affine.bias.set_value(jnp.asarray((bias - mean * scale).astype(np.float32)))
         return affine
 
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        if train:
-            raise ValueError("a network whose batch norms are folded cannot be trained")
+    def __call__(self, x: jax.Array, *, train: bool = False, layout: Layout = "NHWC") -> jax.Array:
+        _refuse(train)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        y = x.astype(wide) * self.scale[...].astype(wide) + self.bias[...].astype(wide)
-        return y.astype(x.dtype)
+        scale, bias = (per_channel(value, layout) for value in self.scale_and_bias(wide))
+        return (x.astype(wide) * scale + bias).astype(x.dtype)
+
+    def scale_and_bias(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Both, `[features]` each."""
+        return self.scale[...].astype(dtype), self.bias[...].astype(dtype)
+
+    def through(
+        self, x: jax.Array, kernel: jax.Array, *, train: bool = False, layout: Layout = "NHWC"
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `BatchNorm.through`."""
+        del layout
+        _refuse(train)
+        scale, bias = self.scale_and_bias(jnp.promote_types(x.dtype, jnp.float32))
+        return (kernel.astype(scale.dtype) * scale).astype(x.dtype), bias.astype(x.dtype)
+
+
+def _refuse(train: bool) -> None:
+    if train:
+        raise ValueError("a network whose batch norms are folded cannot be trained")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from shiftnet.kernels.layouts import every, product
 from shiftnet.weights import Float, Weight
 from shiftnet.weights.initializers import torch_uniform
 
@@ -44,13 +45,15 @@ class Conv(nnx.Module):
         self.stride = stride
         self.groups = groups
 
+    @property
+    def matrix(self) -> jax.Array:
+        """The weight of a 1x1 convolution, `[in_features, out_features]`."""
+        return self.weight()[0, 0]
+
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1:
-            # As one product of two matrices: XLA's CPU backend then computes the weights' gradient
-            # without copying the activations, several times faster than a convolution's.
-            x = x[:, :: self.stride, :: self.stride]
-            return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+            return product(every(x, self.stride, "NHWC"), kernel[0, 0], "NHWC")
         pad = kernel.shape[0] // 2
         return jax.lax.conv_general_dilated(
             x,

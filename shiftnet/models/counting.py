@@ -16,6 +16,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from shiftnet import weights
+from shiftnet.kernels.implementations import only_xla
 
 
 class Layer(NamedTuple):
@@ -191,7 +192,8 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
         return {name: y for name, y in outputs.items() if isinstance(y, jax.Array)}, logits
 
     x = jax.ShapeDtypeStruct((1, *image), jnp.float32)
-    program, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(state, x)
+    with only_xla():  # layer by layer
+        program, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(state, x)
     # In the order in which the program takes them.
     variables = {
         jax.tree_util.keystr(path, simple=True, separator="."): variable

@@ -5,14 +5,17 @@ form of the code published with arXiv:1711.08141: projection shortcuts, no biase
 Modules carry the names of the original's state dict.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.errors import UserError
+from shiftnet.kernels.implementations import is_only_xla
+from shiftnet.kernels.layouts import Layout, every, per_channel, product
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.models.network import Network
 from shiftnet.weights.initializers import torch_uniform
@@ -63,10 +66,17 @@ class ResNet(Network):
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), train=train))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            for block in stage:
-                x = block(x, train=train)
-        return self.linear(_pool(x))
+        return self.linear(_pool(self.body(x, train=train)))
+
+    def body(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """All blocks in turn."""
+        for block in self.blocks():
+            x = block(x, train=train)
+        return x
+
+    def blocks(self) -> Iterator[nnx.Module]:
+        """Of the three stages, in order."""
+        return itertools.chain(self.layer1, self.layer2, self.layer3)
 
 
 def _stage(block: Block, in_features: int, out_features: int, count: int, *, stride: int, rngs):
@@ -97,16 +107,20 @@ class Shortcut(nnx.Module):
         init: Callable[..., jax.Array] = torch_uniform,
         rngs: nnx.Rngs,
     ):
-        self.projection: nnx.List[nnx.Module] = nnx.List([])
+        self.projection: nnx.List[Any] = nnx.List([])
         if stride != 1 or in_features != out_features:
             conv = Conv(in_features, out_features, 1, stride=stride, init=init, rngs=rngs)
             self.projection = nnx.List([conv, BatchNorm(out_features)])
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        if self.projection:
-            conv, bn = self.projection
-            x = bn(conv(x), train=train)
-        return x
+    def __call__(self, x: jax.Array, *, train: bool, layout: Layout = "NHWC") -> jax.Array:
+        if not self.projection:
+            return x
+        conv, bn = self.projection
+        if is_only_xla():
+            return bn(conv(x), train=train)
+        x = every(x, conv.stride, layout)
+        kernel, bias = bn.through(x, conv.matrix, train=train, layout=layout)
+        return product(x, kernel, layout) + per_channel(bias, layout)
 
 
 class BasicBlock(nnx.Module):

@@ -9,12 +9,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.errors import UserError
+from shiftnet.kernels.implementations import best_layout, is_only_xla
+from shiftnet.kernels.layouts import Layout, from_nhwc, to_nhwc
+from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Shift
 from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
 
 
 class ShiftConvBlock(nnx.Module):
-    """1x1 → BN → ReLU → shift → 1x1(stride) → BN → ReLU → add, with no ReLU after the addition."""
+    """1x1 → BN → ReLU → shift → 1x1(stride) → BN → ReLU → add, with no ReLU after the addition.
+
+    That is what it does, and under `only_xla` how. Otherwise it runs as `shift_block`: the first
+    batch norm goes into the weights of the first convolution, in training too, so that the expanded
+    tensor is never normalised, nor needed but inside of one operation.
+    """
 
     def __init__(
         self,
@@ -32,10 +40,38 @@ class ShiftConvBlock(nnx.Module):
         self.bn2 = BatchNorm(out_features)
         self.shortcut = Shortcut(in_features, out_features, stride, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = nnx.relu(self.bn2(self.conv2(self.shift(y)), train=train))
-        return y + self.shortcut(x, train=train)
+    def __call__(self, x: jax.Array, *, train: bool = False, layout: Layout = "NHWC") -> jax.Array:
+        if is_only_xla():
+            y = nnx.relu(self.bn1(self.conv1(x), train=train))
+            y = nnx.relu(self.bn2(self.conv2(self.shift(y)), train=train))
+            return y + self.shortcut(x, train=train)
+        stride = self.conv2.stride
+        w1, b1 = self.bn1.through(x, self.conv1.matrix, train=train, layout=layout)
+        w2 = self.conv2.matrix
+        shortcut = self.shortcut(x, train=train, layout=layout)
+        if train:
+            y = shift_block(x, w1, b1, w2.astype(x.dtype), stride=stride, layout=layout)
+            return nnx.relu(self.bn2(y, train=True, layout=layout)) + shortcut
+        w2, b2 = self.bn2.through(x, w2)
+        return shift_block(
+            *(x, w1, b1, w2),
+            stride=stride,
+            out_bias=b2,
+            out_relu=True,
+            residual=shortcut,
+            layout=layout,
+        )
+
+
+class ShiftResNet(ResNet):
+    """A `ResNet` whose blocks are `ShiftConvBlock`s."""
+
+    def body(self, x: jax.Array, *, train: bool) -> jax.Array:
+        layout: Layout = "NHWC" if is_only_xla() else best_layout(len(x))
+        x = from_nhwc(x, layout)
+        for block in self.blocks():
+            x = block(x, train=train, layout=layout)
+        return to_nhwc(x, layout)
 
 
 def build(
@@ -60,4 +96,4 @@ def build(
         return ShiftConvBlock(in_features, out_features, stride, middle_features=middle, rngs=rngs)
 
     widths = reduced_widths(reduction, reduction_mode)
-    return ResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)
+    return ShiftResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)

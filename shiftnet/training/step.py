@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from shiftnet import models, weights
 from shiftnet.data import RGB, augment
+from shiftnet.kernels.implementations import over
 from shiftnet.training.mesh import batch_sharded, replicated
 from shiftnet.training.optimizer import make_optimizer
 
@@ -115,7 +116,9 @@ class Program:
             total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
-        (_, (loss, stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        with over(self.mesh):
+            gradient = jax.value_and_grad(loss_of, has_aux=True)
+            (_, (loss, stats, logits)), grads = gradient(state.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         predictions = logits.argmax(-1).astype(labels.dtype)

@@ -1,7 +1,6 @@
 """The shift, against a plain restatement of its formula and against the original's numbers."""
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftnet.kernels.shift import Implementation, channel_offsets, shift
+from shiftnet.kernels.shift import channel_offsets, shift
 from tests import oracle
 from tests.networks import channels_first, channels_last
 
 pytestmark = pytest.mark.core
 
-IMPLEMENTATIONS = get_args(Implementation)
+IMPLEMENTATIONS = ["xla", "gather", "select"]  # of the kernels: test_tpu.py, test_gpu.py
 DTYPES = ["float32", "bfloat16", "float64"]
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -218,3 +217,18 @@ def test_bad_arguments_are_named(shape, settings, sentence):
 def test_accepts_an_empty_batch(implementation):
     x = jnp.zeros((0, 4, 4, 9))
     assert shift(x, implementation=implementation).shape == x.shape
+
+
+@pytest.mark.parametrize("channels", [1, 8, 9, 20, 27])
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_grouped_channels_are_the_interleaved_ones_permuted(channels, kernel_size):
+    dh, dw = channel_offsets(channels, kernel_size, 2)
+    each, positions = channels // kernel_size**2, kernel_size**2
+    order = [g + i * positions for g in range(positions) for i in range(each)]
+    order += range(each * positions, channels)
+    grouped = channel_offsets(channels, kernel_size, 2, "grouped")
+    np.testing.assert_array_equal(grouped, (dh[order], dw[order]))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, channels)).astype(np.float32))
+    expected = shift(x, kernel_size, 2)[..., np.array(order)]
+    found = shift(x[..., np.array(order)], kernel_size, 2, channel_order="grouped")
+    np.testing.assert_array_equal(found, expected)

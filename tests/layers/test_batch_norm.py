@@ -1,5 +1,7 @@
 """Batch normalisation: PyTorch's statistics, whatever the precision and however it is spread."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shiftnet.kernels.layouts import per_channel, product
 from shiftnet.layers import BatchNorm
 
 pytestmark = pytest.mark.core
@@ -161,3 +164,47 @@ def test_a_batch_over_two_devices_is_normalised_as_a_whole():
     assert len(spread[0].devices()) == 2
     for mine, theirs in zip(spread, pulled_back(plain, x, scale, bias, dy), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", ["NHWC", "HWCN"])
+@pytest.mark.usefixtures("float64")
+def test_what_goes_through_a_kernel_is_what_follows_it(train, affine, layout):
+    """Values, gradients and running statistics of `x @ kernel` and of the folded kernel."""
+    rng = np.random.default_rng(0)
+    shape = (4, 3, 2, 3) if layout == "NHWC" else (3, 2, 3, 4)
+    x, kernel = jnp.asarray(rng.normal(1, 2, shape)), jnp.asarray(rng.normal(size=(3, 5)))
+    bn = BatchNorm(5, affine=affine)
+    for variable in jax.tree.leaves(bn, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        variable.set_value(jnp.asarray(rng.uniform(0.5, 2, 5)))
+
+    def folded(bn, x, kernel):
+        kernel, bias = bn.through(x, kernel, train=train, layout=layout)
+        return product(x, kernel, layout) + per_channel(bias, layout)
+
+    def in_turn(bn, x, kernel):
+        return bn(product(x, kernel, layout), train=train, layout=layout)
+
+    def run(forward):
+        graphdef, params, stats = nnx.split(bn, nnx.Param, nnx.BatchStat)
+
+        def loss(params, x, kernel):
+            copy = nnx.merge(graphdef, params, stats, copy=True)
+            y = forward(copy, x, kernel)
+            return jnp.sin(y).sum(), (y, nnx.state(copy, nnx.BatchStat))
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, x, kernel)
+
+    found, expected = run(folded), run(in_turn)
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+    jax.tree.map(compare, found, expected)
+
+
+def test_a_mean_far_from_zero_costs_no_digits_through_a_kernel():
+    x = np.random.default_rng(0).normal(1000, 1, (4096, 4)).astype(np.float32)
+    kernel = np.eye(4, dtype=np.float32)
+    bn = BatchNorm(4)
+    bn.through(jnp.asarray(x), jnp.asarray(kernel), train=True)
+    variance = x.astype(np.float64).var(0, ddof=1)
+    np.testing.assert_allclose(bn.var[...], 0.9 + 0.1 * variance, rtol=1e-5)

@@ -1,0 +1,159 @@
+"""What the Mosaic GPU kernels for Hopper share: the machine's sizes, groups of channels, loads.
+
+Nothing here imports Pallas when the module is imported: a machine without it loads this too.
+"""
+
+import functools
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# An H100 or H200 (SXM) has 132 multiprocessors, and one block may use 227 KiB of shared memory.
+MULTIPROCESSORS = 132
+SHARED_BYTES = 227 * 1024
+# Left to barriers and to the alignment of every buffer to 1024 bytes.
+RESERVED_BYTES = 8 * 1024
+# A TMA box reaches this far along every dimension.
+BOX = 256
+
+
+class Tap(NamedTuple):
+    """The channels that move by one offset, and where the offset lies in the strided image.
+
+    With stride s, output pixel (h, w) reads input pixel (h*s + dh, w*s + dw): pixel (h + row,
+    w + column) of the image that takes every s-th row from `row_phase` and every s-th column from
+    `column_phase`. All these images have the size of the output, so that a shift is an offset of
+    whole pixels in them at any stride.
+    """
+
+    row_phase: int
+    column_phase: int
+    row: int
+    column: int
+    channels: np.ndarray
+
+    @property
+    def phase(self) -> tuple[int, int]:
+        return self.row_phase, self.column_phase
+
+
+def taps(dh: np.ndarray, dw: np.ndarray, stride: int, height: int, width: int) -> list[Tap]:
+    """The taps of an output of this size; without those that read nothing but zeros."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for channel, offset in enumerate(zip(dh.tolist(), dw.tolist(), strict=True)):
+        members.setdefault(offset, []).append(channel)
+    found = [
+        Tap(y % stride, x % stride, y // stride, x // stride, np.array(channels))
+        for (y, x), channels in members.items()
+    ]
+    return [tap for tap in found if abs(tap.row) < height and abs(tap.column) < width]
+
+
+def coordinates(pixels: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column of pixels that are numbered through all images."""
+    pixels = jax.lax.rem(pixels, np.int32(height * width))
+    return jax.lax.div(pixels, np.int32(width)), jax.lax.rem(pixels, np.int32(width))
+
+
+def inside(tap: Tap, row: jax.Array, column: jax.Array, height: int, width: int) -> Any:
+    """Which of the pixels at these rows and columns a tap reads inside the image; None for all."""
+    masks = []
+    for offset, position, size in ((tap.row, row, height), (tap.column, column, width)):
+        if offset < 0:
+            masks.append(position >= np.int32(-offset))
+        if offset > 0:
+            masks.append(position < np.int32(size - offset))
+    return functools.reduce(jax.lax.bitwise_and, masks) if masks else None
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def swizzle_bytes(*elements: int) -> int:
+    """The widest swizzle whose rows divide all these numbers of 2-byte elements."""
+    return 2 * math.gcd(64, *elements)
+
+
+def tiled(swizzle: int) -> tuple[Any, ...]:
+    """The transforms of a shared-memory matrix that the tensor cores or a TMA copy access."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    plgpu: Any = mosaic_gpu  # its transforms look abstract to a type checker
+    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+
+
+def interpret_params(interpret: bool) -> Any:
+    """What `plgpu.kernel` takes as `interpret`: the simulation on a CPU, or False."""
+    if not interpret:
+        return False
+    # Private in JAX 0.10.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    # Outside an array a copy reads zeros, as the hardware does. What no copy wrote is NaN, so that
+    # nothing may depend on it.
+    return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
+
+
+def compiler_params() -> Any:
+    """Lane semantics: the kernels state each layout and transform instead of having them found."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+def padded(block: jax.Array, size: int) -> Any:
+    """The channels from the first on, more than there are: copies fill or drop the rest.
+
+    JAX 0.12 refuses such a slice where it starts at a constant.
+    """
+    from jax.experimental import pallas as pl
+
+    return pl.ds(block * 0, size)
+
+
+def load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
+    """Reads shared memory into registers of this layout, at any row offset."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if interpret:  # the interpreter of JAX 0.10 knows no other load
+        return ref[...]
+    # JAX 0.10 requires an index, 0.11 deprecates it, 0.12 has none.
+    parameter = inspect.signature(plgpu.load).parameters.get("idx")
+    required = parameter is not None and parameter.default is inspect.Parameter.empty
+    index = ((),) if required else ()
+    # Rows at any offset are not provably free of bank conflicts, so this is not "optimized".
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def count_up(first: jax.Array, number: int, layout: Any, interpret: bool) -> jax.Array:
+    """`first`, `first + 1` and so on in registers of this layout."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    numbers = jax.lax.iota(jnp.int32, number)
+    return first + (numbers if interpret else plgpu.layout_cast(numbers, layout))
+
+
+def multiply_add(acc: Any, a: jax.Array, b: Any, scratch: Any) -> None:
+    """`acc += a @ b` with `a` in registers; through `scratch` where the interpreter needs it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if scratch is None:
+        plgpu.wgmma(acc, a, b)
+        return
+    # The interpreter multiplies references only.
+    scratch = scratch.at[:, : a.shape[1]]
+    scratch[...] = a
+    plgpu.wgmma(acc, scratch, b)
+
+
+def where_bits(keep: jax.Array, value: jax.Array) -> jax.Array:
+    """`value` in the rows to keep and 0 elsewhere; 1 instruction for 2 bfloat16 values."""
+    mask = jnp.where(keep, np.int16(-1), np.int16(0))
+    mask = jax.lax.broadcast_in_dim(mask, value.shape, (0,))
+    bits = jax.lax.bitcast_convert_type(value, jnp.int16)
+    return jax.lax.bitcast_convert_type(bits & mask, value.dtype)

@@ -1,0 +1,191 @@
+"""Which implementation of an operation runs.
+
+Every operation has a plain XLA form, which takes whatever the operation takes, and kernels for some
+devices, each of which takes some arguments. The choice is made when the program is lowered for its
+device, so that one traced function serves all.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from shiftnet.kernels.layouts import LANES, Layout
+
+# Why an implementation cannot take some arguments; None when it can.
+Reason = Callable[[], str | None]
+
+_PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
+_only_xla = ContextVar("_only_xla", default=False)
+_platform: ContextVar[str | None] = ContextVar("_platform", default=None)
+_mesh: ContextVar[Mesh | None] = ContextVar("_mesh", default=None)
+
+
+def needs_hwcn() -> str | None:
+    """Why a kernel cannot take NHWC."""
+    return "the layout is NHWC, the kernel needs HWCN"
+
+
+def needs_nhwc() -> str | None:
+    """Why a kernel cannot take HWCN."""
+    return "the layout is HWCN, the kernel needs NHWC"
+
+
+@contextlib.contextmanager
+def only_xla() -> Iterator[None]:
+    """While a program is traced within, no operation takes a kernel unless it is asked for.
+
+    For programs that must run on any device (`shiftnet.export`), and for comparisons. JAX keeps
+    what it traced: trace a function of its own within, not one that was called before.
+    """
+    token = _only_xla.set(True)
+    try:
+        yield
+    finally:
+        _only_xla.reset(token)
+
+
+def is_only_xla() -> bool:
+    """Whether this is within `only_xla`."""
+    return _only_xla.get()
+
+
+@contextlib.contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """While a program is traced within, it is laid out for `platform`: "cpu", "tpu" or "gpu".
+
+    For compiling for a device that is not here; without it, for JAX's default device.
+    """
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def best_layout(batch: int) -> Layout:
+    """The layout for a net of shifts.
+
+    HWCN on a TPU, where `batch` fills the lanes on every device, and NHWC elsewhere.
+    """
+    tpu = (_platform.get() or jax.default_backend()) == "tpu"
+    return "HWCN" if tpu and shares(batch) % LANES == 0 else "NHWC"
+
+
+@contextlib.contextmanager
+def over(mesh: Mesh) -> Iterator[None]:
+    """While a program is traced within, operations run on every device of `mesh` by itself.
+
+    The compiler, which divides everything else over the devices by itself, cannot look into a
+    kernel, and would hand each device the whole batch.
+
+    Args:
+      mesh: of one axis, over which the batch is divided evenly.
+    """
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def shares(batch: int) -> int:
+    """How many of `batch` images an operation sees at once."""
+    mesh = _mesh.get()
+    return batch if mesh is None else batch // mesh.size
+
+
+def on_shares(
+    call: Callable[..., Any], operands: Sequence[Any], axes: Sequence[int | None], out_axes: Any
+) -> Any:
+    """Calls an operation on each device's share of the batch.
+
+    Args:
+      call: the operation, from `operands` to its results.
+      operands: arrays, or trees of them.
+      axes: of each operand the axis of its batch, None where every device has the whole of it.
+      out_axes: of each result likewise; results without a batch are added up over the devices.
+    """
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return call(*operands)
+    (name,) = mesh.axis_names
+
+    def spec(axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)
+
+    def on_one(*operands: Any) -> Any:
+        results = call(*operands)
+        if not isinstance(out_axes, tuple):
+            return results
+        return tuple(
+            jax.lax.psum(result, name) if axis is None else result
+            for result, axis in zip(results, out_axes, strict=True)
+        )
+
+    return jax.shard_map(
+        on_one,
+        mesh=mesh,
+        in_specs=tuple(map(spec, axes)),
+        out_specs=jax.tree.map(spec, out_axes, is_leaf=lambda axis: axis is None),
+        check_vma=False,
+    )(*operands)
+
+
+def run(
+    operation: str,
+    implementation: str | None,
+    calls: Mapping[str, Callable[..., Any]],
+    unsupported: Mapping[str, Reason],
+    *operands: Any,
+) -> Any:
+    """Runs an operation by one of its implementations.
+
+    Args:
+      operation: its name, for errors.
+      implementation: which; None takes the device's kernel where that supports the arguments, and
+        "xla" elsewhere.
+      calls: the implementations; "xla", "cpu", "tpu" and "gpu" are known to None.
+      unsupported: of the implementations that do not take everything.
+      *operands: what each of `calls` is called with.
+
+    Raises:
+      ValueError: for an implementation that does not exist, or cannot take the arguments.
+    """
+    sizes = [size for array in jax.tree.leaves(operands) for size in array.shape]
+
+    def why_not(name: str) -> str | None:
+        if name not in unsupported:
+            return None
+        if not all(isinstance(size, int) for size in sizes):
+            return "a size is left open"
+        return unsupported[name]()
+
+    if implementation is not None:
+        if implementation not in calls:
+            raise ValueError(
+                f"unknown implementation {implementation!r} of {operation}; "
+                f"known: {', '.join(calls)}"
+            )
+        if reason := why_not(implementation):
+            raise ValueError(f"{operation} has no {implementation!r} for this: {reason}")
+        return calls[implementation](*operands)
+    if is_only_xla():
+        return calls["xla"](*operands)
+    kernels = {
+        platform: calls[name]
+        for name, platform in _PLATFORMS.items()
+        if name in calls and why_not(name) is None
+    }
+    here = jax.default_backend()
+    if here in ("tpu", "gpu") and _PLATFORMS[here] in kernels:
+        from shiftnet.kernels import selftest  # which runs operations
+
+        if selftest.failure(here):
+            del kernels[_PLATFORMS[here]]
+    if not kernels:
+        return calls["xla"](*operands)
+    return jax.lax.platform_dependent(*operands, **kernels, default=calls["xla"])

@@ -1,0 +1,174 @@
+"""A whole shift block as one operation: 1x1 convolution, ReLU, shift, 1x1 convolution."""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from shiftnet.kernels import implementations
+from shiftnet.kernels.layouts import BATCH, CHANNELS, Layout
+from shiftnet.kernels.shift.offsets import channel_offsets
+from shiftnet.kernels.shift_block import cpu, gpu, tpu, xla
+from shiftnet.kernels.shift_pointwise.xla import epilogue as finish
+
+__all__ = ["Implementation", "shift_block"]
+
+Implementation = Literal["xla", "cpu", "tpu", "gpu"]
+
+
+def shift_block(
+    x: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    w2: jax.Array,
+    kernel_size: int = 3,
+    dilation: int = 1,
+    *,
+    stride: int = 1,
+    out_bias: jax.Array | None = None,
+    out_relu: bool = False,
+    residual: jax.Array | None = None,
+    layout: Layout = "NHWC",
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """`shift(relu(x @ w1 + b1)) @ w2`, and bias, ReLU and addition of the result.
+
+    In that order; the last three only where they are asked for. In the kernels the expanded tensor
+    `relu(x @ w1 + b1)` never leaves the chip, forward or backward: an output value needs of each
+    group of its channels only the one pixel of `x` that the group moves from. Scales are the
+    caller's to fold into the weights.
+
+    Args:
+      x: `[N, H, W, C]`, or `[H, W, C, N]` in layout HWCN; floating.
+      w1: `[C, E]`, in the dtype of `x` as are the other arrays.
+      b1: `[E]`.
+      w2: `[E, K]`.
+      kernel_size, dilation: of the shift; see `shiftnet.kernels.shift.shift`.
+      stride: of the second convolution, in pixels, both ways.
+      out_bias: `[K]`.
+      out_relu: whether negative results become 0.
+      residual: of the result's shape, added last.
+      layout: of `x`, `residual` and the result.
+      implementation: `"tpu"` (HWCN) and `"gpu"` (NHWC, Hopper) are kernels, `"xla"` is plain XLA,
+        `"cpu"` (NHWC) the same on a few images at a time. None takes the device's where it supports
+        the arguments, else `"xla"`.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), K]`, or the same in HWCN, in the dtype of `x`; sums
+      are taken in float32 or wider.
+
+    Raises:
+      ValueError: for shapes that do not fit, a `kernel_size`, `dilation` or `stride` below 1, an
+        unknown `implementation`, or one that does not support the arguments.
+    """
+    if (
+        x.ndim != 4
+        or (x.shape[CHANNELS[layout]], *b1.shape) != w1.shape
+        or b1.shape != w2.shape[:1]
+    ):
+        raise ValueError(
+            f"shift_block needs x in {layout}, w1 [C, E], b1 [E] and w2 [E, K], "
+            f"got x {x.shape}, w1 {w1.shape}, b1 {b1.shape} and w2 {w2.shape}"
+        )
+    if min(kernel_size, dilation, stride) < 1:
+        raise ValueError(
+            "shift_block needs a kernel_size, dilation and stride of at least 1, "
+            f"got {kernel_size}, {dilation} and {stride}"
+        )
+    setting = _Setting(kernel_size, dilation, stride, out_relu, layout, implementation)
+    return _fused(setting, x, w1, b1, w2, out_bias, residual)
+
+
+class _Setting(NamedTuple):
+    kernel_size: int
+    dilation: int
+    stride: int
+    out_relu: bool
+    layout: Layout
+    implementation: str | None
+
+    def core(self, channels: int) -> dict[str, Any]:
+        """What describes the operation up to the second product."""
+        dh, dw = channel_offsets(channels, self.kernel_size, self.dilation)
+        return {"dh": dh, "dw": dw, "stride": self.stride}
+
+    def run(self, calls: dict[str, Any], x: jax.Array, w1: jax.Array, *rest: Any) -> Any:
+        """Runs one of `calls`; `rest` begins with `b1` and `w2`."""
+        arguments = {"x": x, "w1": w1, "w2": rest[1], **self.core(w1.shape[1])}
+        modules = {"cpu": cpu, "tpu": tpu, "gpu": gpu}
+        unsupported: dict[str, implementations.Reason] = {
+            name: functools.partial(module.unsupported, **arguments)
+            for name, module in modules.items()
+        }
+        if self.layout == "HWCN":
+            unsupported |= dict.fromkeys(("cpu", "gpu"), implementations.needs_nhwc)
+        else:
+            unsupported["tpu"] = implementations.needs_hwcn
+        return implementations.run(
+            "shift_block", self.implementation, calls, unsupported, x, w1, *rest
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(setting, x, w1, b1, w2, out_bias, residual):
+    core = setting.core(len(w2))
+
+    def plain(x, w1, b1, w2, out_bias, residual):
+        y = xla.forward(x, w1, b1, w2, **core, layout=setting.layout)
+        return finish(y, None, out_bias, residual, relu=setting.out_relu, layout=setting.layout)
+
+    def kernel(forward, x, w1, b1, w2, out_bias, residual):
+        after = {"out_bias": out_bias, "out_relu": setting.out_relu, "residual": residual}
+        return forward(x, w1, b1, w2, **core, **after)
+
+    calls = {
+        "xla": plain,
+        "cpu": functools.partial(kernel, cpu.forward),
+        "tpu": functools.partial(kernel, tpu.forward),
+        "gpu": functools.partial(kernel, gpu.forward),
+    }
+    batch = BATCH[setting.layout]
+    return implementations.on_shares(
+        functools.partial(setting.run, calls),
+        (x, w1, b1, w2, out_bias, residual),
+        (batch, None, None, None, None, batch),
+        batch,
+    )
+
+
+def _forward(setting, x, w1, b1, w2, out_bias, residual):
+    y = _fused(setting._replace(out_relu=False), x, w1, b1, w2, None, None)
+
+    def after(y, out_bias, residual):
+        return finish(y, None, out_bias, residual, relu=setting.out_relu, layout=setting.layout)
+
+    out, unfinish = jax.vjp(after, y, out_bias, residual)
+    return out, (unfinish, (x, w1, b1, w2))
+
+
+def _backward(setting, residuals, dout):
+    unfinish, (x, w1, b1, w2) = residuals
+    dy, dout_bias, dresidual = unfinish(dout)
+    core = setting.core(len(w2))
+
+    def plain(x, w1, b1, w2, dy):
+        forward = functools.partial(xla.forward, **core, layout=setting.layout)
+        return jax.vjp(forward, x, w1, b1, w2)[1](dy)
+
+    calls = {
+        "xla": plain,
+        "cpu": functools.partial(cpu.backward, **core),
+        "tpu": functools.partial(tpu.backward, **core),
+        "gpu": plain,
+    }
+    batch = BATCH[setting.layout]
+    gradients = implementations.on_shares(
+        functools.partial(setting.run, calls),
+        (x, w1, b1, w2, dy),
+        (batch, None, None, None, batch),
+        (batch, None, None, None),
+    )
+    return *gradients, dout_bias, dresidual
+
+
+_fused.defvjp(_forward, _backward)

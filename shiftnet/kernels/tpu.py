@@ -1,0 +1,698 @@
+"""Expand, shift and contract on a TPU, without the expanded tensor leaving the chip.
+
+Both `shift_pointwise` and `shift_block` are, pixel by pixel and for a tile of T images,
+
+    y = prologue(w1^T x)                       [E, T], channels sorted by where they move
+    shifted[p - (dh, dw)] <- y's channels      a store at another address: the shift itself
+    out[p] = epilogue(w2^T shifted[p])         [K, T], once all of shifted[p] is there
+
+in the layout HWCN, where images lie in the lanes and a pixel's channels in the sublanes, so that a
+position is an index of two untiled dimensions. The grid goes over tiles of images and, inside,
+over rows; `shifted` is a ring of as many rows as offsets span. Each row of x is fetched once and
+each row of the result written once; the weights are fetched once in all.
+
+`shift_pointwise` has its expanded channels in x, in any order: its w1 is the 0/1 matrix that sorts
+them, whose product is exact (but makes of an infinity in one channel a NaN in the pixel's others).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+# v5e and v6e have 128 MiB; the compiler needs some of it for itself.
+VMEM_BYTES = 100 * 2**20
+# Wider tiles make fewer, longer steps, but past this they only keep memory from XLA's prefetches.
+COMFORTABLE_BYTES = 48 * 2**20
+TILES = (512, 256, LANES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Channels that move together: `dh, dw` of their shift, `start:stop` of their place."""
+
+    dh: int
+    dw: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the expanded channels go and when, all known at trace time.
+
+    Groups lie one after another, each padded with zero channels to a whole number of sublane tiles,
+    those that an input pixel of one (row, column) remainder by the stride feeds side by side.
+    Groups that always read from outside the image are left out.
+
+    Attributes:
+      order: int `[padded E]`: the channel in each place, or -1.
+      expanded: E.
+      up, down, west, east: how far offsets reach at most in each direction, all at least 0.
+    """
+
+    height: int
+    width: int
+    stride: int
+    groups: tuple[Group, ...]
+    order: np.ndarray
+    expanded: int
+    up: int
+    down: int
+    west: int
+    east: int
+
+    @property
+    def out_height(self) -> int:
+        return pl.cdiv(self.height, self.stride)
+
+    @property
+    def out_width(self) -> int:
+        return pl.cdiv(self.width, self.stride)
+
+    @property
+    def channels(self) -> int:
+        return len(self.order)
+
+    @property
+    def margin(self) -> int:
+        """Columns before column 0 in a ring of output rows; what is stored there is not read."""
+        return pl.cdiv(self.east, self.stride)
+
+    @property
+    def ring(self) -> tuple[int, int, int]:
+        """Output rows, columns and channels under construction at any time."""
+        s = self.stride
+        columns = self.margin + self.out_width + pl.cdiv(self.west, s)
+        return (self.up + self.down) // s + 1, columns, self.channels
+
+    @property
+    def input_ring(self) -> tuple[int, int, int]:
+        """The same for the gradient, whose rows are the input's and whose margin is `west`."""
+        return self.up + self.down + 1, self.west + self.width + self.east, self.channels
+
+    @property
+    def remainders(self) -> list[tuple[int, int]]:
+        return [(h, w) for h in range(self.stride) for w in range(self.stride)]
+
+    def fed_by(self, row: int, column: int) -> list[Group]:
+        """The groups in which a pixel at these remainders by the stride reaches an output."""
+        s = self.stride
+        return [g for g in self.groups if (g.dh - row) % s == 0 and (g.dw - column) % s == 0]
+
+    def span(self, row: int, column: int) -> tuple[int, int]:
+        """Their places, which are contiguous."""
+        groups = self.fed_by(row, column)
+        return (groups[0].start, groups[-1].stop) if groups else (0, 0)
+
+
+def plan(
+    height: int, width: int, dh: np.ndarray, dw: np.ndarray, stride: int, dtype: jnp.dtype
+) -> Plan:
+    """Sorts the channels; `dh, dw` are int `[E]`."""
+    tile = 32 // jnp.dtype(dtype).itemsize
+    offsets = sorted(
+        {
+            (h % stride, w % stride, h, w)
+            for h, w in zip(dh.tolist(), dw.tolist(), strict=True)
+            if abs(h) < height and abs(w) < width
+        }
+    )
+    groups: list[Group] = []
+    order: list[int] = []
+    for _, _, h, w in offsets:
+        members = np.flatnonzero((dh == h) & (dw == w)).tolist()
+        start = len(order)
+        order += members + [-1] * (-len(members) % tile)
+        groups.append(Group(h, w, start, len(order)))
+    return Plan(
+        height=height,
+        width=width,
+        stride=stride,
+        groups=tuple(groups),
+        order=np.array(order, np.int32),
+        expanded=len(dh),
+        up=max([0, *[-g.dh for g in groups]]),
+        down=max([0, *[g.dh for g in groups]]),
+        west=max([0, *[-g.dw for g in groups]]),
+        east=max([0, *[g.dw for g in groups]]),
+    )
+
+
+def _dot(a, b, contract=((1,), (0,)), exact=False):
+    """A product in float32. `exact` for 0/1 matrices: the other side is not rounded either."""
+    precision = jax.lax.Precision.HIGHEST if exact and b.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def is_row(row, stride, remainder, low, high):
+    """Whether `low <= row < high` and `row % stride == remainder`."""
+    inside = (row >= low) & (row < high)
+    return inside & (jax.lax.rem(row, stride) == remainder) if stride > 1 else inside
+
+
+def slot_of(ring, row):
+    """Where a row lies in a ring; rows down to minus the ring's length have a place too."""
+    return jax.lax.rem(row + ring.shape[0], ring.shape[0])
+
+
+def _scatter(ring, groups, values, address):
+    """Stores each group's channels at `ring[address(group)]`: this is the shift."""
+    first = groups[0].start
+    for g in groups:
+        ring[(*address(g), slice(g.start, g.stop))] = values[g.start - first : g.stop - first]
+
+
+def clear(ring, slot, start, stop):
+    @pl.loop(0, ring.shape[1])
+    def _(column):
+        ring[slot, column, start:stop] = jnp.zeros((stop - start, ring.shape[3]), ring.dtype)
+
+
+def clear_all(ring):
+    @pl.loop(0, ring.shape[0])
+    def _(slot):
+        clear(ring, slot, 0, ring.shape[2])
+
+
+def widen(refs, wide):
+    """Spreads per-channel columns over the lanes, once a tile instead of once a pixel."""
+    for name, ref in wide.items():
+        ref[...] = jnp.broadcast_to(refs[name][...], ref.shape)
+
+
+def _loop(count, unroll):
+    return pl.loop(0, count, unroll=max(min(count, unroll), 1))
+
+
+def _for_columns(plan, unroll, body):
+    """Calls `body(j, column)` for the columns `j * stride + column` of a row, `column < stride`."""
+    s = plan.stride
+
+    @_loop(plan.width // s, unroll)
+    def _(j):
+        for column in range(s):
+            body(j, column)
+
+    for column in range(plan.width % s):
+        body(plan.width // s, column)
+
+
+def _expand(refs, wide, pixel, start, stop, exact):
+    """The channels in places `start:stop` before and after scale and bias, float32 `[n, T]`."""
+    if "w1" in refs:
+        raw = _dot(refs["w1"][start:stop], pixel, exact=exact)
+    else:
+        raw = pixel[start:stop].astype(jnp.float32)
+    y = raw * wide["scale"][start:stop] if "scale" in wide else raw
+    return raw, y + wide["bias"][start:stop] if "bias" in wide else y
+
+
+def _store_shifted(plan, shifted, row, h, j, column, y):
+    """Stores a pixel's channels where the outputs that need them look; `row = h % stride`."""
+    s = plan.stride
+    _scatter(
+        shifted,
+        plan.fed_by(row, column),
+        y,
+        lambda g: (
+            slot_of(shifted, jax.lax.div(h - g.dh, s)),
+            plan.margin + j + (column - g.dw) // s,
+        ),
+    )
+
+
+def _finish_below(plan, shifted, h):
+    """Rows below the image: zeros for the outputs that still look there."""
+    for row in range(plan.stride):
+        groups = [g for g in plan.groups if g.dh > 0 and (g.dh - row) % plan.stride == 0]
+
+        @pl.when(is_row(h, plan.stride, row, plan.height, plan.height + plan.down))
+        def _(groups=groups):
+            for g in groups:
+                slot = slot_of(shifted, jax.lax.div(h - g.dh, plan.stride))
+                clear(shifted, slot, g.start, g.stop)
+
+
+def _forward_kernel(refs, out, shifted, wide, *, plan, relu, out_relu, exact, unroll):
+    s = plan.stride
+    h = pl.program_id(1)
+
+    @pl.when(h == 0)
+    def _():
+        clear_all(shifted)
+        widen(refs, wide)
+
+    for row in range(s):
+
+        @pl.when(is_row(h, s, row, 0, plan.height))
+        def _(row=row):
+            def body(j, column):
+                start, stop = plan.span(row, column)
+                if start == stop:
+                    return
+                pixel = refs["x"][0, j * s + column]
+                _, y = _expand(refs, wide, pixel, start, stop, exact)
+                y = (jnp.maximum(y, 0) if relu else y).astype(shifted.dtype)
+                _store_shifted(plan, shifted, row, h, j, column, y)
+
+            _for_columns(plan, unroll, body)
+
+    _finish_below(plan, shifted, h)
+
+    complete = h - plan.down
+
+    @pl.when(is_row(complete, s, 0, 0, plan.height))
+    def _():
+        slot = slot_of(shifted, jax.lax.div(complete, s))
+
+        @_loop(plan.out_width, unroll)
+        def _(j):
+            y = _dot(refs["w2"][...], shifted[slot, plan.margin + j])
+            y = y * wide["out_scale"][...] if "out_scale" in wide else y
+            y = y + wide["out_bias"][...] if "out_bias" in wide else y
+            y = jnp.maximum(y, 0) if out_relu else y
+            y = y + refs["residual"][0, j].astype(jnp.float32) if "residual" in refs else y
+            out[0, j] = y.astype(out.dtype)
+
+
+def _backward_kernel(refs, outs, scratch, wide, *, plan, relu, exact, unroll):
+    s = plan.stride
+    tile, u = pl.program_id(0), pl.program_id(1)
+    shifted, dshifted, douts = scratch["shifted"], scratch["dshifted"], scratch["douts"]
+    dtype = shifted.dtype
+    totals = {name: outs[name] for name in ("w1", "w2") if name in outs} | scratch["sums"]
+
+    @pl.when((tile == 0) & (u == 0))
+    def _():
+        for ref in totals.values():
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+    @pl.when(u == 0)
+    def _():
+        clear_all(shifted)
+        clear_all(dshifted)
+        widen(refs, wide)
+
+    # Row u of the output's gradient goes back to where its terms came from.
+    @pl.when(is_row(u, s, 0, 0, plan.height))
+    def _():
+        slot = slot_of(douts, jax.lax.div(u, s))
+
+        @_loop(plan.out_width, unroll)
+        def _(j):
+            dout = refs["dout"][0, j]
+            douts[slot, j] = dout
+            dy = _dot(refs["w2"][...], dout).astype(dtype)
+            _scatter(
+                dshifted,
+                plan.groups,
+                dy,
+                lambda g: (slot_of(dshifted, u + g.dh), plan.west + j * s + g.dw),
+            )
+
+    @pl.when(is_row(u, s, 0, plan.height, plan.height + plan.up))
+    def _():
+        for g in plan.groups:
+            if g.dh < 0:
+                clear(dshifted, slot_of(dshifted, u + g.dh), g.start, g.stop)
+
+    # That completes row h of the expanded tensor's gradient.
+    h = u - plan.up
+    for row in range(s):
+
+        @pl.when(is_row(h, s, row, 0, plan.height))
+        def _(row=row):
+            slot = slot_of(dshifted, h)
+
+            def body(j, column):
+                w = j * s + column
+                start, stop = plan.span(row, column)
+                if start == stop:
+                    outs["x"][0, w] = jnp.zeros(outs["x"].shape[2:], dtype)
+                    return
+                pixel = refs["x"][0, w]
+                raw, y = _expand(refs, wide, pixel, start, stop, exact)
+                dy = dshifted[slot, plan.west + w, start:stop].astype(jnp.float32)
+                if relu:
+                    dy = jnp.where(y > 0, dy, 0.0)
+                    y = jnp.maximum(y, 0)
+                _store_shifted(plan, shifted, row, h, j, column, y.astype(dtype))
+                if "bias" in outs:
+                    scratch["sums"]["bias"][start:stop] += _fold_lanes(dy)
+                if "scale" in outs:
+                    scratch["sums"]["scale"][start:stop] += _fold_lanes(dy * raw)
+                    dy = dy * wide["scale"][start:stop]
+                draw = dy.astype(dtype)
+                if "w1" in outs:
+                    outs["w1"][start:stop] += _dot(draw, pixel, contract=((1,), (1,)))
+                if "w1" in refs:
+                    draw = _dot(refs["w1_back"][row * s + column][...], draw, exact=exact)
+                outs["x"][0, w] = draw.astype(dtype)
+
+            _for_columns(plan, unroll, body)
+
+    _finish_below(plan, shifted, h)
+
+    # And an output row's shifted channels, which are the second weight's other factor.
+    complete = h - plan.down
+
+    @pl.when(is_row(complete, s, 0, 0, plan.height))
+    def _():
+        q = jax.lax.div(complete, s)
+        slot, dout_slot = slot_of(shifted, q), slot_of(douts, q)
+
+        @_loop(plan.out_width, unroll)
+        def _(j):
+            y, dout = shifted[slot, plan.margin + j], douts[dout_slot, j]
+            outs["w2"][...] += _dot(y, dout, contract=((1,), (1,)))
+
+    @pl.when((tile == pl.num_programs(0) - 1) & (u == pl.num_programs(1) - 1))
+    def _():
+        for name, ref in scratch["sums"].items():
+            outs[name][...] = ref[...].sum(axis=1, keepdims=True)
+
+
+def _fold_lanes(a):
+    return sum(a[:, i : i + LANES] for i in range(0, a.shape[1], LANES))
+
+
+def _places(plan, dtype):
+    """The 0/1 matrix `[padded E, E]` of the plan; gathers would move several times the bytes."""
+    return (jnp.asarray(plan.order)[:, None] == np.arange(plan.expanded)).astype(dtype)
+
+
+def _arrange(plan, a, dtype):
+    """`a [E, n]` in the plan's places, zeros in the padding."""
+    return _dot(_places(plan, dtype), a.astype(dtype), exact=True).astype(dtype)
+
+
+def _restore(plan, a, dtype):
+    """The inverse of `_arrange` for a float32 `a`; zeros for channels that are left out."""
+    return _dot(_places(plan, a.dtype), a, contract=((0,), (0,)), exact=True).astype(dtype)
+
+
+def _first_weight(plan, x, w1):
+    """`[padded E, C]`: w1 sorted, the matrix that sorts x, or None where x is sorted already."""
+    if w1 is not None:
+        return _arrange(plan, w1.T, x.dtype)
+    if plan.stride == 1 and np.array_equal(plan.order, np.arange(plan.expanded)):
+        return None
+    return _places(plan, x.dtype)
+
+
+def _column(a):
+    return None if a is None else a.astype(jnp.float32)[:, None]
+
+
+def _arrange_column(plan, a):
+    return None if a is None else _arrange(plan, _column(a), jnp.float32)
+
+
+def whole(a):
+    return pl.BlockSpec(a.shape, lambda n, u: (0,) * len(a.shape))
+
+
+def rows_of(columns, channels, tile, row):
+    """One row of a tile of images a step, `row(step)`."""
+    return pl.BlockSpec((1, columns, channels, tile), lambda n, u: (row(u), 0, 0, n))
+
+
+def padded_bytes(rows, columns, itemsize):
+    """Bytes of a matrix in VMEM, where tiles are 128 lanes by 32 bytes."""
+    sublanes = 32 // itemsize
+    return pl.cdiv(rows, sublanes) * sublanes * pl.cdiv(columns, LANES) * LANES * itemsize
+
+
+def _vmem_bytes(plan, channels, outputs, tile, itemsize, *, own_weight, backward):
+    """An upper estimate of what a call keeps on the chip."""
+
+    def row(columns, channels):
+        return columns * padded_bytes(channels, tile, itemsize)
+
+    expanded = plan.channels
+    x, out = row(plan.width, channels), row(plan.out_width, outputs)
+    first = padded_bytes(expanded, channels, itemsize)
+    second = padded_bytes(expanded, outputs, itemsize)
+    slots, columns, _ = plan.ring
+    kept = slots * row(columns, expanded) + 2 * padded_bytes(expanded, tile, 4)
+    pixel = padded_bytes(expanded, tile, 4)
+    # What is fetched ahead and written behind is there twice; a pixel has some intermediate values.
+    if not backward:
+        return 2 * (x + 2 * out + first + second) + kept + 3 * pixel
+    slots_back, columns_back, _ = plan.input_ring
+    kept += slots_back * row(columns_back, expanded) + slots * out
+    kept += 2 * padded_bytes(expanded, LANES, 4)
+    gradients = padded_bytes(expanded, outputs, 4) + 2 * padded_bytes(expanded, 1, 4)
+    gradients += padded_bytes(expanded, channels, 4) if own_weight else 0
+    return 2 * (2 * x + out + 2 * first + second + gradients) + kept + 5 * pixel
+
+
+def _tile(plan, x, outputs, *, own_weight, backward):
+    """How many images a step takes, or None where even the smallest tile does not fit."""
+    *_, channels, batch = x.shape
+    for tile in TILES:
+        size = _vmem_bytes(
+            plan,
+            channels,
+            outputs,
+            tile,
+            x.dtype.itemsize,
+            own_weight=own_weight,
+            backward=backward,
+        )
+        limit = VMEM_BYTES if tile == LANES else COMFORTABLE_BYTES
+        if batch % tile == 0 and size <= limit:
+            return tile
+    return None
+
+
+def _unroll(plan):
+    """How many pixels to compute side by side, so that the matrix units seldom wait.
+
+    From the schedules that libtpu 0.0.48 makes for a v5e: at 144 channels, forward, a pixel of 128
+    images takes 99 cycles alone and 60 as one of four; one of 512 images takes 271 and 221.
+    """
+    return 4 if plan.channels <= 256 else 1
+
+
+def unsupported(
+    x: jax.Array,
+    expanded: int,
+    outputs: int,
+    *,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+    own_weight: bool,
+    backward: bool,
+) -> str | None:
+    """Why `forward` (or `backward`) cannot take these arguments, or None.
+
+    `expanded` and `outputs` are E and K; `own_weight` says whether there is a w1.
+    """
+    why = unsupported_images(x.shape, x.dtype)
+    if why:
+        return why
+    if min(expanded, outputs) == 0:
+        return "there are no channels"
+    height, width, *_ = x.shape
+    p = plan(height, width, dh, dw, stride, x.dtype)
+    if not p.groups:
+        return "every channel moves out of the image"
+    if not _tile(p, x, outputs, own_weight=own_weight, backward=backward):
+        return f"rows of {width} pixels of {p.channels} channels do not fit into the chip's memory"
+    return None
+
+
+def unsupported_images(x_shape: tuple[int, ...], dtype: jnp.dtype) -> str | None:
+    """What any kernel here asks of images `[H, W, C, N]`."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"the dtype is {jnp.dtype(dtype).name}, not float32 or bfloat16"
+    if 0 in x_shape:
+        return f"the shape is {x_shape}, without any element"
+    if x_shape[-1] % LANES:
+        return f"the batch is {x_shape[-1]}, not a multiple of {LANES}"
+    return None
+
+
+def forward(
+    x: jax.Array,
+    w1: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    w2: jax.Array,
+    *,
+    relu: bool,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+    out_scale: jax.Array | None = None,
+    out_bias: jax.Array | None = None,
+    out_relu: bool = False,
+    residual: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`epilogue(w2^T shift(prologue(w1^T x))[::stride, ::stride])`; see the module.
+
+    Args:
+      x: `[H, W, C, N]`, float32 or bfloat16, N a multiple of 128.
+      w1: `[C, E]`, or None where the expanded channels are x's own.
+      scale, bias: `[E]` each, of the prologue. `relu` ends it.
+      w2: `[E, K]`.
+      dh, dw: int `[E]`, the offsets that each expanded channel is read from.
+      stride: at least 1; it keeps the rows and columns that it divides.
+      out_scale, out_bias: `[K]` each, then `out_relu`, then `residual [H', W', K, N]`.
+      interpret: runs on any device, slowly.
+
+    Returns:
+      `[H', W', K, N]` of x's dtype, H' and W' being H and W by the stride, rounded up.
+    """
+    height, width, channels, batch = x.shape
+    outputs = w2.shape[1]
+    p = plan(height, width, dh, dw, stride, x.dtype)
+    tile = _tile(p, x, outputs, own_weight=w1 is not None, backward=False)
+    assert tile, "the caller asks `unsupported` first"
+    operands = {
+        "x": x,
+        "w1": _first_weight(p, x, w1),
+        "scale": _arrange_column(p, scale),
+        "bias": _arrange_column(p, bias),
+        "w2": _arrange(p, w2, x.dtype).T,
+        "out_scale": _column(out_scale),
+        "out_bias": _column(out_bias),
+        "residual": residual,
+    }
+    operands = {name: a for name, a in operands.items() if a is not None}
+    out_row = rows_of(
+        p.out_width, outputs, tile, lambda u: jax.lax.div(jnp.maximum(u - p.down, 0), stride)
+    )
+    specs = {name: whole(a) for name, a in operands.items()}
+    specs["x"] = rows_of(width, channels, tile, lambda u: jnp.minimum(u, height - 1))
+    if residual is not None:
+        specs["residual"] = out_row
+    wide: dict[str, Any] = {
+        name: pltpu.VMEM((operands[name].shape[0], tile), jnp.float32)
+        for name in ("scale", "bias", "out_scale", "out_bias")
+        if name in operands
+    }
+    return pl.pallas_call(
+        functools.partial(
+            _forward_kernel,
+            plan=p,
+            relu=relu,
+            out_relu=out_relu,
+            exact=w1 is None,
+            unroll=1 if interpret else _unroll(p),
+        ),
+        grid=(batch // tile, (p.out_height - 1) * stride + p.down + 1),
+        in_specs=(specs,),
+        out_specs=out_row,
+        out_shape=jax.ShapeDtypeStruct((p.out_height, p.out_width, outputs, batch), x.dtype),
+        scratch_shapes=(pltpu.VMEM((*p.ring, tile), x.dtype), wide),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+    )(operands)
+
+
+def backward(
+    x: jax.Array,
+    w1: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    w2: jax.Array,
+    dout: jax.Array,
+    *,
+    relu: bool,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+    interpret: bool = False,
+) -> dict[str, jax.Array]:
+    """The gradients of `forward` without epilogue, by name: those of the arguments that are given.
+
+    One more pass over the rows of x and `dout [H', W', K, N]`: the expanded channels are computed
+    again, `w2 dout` is stored where each group's inputs lie, and the weights' gradients stay on the
+    chip, in float32, until the last step.
+    """
+    height, width, channels, batch = x.shape
+    outputs = w2.shape[1]
+    p = plan(height, width, dh, dw, stride, x.dtype)
+    own_weight = w1 is not None
+    tile = _tile(p, x, outputs, own_weight=own_weight, backward=True)
+    assert tile, "the caller asks `unsupported` first"
+    first = _first_weight(p, x, w1)
+    operands = {
+        "x": x,
+        "dout": dout,
+        "w1": first,
+        "scale": _arrange_column(p, scale),
+        "bias": _arrange_column(p, bias),
+        "w2": _arrange(p, w2, x.dtype),
+    }
+    operands = {name: a for name, a in operands.items() if a is not None}
+    specs = {name: whole(a) for name, a in operands.items()}
+    # A row of x is taken up once the gradients from the rows below it that it reaches have come.
+    x_row = rows_of(width, channels, tile, lambda u: jnp.clip(u - p.up, 0, height - 1))
+    specs["x"] = x_row
+    specs["dout"] = rows_of(
+        p.out_width, outputs, tile, lambda u: jnp.minimum(jax.lax.div(u, stride), p.out_height - 1)
+    )
+    if first is not None:
+        # Transposed here and cut here, because lanes are cut at multiples of 128 at no cost only.
+        spans = [p.span(*remainder) for remainder in p.remainders]
+        operands["w1_back"] = [first[a:b].T if a < b else None for a, b in spans]
+        specs["w1_back"] = [a if a is None else whole(a) for a in operands["w1_back"]]
+    shapes = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    shapes["w2"] = jax.ShapeDtypeStruct((p.channels, outputs), jnp.float32)
+    if own_weight:
+        shapes["w1"] = jax.ShapeDtypeStruct((p.channels, channels), jnp.float32)
+    wide: dict[str, Any] = {}
+    sums: dict[str, Any] = {}
+    for name in ("scale", "bias"):
+        if name in operands:
+            shapes[name] = jax.ShapeDtypeStruct((p.channels, 1), jnp.float32)
+            wide[name] = pltpu.VMEM((p.channels, tile), jnp.float32)
+            sums[name] = pltpu.VMEM((p.channels, LANES), jnp.float32)
+    scratch = {
+        "shifted": pltpu.VMEM((*p.ring, tile), x.dtype),
+        "dshifted": pltpu.VMEM((*p.input_ring, tile), x.dtype),
+        "douts": pltpu.VMEM((p.ring[0], p.out_width, outputs, tile), x.dtype),
+        "sums": sums,
+    }
+    steps = p.up + max(height, (p.out_height - 1) * stride + p.down + 1)
+    grads = pl.pallas_call(
+        functools.partial(
+            _backward_kernel,
+            plan=p,
+            relu=relu,
+            exact=not own_weight,
+            unroll=1 if interpret else _unroll(p),
+        ),
+        grid=(batch // tile, steps),
+        in_specs=(specs,),
+        out_specs={name: whole(a) for name, a in shapes.items()} | {"x": x_row},
+        out_shape=shapes,
+        scratch_shapes=(scratch, wide),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+    )(operands)
+    restored = {"x": grads["x"], "w2": _restore(p, grads["w2"], w2.dtype)}
+    if w1 is not None:
+        restored["w1"] = _restore(p, grads["w1"], w1.dtype).T
+    for name, a in (("scale", scale), ("bias", bias)):
+        if a is not None:
+            restored[name] = _restore(p, grads[name], a.dtype)[:, 0]
+    return restored

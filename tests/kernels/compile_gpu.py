@@ -1,0 +1,129 @@
+"""Compiles every GPU kernel for an H200 on a machine that has none.
+
+    pip install "jax[cuda13]" absl-py      (about 4.4 GB, in an environment of its own)
+    python -m tests.kernels.compile_gpu
+
+Prints a line for each kernel that does not compile, with the reason, and exits with 1 then. The
+target is described by `h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see registers and spills.
+"""
+
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+# There is no driver here to check against.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from shiftnet.kernels.shift import channel_offsets
+from shiftnet.kernels.shift import gpu as shift
+from shiftnet.kernels.shift_block import gpu as shift_block
+from shiftnet.kernels.shift_pointwise import gpu as shift_pointwise
+
+# Side, input channels, output channels and stride of the blocks of ShiftResNet20 and 56.
+BLOCKS = [(32, 16, 16, 1), (32, 16, 32, 2), (16, 32, 32, 1), (16, 32, 64, 2), (8, 64, 64, 1)]
+EXPANSIONS = (1, 3, 9)
+
+Shape = tuple[tuple[int, ...], str]
+Kernel = tuple[str, str | None, Callable[..., jax.Array], list[Shape]]
+
+
+def block(batch: int, size: tuple[int, ...], expansion: int, whole: bool) -> Kernel:
+    side, channels, outputs, stride = size
+    expanded = expansion * channels
+    dh, dw = channel_offsets(expanded)
+    core = {"dh": dh, "dw": dw, "stride": stride}
+    image = ((batch, side, side, channels), "bfloat16")
+    w1, w2 = ((channels, expanded), "bfloat16"), ((expanded, outputs), "bfloat16")
+    shapes = [image, w1, ((expanded,), "float32"), w2]
+    if whole:
+        small = side // stride
+        shapes += [((outputs,), "float32"), ((batch, small, small, outputs), "bfloat16")]
+
+    def call(x, w1, b1, w2, out_bias=None, residual=None):
+        after = {"out_bias": out_bias, "out_relu": whole, "residual": residual}
+        return shift_block.forward(x, w1, b1, w2, **core, **after)
+
+    reason = shift_block.unsupported(*(jax.ShapeDtypeStruct(*shapes[i]) for i in (0, 1, 3)), **core)
+    return f"shift_block {batch} {size} e={expansion} whole={whole}", reason, call, shapes
+
+
+def pointwise(batch: int, size: tuple[int, ...], whole: bool) -> Kernel:
+    side, channels, outputs, stride = size
+    expanded = 9 * channels
+    dh, dw = (np.repeat(offset, channels) for offset in channel_offsets(9))
+    core = {"relu": whole, "dh": dh, "dw": dw, "stride": stride}
+    shapes = [((batch, side, side, expanded), "bfloat16"), ((expanded, outputs), "bfloat16")]
+    if whole:
+        small = side // stride
+        shapes += [((n,), "float32") for n in (expanded, expanded, outputs, outputs)]
+        shapes += [((batch, small, small, outputs), "bfloat16")]
+
+    def call(x, w, scale=None, bias=None, out_scale=None, out_bias=None, residual=None):
+        after = {"out_scale": out_scale, "out_bias": out_bias, "residual": residual}
+        return shift_pointwise.forward(x, w, scale, bias, **core, **after, out_relu=whole)
+
+    x, w = (jax.ShapeDtypeStruct(*shape) for shape in shapes[:2])
+    return (
+        f"shift_pointwise {batch} {size} whole={whole}",
+        shift_pointwise.unsupported(x, w, **core),
+        call,
+        shapes,
+    )
+
+
+def moves(shape: tuple[int, ...], dtype: str, kernel_size: int = 3) -> Kernel:
+    dh, dw = channel_offsets(shape[-1], kernel_size)
+    reason = shift.unsupported(shape, jnp.dtype(dtype), dh, dw)
+    return f"shift {shape} {dtype}", reason, lambda x: shift.shift(x, dh, dw), [(shape, dtype)]
+
+
+def kernels() -> Iterator[Kernel]:
+    for size in BLOCKS:
+        for expansion in EXPANSIONS:
+            yield block(512, size, expansion, True)
+            yield moves((512, size[0], size[0], expansion * size[1]), "bfloat16")
+        yield pointwise(512, size, True)
+    # A batch too small for all multiprocessors, and nothing before or after the products.
+    yield block(8, BLOCKS[0], 9, False)
+    yield pointwise(8, BLOCKS[0], False)
+    # Images larger than a tile, rows that are no multiple of 8 pixels.
+    yield block(64, (56, 64, 64, 1), 1, True)
+    yield block(64, (28, 16, 48, 2), 3, True)
+    yield pointwise(64, (28, 16, 48, 2), True)
+    yield moves((64, 56, 56, 64), "bfloat16")
+    yield moves((64, 32, 32, 144), "float32")
+    yield moves((64, 14, 14, 200), "bfloat16", 5)
+
+
+def main() -> int:
+    target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    failed = total = 0
+    start = time.perf_counter()
+    for name, reason, call, shapes in kernels():
+        total += 1
+        try:
+            if reason:
+                raise ValueError(reason)
+            arguments = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes]
+            jax.jit(call).lower(*arguments).compile()
+        except Exception as error:  # whatever a compiler raises is what this is for
+            failed += 1
+            reason = next(iter(str(error).splitlines()), "")
+            print(f"{name}: {type(error).__name__}: {reason}")
+    seconds = time.perf_counter() - start
+    print(f"{total - failed} of {total} kernels compiled for an H200 in {seconds:.0f} s")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""`shift_pointwise` and `shift_block` in XLA, against plain restatements.
+
+Their kernels are tested by test_tpu.py and test_gpu.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from shiftnet.kernels import implementations
+from shiftnet.kernels.layouts import from_nhwc, to_nhwc
+from shiftnet.kernels.shift import shift
+from shiftnet.kernels.shift_block import cpu, shift_block
+from shiftnet.kernels.shift_pointwise import shift_pointwise
+
+pytestmark = pytest.mark.core
+
+LAYOUTS = ["NHWC", "HWCN"]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def arrays(seed, **shapes):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+def pointwise_by_layers(k, d, stride, relu, out_relu, a):
+    """What the docstring of `shift_pointwise` says, in its order."""
+    x = a["x"] * a["scale"] + a["bias"]
+    x = shift(jnp.maximum(x, 0) if relu else x, k, d, implementation="gather")
+    y = jnp.einsum("nhwc,ck->nhwk", x[:, ::stride, ::stride], a["w"])
+    y = y * a["out_scale"] + a["out_bias"]
+    return (jnp.maximum(y, 0) if out_relu else y) + a["residual"]
+
+
+def block_by_layers(k, d, stride, out_relu, a):
+    """What the docstring of `shift_block` says, in its order."""
+    y = jnp.maximum(jnp.einsum("nhwc,ce->nhwe", a["x"], a["w1"]) + a["b1"], 0)
+    y = shift(y, k, d, implementation="gather")[:, ::stride, ::stride]
+    y = jnp.einsum("nhwe,ek->nhwk", y, a["w2"]) + a["out_bias"]
+    return (jnp.maximum(y, 0) if out_relu else y) + a["residual"]
+
+
+def assert_same(ours, by_layers, a):
+    """Values, and gradients with respect to every array, to float64's precision."""
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=a["residual"].shape))
+
+    def both(a, f):
+        y, pull = jax.vjp(f, a)
+        return y, pull(cotangent)[0]
+
+    found, gradients = jax.jit(functools.partial(both, f=ours))(a)
+    values, expected = jax.jit(functools.partial(both, f=by_layers))(a)
+    np.testing.assert_allclose(found, values, rtol=0, atol=1e-12 * np.abs(values).max())
+    for name, gradient in gradients.items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-12 * scale + 1e-13)
+
+
+def images_in(layout, a):
+    return {n: from_nhwc(v, layout) if n in ("x", "residual") else v for n, v in a.items()}
+
+
+# batch, height, width, channels, outputs, kernel size, dilation, stride
+SHAPES = [
+    (2, 5, 4, 20, 3, 3, 1, 1),
+    (1, 5, 4, 21, 3, 3, 1, 2),
+    (3, 1, 2, 9, 1, 3, 2, 1),
+    (2, 6, 7, 8, 4, 3, 1, 3),
+    (1, 4, 3, 27, 2, 5, 1, 2),
+    (2, 3, 3, 5, 2, 2, 2, 1),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+relus = pytest.mark.parametrize("relu", [True, False])
+
+
+@shapes
+@layouts
+@relus
+def test_shift_pointwise_is_its_layers(shape, layout, relu):
+    batch, height, width, channels, outputs, k, d, stride = shape
+    out = (batch, -(-height // stride), -(-width // stride), outputs)
+    a = arrays(
+        height,
+        x=(batch, height, width, channels),
+        w=(channels, outputs),
+        scale=(channels,),
+        bias=(channels,),
+        out_scale=(outputs,),
+        out_bias=(outputs,),
+        residual=out,
+    )
+
+    def ours(a):
+        a = images_in(layout, a)
+        y = shift_pointwise(
+            *(a.pop("x"), a.pop("w"), k, d),
+            stride=stride,
+            relu=relu,
+            out_relu=relu,
+            layout=layout,
+            **a,
+        )
+        return to_nhwc(y, layout)
+
+    assert_same(ours, functools.partial(pointwise_by_layers, k, d, stride, relu, relu), a)
+
+
+@shapes
+@layouts
+@relus
+def test_shift_block_is_its_layers(shape, layout, relu):
+    batch, height, width, channels, outputs, k, d, stride = shape
+    inputs = 3
+    out = (batch, -(-height // stride), -(-width // stride), outputs)
+    a = arrays(
+        width,
+        x=(batch, height, width, inputs),
+        w1=(inputs, channels),
+        b1=(channels,),
+        w2=(channels, outputs),
+        out_bias=(outputs,),
+        residual=out,
+    )
+
+    def ours(a):
+        a = images_in(layout, a)
+        operands = [a.pop(name) for name in ("x", "w1", "b1", "w2")]
+        y = shift_block(*operands, k, d, stride=stride, out_relu=relu, layout=layout, **a)
+        return to_nhwc(y, layout)
+
+    assert_same(ours, functools.partial(block_by_layers, k, d, stride, relu), a)
+
+
+@pytest.mark.parametrize("images", [1, 2, 6])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_few_images_at_a_time_give_the_same(images, stride, monkeypatch):
+    monkeypatch.setattr(cpu, "EXPANDED_BYTES", images * 5 * 4 * 20 * 8)
+    out = (6, -(-5 // stride), 4 // stride, 2)
+    a = arrays(0, x=(6, 5, 4, 3), w1=(3, 20), b1=(20,), w2=(20, 2), out_bias=(2,), residual=out)
+
+    def ours(a):
+        a = dict(a)
+        operands = [a.pop(name) for name in ("x", "w1", "b1", "w2")]
+        return shift_block(*operands, stride=stride, out_relu=True, implementation="cpu", **a)
+
+    if images == 6:
+        with pytest.raises(ValueError, match="no 'cpu' for this: the expanded tensor of all"):
+            ours(a)
+    else:
+        assert_same(ours, functools.partial(block_by_layers, 3, 1, stride, True), a)
+        loops = str(jax.make_jaxpr(ours)(a)).count("scan[")
+        assert loops == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", ["shift", "shift_pointwise", "shift_block"])
+def test_devices_work_on_their_own_images(operation, layout):
+    devices = jax.devices()
+    assert len(devices) > 1  # conftest.py asks for several
+    a = arrays(0, x=(2 * len(devices), 4, 3, 10), w=(10, 10), w1=(10, 10), b1=(10,), w2=(10, 10))
+    operations = {
+        "shift": lambda a, x: shift(x, layout=layout),
+        "shift_pointwise": lambda a, x: shift_pointwise(x, a["w"], layout=layout),
+        "shift_block": lambda a, x: shift_block(x, a["w1"], a["b1"], a["w2"], layout=layout),
+    }
+
+    def loss(a):
+        y = to_nhwc(operations[operation](a, from_nhwc(a["x"], layout)), layout)
+        return (y * jnp.linspace(0, 1, y.size).reshape(y.shape)).sum()
+
+    expected = jax.value_and_grad(loss)(a)
+    with implementations.over(Mesh(np.array(devices), ("data",))):
+        found = jax.jit(jax.value_and_grad(loss))(a)
+        text = str(jax.make_jaxpr(jax.grad(loss))(a))
+    assert "shard_map" in text
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-9), found, expected
+    )
+
+
+def test_half_precision_sums_in_float32():
+    a = arrays(0, x=(2, 4, 4, 900), w=(900, 2), residual=(2, 4, 4, 2))
+    half = {name: value.astype(jnp.bfloat16) for name, value in a.items()}
+    found = shift_pointwise(half["x"], half["w"], implementation="xla")
+    wide = {name: value.astype(jnp.float32) for name, value in half.items()}
+    expected = shift_pointwise(wide["x"], wide["w"], implementation="xla")
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+def test_only_xla_takes_no_kernel():
+    # A whole batch of which a CPU takes a few images at a time.
+    x, w = jnp.ones((64, 32, 32, 16)), jnp.ones((16, 16))
+
+    def program():
+        return str(jax.make_jaxpr(lambda x: shift_block(x, w, w[0], w))(x))
+
+    with implementations.only_xla():
+        assert "scan" not in program()
+    assert "scan" in program()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: shift_pointwise(x, jnp.ones((8, 2))),
+            r"w \[C, K\] of the same C, got x \(1, 2,",
+        ),
+        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), 0), "at least 1, got 0, 1 and 1"),
+        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), stride=0), "at least 1, got 3, 1 and 0"),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), implementation="cuda"),
+            "unknown implementation 'cuda' of shift_pointwise; known: xla, tpu, gpu",
+        ),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), implementation="tpu"),
+            "no 'tpu' for this: the layout is NHWC, the kernel needs HWCN",
+        ),
+        (
+            lambda x: shift_block(x, jnp.ones((9, 2)), jnp.ones(3), jnp.ones((3, 2))),
+            r"w1 \[C, E\], b1 \[E\] and w2 \[E, K\], got x \(1, 2, 3, 9\), w1 \(9, 2\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((1, 2, 3, 9)))
