@@ -22,6 +22,7 @@ import shiftnet.data
 from benchmarks.protocol import Measurement, serve
 from shiftnet import checkpoint, models
 from shiftnet.inference import Classifier
+from shiftnet.kernels.implementations import only_xla
 from shiftnet.models import torch_names
 from shiftnet.training import loop
 from shiftnet.training.mesh import BATCH_AXIS
@@ -170,6 +171,15 @@ class Inference:
         return (time.perf_counter() - start) / steps
 
 
+class PlainInference(Inference):
+    """The same with no operation but in plain XLA, as it was before there were kernels."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        with only_xla():
+            self._model(self._images)  # traced here, and not again
+
+
 class Loop:
     """Our training loop, `shiftnet.training.loop.train`; one run of this is one epoch of it.
 
@@ -252,14 +262,19 @@ def open_measurement(*, task: str, **arguments: Any) -> Measurement:
     """Opens one.
 
     Args:
-      task: "training", "inference" or "loop".
+      task: "training", "inference", "plain inference" or "loop".
       **arguments: `net` with `depth`, `expansion` and `num_classes`; `optimizer` with `lr`,
         `momentum` and `weight_decay`; `dtype` as the recipes' `model.dtype`; `tf32`, whether
         float32 products on a GPU may round their inputs to TF32; `data`, the path of what `export`
         wrote.
     """
     tasks: dict[str, Callable[..., Measurement]]
-    tasks = {"training": Training, "inference": Inference, "loop": Loop}
+    tasks = {
+        "training": Training,
+        "inference": Inference,
+        "plain inference": PlainInference,
+        "loop": Loop,
+    }
     return tasks[task](**arguments)
 
 

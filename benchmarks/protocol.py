@@ -9,6 +9,7 @@ may run under another Python than its parent.
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,18 @@ class Worker:
       python: the interpreter to run.
       module: the module to run with `-m`, from the repository's root; it calls `serve`.
       environment: changes to this process's environment, which it gets otherwise as it is.
+      patience: seconds that an answer may take, after which the worker is ended; None waits for
+        ever.
     """
 
-    def __init__(self, python: str, module: str, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        python: str,
+        module: str,
+        environment: Mapping[str, str] | None = None,
+        patience: float | None = None,
+    ):
+        self._patience = patience
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, "-m", module],
@@ -63,16 +73,24 @@ class Worker:
         """Sends one request and waits for its answer.
 
         Raises:
-          WorkerError: the worker reported an error, or ended without an answer.
+          WorkerError: the worker reported an error, or ended without an answer, or took too long.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             print(json.dumps({"do": request, **arguments}), file=self._process.stdin, flush=True)
+            if self._patience is not None:
+                answered, _, _ = select.select([self._process.stdout], [], [], self._patience)
+                if not answered:
+                    self._process.kill()
+                    self._process.wait()
+                    raise WorkerError(f"no answer within {self._patience:g} s")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
             self._errors.seek(0)
             said = [text for text in self._errors.read().splitlines() if text.strip()]
             raise WorkerError(said[-1].strip() if said else "the worker ended without a word")
@@ -81,11 +99,26 @@ class Worker:
             raise WorkerError(answer["error"])
         return answer["result"]
 
+    @property
+    def lives(self) -> bool:
+        """Whether it can be asked again."""
+        return self._process.poll() is None
+
     def processor_seconds(self) -> float:
         """Processor time used so far; Linux only."""
         stat = Path(f"/proc/{self._process.pid}/stat").read_text()
         user, system = stat.rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def duration(text: str) -> float:
+    """Seconds of `8m`, `90s` or `480`.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    factor = {"m": 60, "s": 1}.get(text[-1:])
+    return float(text) if factor is None else float(text[:-1]) * factor
 
 
 def steps_for(worker: Worker, seconds: float) -> int:
@@ -145,7 +178,7 @@ class Measurement(Protocol):
     many steps to the end of the device's work and returns the wall-clock seconds of each.
     """
 
-    def check(self, steps: int) -> list[float]: ...
+    def check(self, steps: int) -> list: ...
 
     def run(self, steps: int) -> float: ...
 

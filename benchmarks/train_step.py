@@ -125,8 +125,11 @@ class Benchmark:
     """The settings of one run, and the file with what both sides start from.
 
     Args:
-      options: from `parse`.
+      options: from `parse`; of them `depth`, `expansion`, `num_classes`, `batch_size`, `dtype`,
+        `tf32` and `torch_python`.
       folder: a place for that file.
+      worker: one of `OURS`, which is no longer needed afterwards.
+      share_gpu: whether two of our measurements are open at the same time.
 
     Attributes:
       net: depth, expansion and number of classes.
@@ -135,17 +138,18 @@ class Benchmark:
       precision: one of `PRECISIONS`.
     """
 
-    def __init__(self, options: argparse.Namespace, folder: str):
-        self._options = options
+    def __init__(
+        self, options: argparse.Namespace, folder: str, worker: Worker, *, share_gpu: bool = False
+    ):
+        self._options, self._share_gpu = options, share_gpu
         self.net = {
             "depth": options.depth,
             "expansion": options.expansion,
             "num_classes": options.num_classes,
         }
         self._data = os.path.join(folder, "data.npz")
-        with Worker(sys.executable, OURS) as worker:
-            worker.ask("export", net=self.net, batch_size=options.batch_size, path=self._data)
-            self.ours = worker.ask("describe")
+        worker.ask("export", net=self.net, batch_size=options.batch_size, path=self._data)
+        self.ours = worker.ask("describe")
         self.on_cpu = self.ours["device"] == "cpu"
         rounded = options.dtype == "float32" and options.tf32 and not self.on_cpu
         self.precision = "TF32" if rounded else options.dtype
@@ -184,7 +188,7 @@ class Benchmark:
           exact: in float32 without TF32, whatever the options say.
         """
         python = sys.executable if form is None else self._options.torch_python
-        environment = SHARED_GPU if self._options.loop else None
+        environment = SHARED_GPU if self._share_gpu else None
         with Worker(python, OURS if form is None else PEER, environment) as worker:
             worker.ask(
                 "open",
@@ -230,14 +234,20 @@ def agree(task: str, ours: list[float], theirs: list[float], precision: str) -> 
 
 
 def preselect(
-    benchmark: Benchmark, task: str, forms: list[str], batch_size: int
+    benchmark: Benchmark, task: str, forms: list[str], batch_size: int, reference: list[float]
 ) -> dict[str, dict[str, Any]]:
     """Checks and briefly times the peer's forms, each in its own process; prints a line for each.
+
+    Args:
+      benchmark: the run.
+      task: "training" or "inference".
+      forms: to try.
+      batch_size: images a step.
+      reference: our numbers.
 
     Returns:
       By form, `seconds_a_step` and `difference` from our numbers; or `failed`, the reason.
     """
-    reference = benchmark.numbers(task)
     results: dict[str, dict[str, Any]] = {}
     print(f"\n{task}: the peer's forms, each briefly", flush=True)
     for form in forms:
@@ -255,6 +265,37 @@ def preselect(
             results[form] = {"seconds_a_step": seconds, "difference": gap}
             print_row(form, seconds, batch_size)
     return results
+
+
+def by_speed(tried: dict[str, dict[str, Any]]) -> list[str]:
+    """The forms that did not fail, fastest first."""
+    usable = [form for form, row in tried.items() if "failed" not in row]
+    return sorted(usable, key=lambda form: tried[form]["seconds_a_step"])
+
+
+def matching(known: list[str], patterns: list[str]) -> list[str]:
+    """The forms that match one of the patterns.
+
+    Raises:
+      Refused: where none does.
+    """
+    found = [
+        form for form in known if any(fnmatch.fnmatchcase(form, pattern) for pattern in patterns)
+    ]
+    if not found:
+        raise Refused(f"no form matches {' '.join(patterns)}; there are {', '.join(known)}")
+    return found
+
+
+def print_environment(report: dict[str, Any]) -> None:
+    """Prints the device, the settings and the versions of a report."""
+    print(f"device: {report['ours']['device']}, {report['host']['cpus_usable']} CPU cores usable")
+    settings = report["host"]["settings"]
+    print(f"environment: {' '.join(f'{k}={v}' for k, v in settings.items()) or 'default'}")
+    for side in ("ours", "peer"):
+        if side in report:
+            versions = ", ".join(f"{k} {v}" for k, v in report[side]["versions"].items())
+            print(f"{side}: {versions}")
 
 
 def print_row(name: str, seconds: float, batch_size: int, rest: str = "") -> None:
@@ -295,11 +336,11 @@ def compare(
     Raises:
       Refused: where no form runs and agrees, or the fastest does not agree in float32.
     """
-    tried = preselect(benchmark, task, forms, options.batch_size)
-    usable = {form: row["seconds_a_step"] for form, row in tried.items() if "failed" not in row}
-    if not usable:
+    reference = benchmark.numbers(task)
+    tried = preselect(benchmark, task, forms, options.batch_size, reference)
+    if not (usable := by_speed(tried)):
         raise Refused(f"no form of the peer runs {task} and agrees with our numbers: no ratio")
-    best = min(usable, key=lambda form: usable[form])
+    best = usable[0]
     if benchmark.precision == "float32":
         gap = tried[best]["difference"]
     else:
@@ -360,7 +401,8 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
       Refused: where there is nothing to compare, or the sides disagree.
     """
     try:
-        benchmark = Benchmark(options, folder)
+        with Worker(sys.executable, OURS) as worker:
+            benchmark = Benchmark(options, folder, worker, share_gpu=options.loop)
     except WorkerError as error:
         raise Refused(f"our side does not run: {error}") from error
     report: dict[str, Any] = {"host": host(), "ours": benchmark.ours}
@@ -375,13 +417,7 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         f"{options.num_classes} classes, batch {options.batch_size}, "
         f"{PRECISIONS[benchmark.precision]}"
     )
-    print(f"device: {benchmark.ours['device']}, {report['host']['cpus_usable']} CPU cores usable")
-    settings = report["host"]["settings"]
-    print(f"environment: {' '.join(f'{k}={v}' for k, v in settings.items()) or 'default'}")
-    for side in ("ours", "peer"):
-        if side in report:
-            versions = ", ".join(f"{k} {v}" for k, v in report[side]["versions"].items())
-            print(f"{side}: {versions}")
+    print_environment(report)
 
     if options.loop:
         report["loop"] = loop_overhead(benchmark, options)
@@ -389,14 +425,7 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         overhead = report["loop"]["overhead"]
         print(f"\nloop: {overhead:+.1%} over the bare step (target: at most 3 %){quiet}")
         return report
-    known = report["peer"]["forms"]
-    forms = [
-        form
-        for form in known
-        if any(fnmatch.fnmatchcase(form, pattern) for pattern in options.forms)
-    ]
-    if not forms:
-        raise Refused(f"no form matches {' '.join(options.forms)}; there are {', '.join(known)}")
+    forms = matching(report["peer"]["forms"], options.forms)
     report["tasks"] = {task: compare(benchmark, task, forms, options) for task in options.tasks}
     print()
     for task, result in report["tasks"].items():

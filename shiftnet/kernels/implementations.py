@@ -66,13 +66,17 @@ def lowered_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def platform() -> str:
+    """What programs are laid out for: "cpu", "tpu" or "gpu"."""
+    return _platform.get() or jax.default_backend()
+
+
 def best_layout(batch: int) -> Layout:
     """The layout for a net of shifts.
 
     HWCN on a TPU, where `batch` fills the lanes on every device, and NHWC elsewhere.
     """
-    tpu = (_platform.get() or jax.default_backend()) == "tpu"
-    return "HWCN" if tpu and shares(batch) % LANES == 0 else "NHWC"
+    return "HWCN" if platform() == "tpu" and shares(batch) % LANES == 0 else "NHWC"
 
 
 @contextlib.contextmanager

@@ -88,3 +88,12 @@ def _cases(platform: str) -> Iterator[tuple[str, Callable[..., Any], tuple[jax.A
         ):
             yield f"{name} at stride {stride}", partial(with_gradients, operation), operands
     yield "shift", partial(with_gradients, shift), (wide,)
+
+    from shiftnet.kernels.packed_matmul import pack, packed_matmul
+
+    def multiply(packed, implementation, x):
+        return packed_matmul(x, packed, implementation=implementation)
+
+    for levels in (-1.0, 1.0), (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0):
+        packed = pack(rng.integers(0, len(levels), (512, 256)), levels)
+        yield f"packed_matmul of {len(levels)} levels", partial(multiply, packed), (array(16, 512),)

@@ -170,10 +170,14 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _moments(x: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Mean `[C]` and covariance `[C, C]` of the channels, in float32 or wider."""
-    axes = _others(x, layout)
     wide = x.astype(_wide(x.dtype))
-    mean = wide.mean(axes)
+    mean = wide.mean(_others(x, layout))
     centred = wide - per_channel(mean, layout)
+    if layout == "NHWC":
+        centred = centred.reshape(
+            -1, centred.shape[-1]
+        )  # what XLA's CPU backend need not transpose
+    axes = _others(centred, layout)
     # In full precision: rounded factors would show in variances much smaller than the largest.
     products = jnp.tensordot(centred, centred, (axes, axes), precision=jax.lax.Precision.HIGHEST)
     return mean, products / _count(x, layout)

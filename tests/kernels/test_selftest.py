@@ -8,16 +8,21 @@ import jax.numpy as jnp
 import pytest
 
 from shiftnet.kernels import implementations, selftest
+from shiftnet.kernels.packed_matmul import tpu as packed_tpu
 from shiftnet.kernels.shift import tpu as shift_tpu
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.kernels.shift_block import tpu as block_tpu
 from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
 
+_cases = selftest._cases
+# The rest takes the interpreter minutes; test_tpu.py has it in smaller pieces.
+WITHIN_REACH = ("shift_block at stride 1", "shift", "packed_matmul of 7 levels")
+
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    for module in (shift_tpu, block_tpu, pointwise_tpu):
-        for name in {"shift", "forward", "backward"} & set(vars(module)):
+    for module in (shift_tpu, block_tpu, pointwise_tpu, packed_tpu):
+        for name in {"shift", "forward", "backward", "matmul"} & set(vars(module)):
             run = functools.partial(getattr(module, name), interpret=True)
             monkeypatch.setattr(module, name, run)
     failure = selftest.failure
@@ -27,8 +32,9 @@ def _interpreted(monkeypatch):
 
 
 def test_right_kernels_are_trusted(monkeypatch):
-    # The rest takes the interpreter minutes; test_tpu.py has it in smaller pieces.
-    monkeypatch.setattr(selftest, "_cases", lambda _: [list(_cases("tpu"))[i] for i in (0, -1)])
+    monkeypatch.setattr(
+        selftest, "_cases", lambda _: [c for c in _cases("tpu") if c[0] in WITHIN_REACH]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert selftest.failure("tpu") is None
@@ -42,8 +48,8 @@ def test_others_are_left_out_and_named(fault, monkeypatch):
         return x
 
     monkeypatch.setattr(shift_tpu, "shift", broken)
-    # The shift comes last; what comes before it was tested above.
-    monkeypatch.setattr(selftest, "_cases", lambda _: [list(_cases("tpu"))[-1]])
+    shift = [case for case in _cases("tpu") if case[0] == "shift"]
+    monkeypatch.setattr(selftest, "_cases", lambda _: shift)
     reason = {"wrong": "shift is off by", "raises": "RuntimeError: no such instruction$"}[fault]
     with pytest.warns(RuntimeWarning, match=f"the tpu kernels are left out.*: {reason}"):
         assert selftest.failure("tpu")
@@ -60,6 +66,3 @@ def test_a_kernel_that_is_trusted_is_used(monkeypatch):
     program = str(jax.make_jaxpr(lambda x: shift_block(x, w, w[0], w, layout="HWCN"))(x))
     assert "pallas_call" in program
     assert implementations.best_layout(128) == "HWCN"
-
-
-_cases = selftest._cases
