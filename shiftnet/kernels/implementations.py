@@ -166,6 +166,8 @@ def run(
             return None
         if not all(isinstance(size, int) for size in sizes):
             return "a size is left open"
+        if jax.config.read("jax_enable_x64") and name != "cpu":
+            return "JAX is in its 64-bit mode"
         return unsupported[name]()
 
     if implementation is not None:
@@ -179,17 +181,14 @@ def run(
         return calls[implementation](*operands)
     if is_only_xla():
         return calls["xla"](*operands)
-    kernels = {
-        platform: calls[name]
-        for name, platform in _PLATFORMS.items()
-        if name in calls and why_not(name) is None
-    }
-    here = jax.default_backend()
-    if here in ("tpu", "gpu") and _PLATFORMS[here] in kernels:
+    # The others are not even traced. The program may still be lowered for the CPU of this machine.
+    here = platform()
+    if here not in calls or why_not(here) is not None:
+        return calls["xla"](*operands)
+    if here == jax.default_backend() != "cpu":
         from shiftnet.kernels import selftest  # which runs operations
 
         if selftest.failure(here):
-            del kernels[_PLATFORMS[here]]
-    if not kernels:
-        return calls["xla"](*operands)
-    return jax.lax.platform_dependent(*operands, **kernels, default=calls["xla"])
+            return calls["xla"](*operands)
+    kernel = {_PLATFORMS[here]: calls[here]}
+    return jax.lax.platform_dependent(*operands, **kernel, default=calls["xla"])

@@ -118,7 +118,9 @@ def test_every_epoch_logs_what_became_of_the_weights(uninterrupted):
         assert found["all"]["zeros"] == found["all"]["levels"]["0"]
         # S3's weights start half at zero, and learn: some change in every epoch, most do not.
         assert 0.3 < found["all"]["zeros"] < 0.7
-        assert 0 < found["all"]["sign_changed"] < found["all"]["level_changed"] < 0.9
+        assert found["all"]["sign_changed"] < found["all"]["level_changed"] < 0.9
+    # Few signs change, and in an epoch at a small learning rate perhaps none.
+    assert lines[0]["weights"]["all"]["sign_changed"] > 0
     assert summary.weights is not None
     assert "layer1.0.conv1" in summary.weights
 
