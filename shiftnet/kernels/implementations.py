@@ -166,9 +166,8 @@ def run(
             return None
         if not all(isinstance(size, int) for size in sizes):
             return "a size is left open"
-        if jax.config.read("jax_enable_x64") and name != "cpu":
-            return "JAX is in its 64-bit mode"
-        return unsupported[name]()
+        wide = name != "cpu" and jax.config.read("jax_enable_x64")
+        return unsupported[name]() or ("JAX is in its 64-bit mode" if wide else None)
 
     if implementation is not None:
         if implementation not in calls:

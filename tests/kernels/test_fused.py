@@ -17,8 +17,6 @@ from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift_block import cpu, shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
 
-pytestmark = pytest.mark.core
-
 LAYOUTS = ["NHWC", "HWCN"]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
 
+from shiftnet.kernels import implementations
 from shiftnet.kernels.packed_matmul import PackedMatrix, expand, gpu, pack, packed_matmul, tpu
 from shiftnet.kernels.packed_matmul import packed as layout
 from tests.kernels.test_tpu_compile import moved_bytes
@@ -295,7 +296,8 @@ def test_each_platform_gets_its_kernel_where_that_supports_the_arguments(platfor
     packed = pack(np.zeros((8, 4), np.uint8), (-1, 1))
     for rows, supported in ((3, True), (100, False)):
         x = jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)
-        traced = jax.jit(packed_matmul).trace(x, packed)
+        with implementations.lowered_for(platform):
+            traced = jax.jit(lambda x: packed_matmul(x, packed)).trace(x)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("tpu_custom_call" in text) == (supported and kernel == "tpu_custom_call")
 

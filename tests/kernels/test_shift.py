@@ -15,7 +15,7 @@ from tests.networks import channels_first, channels_last
 
 pytestmark = pytest.mark.core
 
-IMPLEMENTATIONS = ["xla", "gather", "select"]  # of the kernels: test_tpu.py, test_gpu.py
+IMPLEMENTATIONS = ["gather", "select"]  # the kernels have test_tpu.py and test_gpu.py
 DTYPES = ["float32", "bfloat16", "float64"]
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
