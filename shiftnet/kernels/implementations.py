@@ -1,8 +1,9 @@
 """Which implementation of an operation runs.
 
 Every operation has a plain XLA form, which takes whatever the operation takes, and kernels for some
-devices, each of which takes some arguments. The choice is made when the program is lowered for its
-device, so that one traced function serves all.
+devices, each of which takes some arguments. The choice is made when a program is traced, between
+the kernel of the platform that the program is laid out for and plain XLA, which also serves where
+the program is lowered for another platform after all.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ def needs_nhwc() -> str | None:
 @contextlib.contextmanager
 def only_xla() -> Iterator[None]:
     """While a program is traced within, no operation takes a kernel unless it is asked for.
+
+    Networks then call their layers one by one.
 
     For programs that must run on any device (`shiftnet.export`), and for comparisons. JAX keeps
     what it traced: trace a function of its own within, not one that was called before.

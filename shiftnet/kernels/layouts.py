@@ -8,14 +8,13 @@ address, where NHWC would shuffle lanes, and 16 channels are not padded to 128 l
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 Layout = Literal["NHWC", "HWCN"]
 
 BATCH = {"NHWC": 0, "HWCN": 3}
 CHANNELS = {"NHWC": 3, "HWCN": 2}
 ROWS = {"NHWC": 1, "HWCN": 0}
-
-
 LANES = 128  # of a TPU's vector registers
 
 
@@ -42,6 +41,11 @@ def every(x: jax.Array, stride: int, layout: Layout) -> jax.Array:
     return x
 
 
+def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What sums over pixels, and statistics, are taken in: float32, or `dtype` if that is wider."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
 def product(x: jax.Array, w: jax.Array, layout: Layout) -> jax.Array:
     """The 1x1 convolution of images of C channels by `w`, `[C, K]`.
 
@@ -49,5 +53,20 @@ def product(x: jax.Array, w: jax.Array, layout: Layout) -> jax.Array:
     without copying the activations, several times faster than a convolution's.
     """
     if layout == "HWCN":
-        return jax.numpy.einsum("hwcn,ck->hwkn", x, w)
+        return jnp.einsum("hwcn,ck->hwkn", x, w)
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def affine(
+    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, layout: Layout
+) -> jax.Array:
+    """`x * scale + bias` in the dtype of x, computed in float32 or wider; `[C]` each, or None.
+
+    So that the gradients of `scale` and `bias`, which are sums over all pixels, are wide sums.
+    """
+    y = x.astype(wide_dtype(x.dtype))
+    if scale is not None:
+        y = y * per_channel(scale.astype(y.dtype), layout)
+    if bias is not None:
+        y = y + per_channel(bias.astype(y.dtype), layout)
+    return y.astype(x.dtype)

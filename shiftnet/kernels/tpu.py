@@ -25,7 +25,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from shiftnet.kernels.layouts import LANES
+
 # v5e and v6e have 128 MiB; the compiler needs some of it for itself.
 VMEM_BYTES = 100 * 2**20
 # Wider tiles make fewer, longer steps, but past this they only keep memory from XLA's prefetches.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from shiftnet.kernels.layouts import Layout, per_channel
+from shiftnet.kernels.layouts import Layout, affine, wide_dtype
 from shiftnet.layers.batch_norm import EPSILON, BatchNorm
 
 
@@ -38,9 +38,7 @@ class Affine(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False, layout: Layout = "NHWC") -> jax.Array:
         _refuse(train)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        scale, bias = (per_channel(value, layout) for value in self.scale_and_bias(wide))
-        return (x.astype(wide) * scale + bias).astype(x.dtype)
+        return affine(x, self.scale[...], self.bias[...], layout)
 
     def scale_and_bias(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Both, `[features]` each."""
@@ -52,8 +50,8 @@ class Affine(nnx.Module):
         """As `BatchNorm.through`."""
         del layout
         _refuse(train)
-        scale, bias = self.scale_and_bias(jnp.promote_types(x.dtype, jnp.float32))
-        return (kernel.astype(scale.dtype) * scale).astype(x.dtype), bias.astype(x.dtype)
+        scale, bias = self.scale_and_bias(wide_dtype(x.dtype))
+        return (kernel.astype(scale.dtype) * scale).astype(x.dtype), bias
 
 
 def _refuse(train: bool) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.kernels.layouts import CHANNELS, Layout, per_channel, product
+from shiftnet.kernels.layouts import CHANNELS, Layout, affine, per_channel, product, wide_dtype
 
 EPSILON = 1e-5  # PyTorch's default, which the originals use
 MOMENTUM = 0.1  # weight of the new value in the running statistics; likewise
@@ -39,10 +39,10 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
     def __call__(self, x: jax.Array, *, train: bool = False, layout: Layout = "NHWC") -> jax.Array:
-        wide = _wide(x.dtype)
+        wide = wide_dtype(x.dtype)
         if not train:
             scale, bias = self.scale_and_bias(wide)
-            return _apply(x, scale, bias, layout)
+            return affine(x, scale, bias, layout)
         y, mean, var = _normalize(x, *self._affine(wide), layout)
         self._update(mean, var, _count(x, layout))
         return y
@@ -69,9 +69,9 @@ class BatchNorm(nnx.Module):
           layout: of `x`.
 
         Returns:
-          `[C, features]` and `[features]`, in the dtype of `x`.
+          `[C, features]` in the dtype of `x`, and `[features]` in float32 or wider.
         """
-        wide = _wide(x.dtype)
+        wide = wide_dtype(x.dtype)
         kernel = kernel.astype(wide)
         if train:
             mean, covariance = _moments(x, layout)
@@ -83,7 +83,7 @@ class BatchNorm(nnx.Module):
             bias = bias - mean * scale
         else:
             scale, bias = self.scale_and_bias(wide)
-        return (kernel * scale).astype(x.dtype), bias.astype(x.dtype)
+        return (kernel * scale).astype(x.dtype), bias
 
     def _affine(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         if self.scale is None or self.bias is None:
@@ -97,10 +97,6 @@ class BatchNorm(nnx.Module):
         self.var[...] = _average(self.var[...], unbiased)
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
-
-
 def _count(x: jax.Array, layout: Layout) -> int:
     return x.size // x.shape[_channels(x, layout)]
 
@@ -111,11 +107,6 @@ def _channels(x: jax.Array, layout: Layout) -> int:
 
 def _others(x: jax.Array, layout: Layout) -> tuple[int, ...]:
     return tuple(axis for axis in range(x.ndim) if axis != _channels(x, layout))
-
-
-def _apply(x: jax.Array, scale: jax.Array, bias: jax.Array, layout: Layout) -> jax.Array:
-    y = x.astype(scale.dtype) * per_channel(scale, layout) + per_channel(bias, layout)
-    return y.astype(x.dtype)
 
 
 def _average(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -140,7 +131,7 @@ def _normalize_forward(x, scale, bias, layout):
     mean = wide.mean(axes)
     var = jnp.square(wide - per_channel(mean, layout)).mean(axes)
     inverse = jax.lax.rsqrt(var + EPSILON)
-    y = _apply(x, scale * inverse, bias - mean * scale * inverse, layout)
+    y = affine(x, scale * inverse, bias - mean * scale * inverse, layout)
     return (y, mean, var), (x, mean, inverse, scale)
 
 
@@ -170,7 +161,7 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _moments(x: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Mean `[C]` and covariance `[C, C]` of the channels, in float32 or wider."""
-    wide = x.astype(_wide(x.dtype))
+    wide = x.astype(wide_dtype(x.dtype))
     mean = wide.mean(_others(x, layout))
     centred = wide - per_channel(mean, layout)
     if layout == "NHWC":

@@ -15,7 +15,7 @@ from flax import nnx
 
 from shiftnet.errors import UserError
 from shiftnet.kernels.implementations import is_only_xla
-from shiftnet.kernels.layouts import Layout, every, per_channel, product
+from shiftnet.kernels.layouts import Layout, affine, every, product
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.models.network import Network
 from shiftnet.weights.initializers import torch_uniform
@@ -120,7 +120,7 @@ class Shortcut(nnx.Module):
             return bn(conv(x), train=train)
         x = every(x, conv.stride, layout)
         kernel, bias = bn.through(x, conv.matrix, train=train, layout=layout)
-        return product(x, kernel, layout) + per_channel(bias, layout)
+        return affine(product(x, kernel, layout), None, bias, layout)
 
 
 class BasicBlock(nnx.Module):

@@ -196,6 +196,27 @@ def test_half_precision_sums_in_float32():
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
+    """Over 16,384 pixels; 8 bits of precision would stop growing at 256."""
+    monkeypatch.setattr(cpu, "EXPANDED_BYTES", 16 * 16 * 16 * 8 * 2)
+    a = arrays(0, x=(64, 16, 16, 4), w1=(4, 8), b1=(8,), w2=(8, 2))
+    a = {name: jnp.abs(value).astype(jnp.bfloat16) for name, value in a.items()}
+
+    def gradients(a, implementation):
+        def loss(a):
+            y = shift_block(a["x"], a["w1"], a["b1"], a["w2"], implementation=implementation)
+            return y.astype(jnp.float32).sum()
+
+        return jax.grad(loss)(a)
+
+    found = gradients(a, implementation)
+    wide = {name: value.astype(jnp.float32) for name, value in a.items()}
+    for name, expected in gradients(wide, "xla").items():
+        assert found[name].dtype == jnp.bfloat16
+        np.testing.assert_allclose(found[name].astype(jnp.float32), expected, rtol=2e-2)
+
+
 def test_only_xla_takes_no_kernel():
     # A whole batch of which a CPU takes a few images at a time.
     x, w = jnp.ones((64, 32, 32, 16)), jnp.ones((16, 16))

@@ -94,6 +94,8 @@ def _shift(
             unsupported["tpu"] = lambda: tpu.unsupported(x.shape, x.dtype, dh, dw)
         elif x.ndim == 4:
             unsupported["gpu"] = lambda: gpu.unsupported(x.shape, x.dtype, dh, dw)
+        else:
+            unsupported["gpu"] = lambda: f"x has {x.ndim} dimensions, not 4"
         return implementations.run("shift", implementation, calls, unsupported, x)
 
     if x.ndim != 4:

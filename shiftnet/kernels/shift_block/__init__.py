@@ -40,12 +40,12 @@ def shift_block(
 
     Args:
       x: `[N, H, W, C]`, or `[H, W, C, N]` in layout HWCN; floating.
-      w1: `[C, E]`, in the dtype of `x` as are the other arrays.
-      b1: `[E]`.
-      w2: `[E, K]`.
+      w1: `[C, E]`, in the dtype of `x`.
+      b1: `[E]`, floating; biases are added in float32 or wider.
+      w2: `[E, K]`, in the dtype of `x`.
       kernel_size, dilation: of the shift; see `shiftnet.kernels.shift.shift`.
       stride: of the second convolution, in pixels, both ways.
-      out_bias: `[K]`.
+      out_bias: `[K]`, floating.
       out_relu: whether negative results become 0.
       residual: of the result's shape, added last.
       layout: of `x`, `residual` and the result.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.layouts import product
+from shiftnet.kernels.layouts import affine, product, wide_dtype
 from shiftnet.kernels.shift import xla as shift
 from shiftnet.kernels.shift_pointwise.xla import epilogue
 
@@ -55,7 +55,6 @@ def backward(
     stride: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The gradients of `x`, `w1`, `b1` and `w2`, given that of the second product."""
-
     xs, douts = _split((x, dout), _images(x, w1))
     in_place = xs.shape == douts.shape  # then each share of dx takes the place of its dout
 
@@ -73,14 +72,16 @@ def backward(
             zero = jnp.zeros((), dshifted.dtype)
             dshifted = jax.lax.pad(dshifted, zero, [(0, 0, 0), *gaps, (0, 0, 0)])
         dexpanded = jnp.where(expanded > 0, shift.gather(dshifted, -dh, -dw), 0)
-        here = (_outer(x, dexpanded), dexpanded.sum((0, 1, 2)), dw2)
+        db1 = dexpanded.sum((0, 1, 2), dtype=wide_dtype(x.dtype))
+        here = (_outer(x, dexpanded), db1, dw2)
         dx = product(dexpanded, w1.T, "NHWC")
         return jax.tree.map(jnp.add, sums, here), dxs.at[i].set(dx)
 
-    zeros = jax.tree.map(jnp.zeros_like, (w1, b1, w2))
+    weights = (w1, b1, w2)
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(x.dtype)), weights)
     start = (zeros, douts if in_place else jnp.zeros_like(xs))
     sums, dxs = jax.lax.fori_loop(0, len(xs), some, start)
-    return _join(dxs), *sums
+    return _join(dxs), *(total.astype(w.dtype) for total, w in zip(sums, weights, strict=True))
 
 
 def unsupported(x: jax.Array, w1: jax.Array, **_: Any) -> str | None:
@@ -91,7 +92,7 @@ def unsupported(x: jax.Array, w1: jax.Array, **_: Any) -> str | None:
 
 
 def _expanded(x: jax.Array, w1: jax.Array, b1: jax.Array) -> jax.Array:
-    return jax.nn.relu(product(x, w1, "NHWC") + b1)
+    return jax.nn.relu(affine(product(x, w1, "NHWC"), None, b1, "NHWC"))
 
 
 def _shifted(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> jax.Array:
@@ -99,8 +100,9 @@ def _shifted(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> jax.A
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum over all pixels of their outer products, `[C, K]`."""
-    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+    """The sum over all pixels of their outer products, `[C, K]`, in float32 or wider."""
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return jnp.matmul(x.T, y, preferred_element_type=wide_dtype(x.dtype))
 
 
 def _images(x: jax.Array, w1: jax.Array) -> int:

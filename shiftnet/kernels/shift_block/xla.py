@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from shiftnet.kernels.layouts import Layout, every, per_channel, product
+from shiftnet.kernels.layouts import Layout, affine, every, product
 from shiftnet.kernels.shift import plain
 
 
@@ -19,5 +19,5 @@ def forward(
     layout: Layout,
 ) -> jax.Array:
     """As `shift_block`, without what comes after the second product."""
-    y = jax.nn.relu(product(x, w1, layout) + per_channel(b1, layout))
+    y = jax.nn.relu(affine(product(x, w1, layout), None, b1, layout))
     return product(every(plain(y, dh, dw, layout), stride, layout), w2, layout)

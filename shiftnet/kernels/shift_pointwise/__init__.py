@@ -43,7 +43,8 @@ def shift_pointwise(
       w: `[C, K]`, the 1x1 convolution's weight, in the dtype of `x`.
       kernel_size, dilation: of the shift; see `shiftnet.kernels.shift.shift`.
       stride: of the convolution, in pixels, both ways.
-      scale, bias: `[C]`, applied before the shift, which brings in zeros after them.
+      scale, bias: `[C]`, floating, applied before the shift, which brings in zeros after them; like
+        those of the result in float32 or wider.
       relu: whether negative values become 0 before the shift.
       out_scale, out_bias: `[K]`.
       out_relu: whether negative results become 0.

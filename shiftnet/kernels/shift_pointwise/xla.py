@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.layouts import Layout, every, per_channel, product
+from shiftnet.kernels.layouts import Layout, affine, every, product
 from shiftnet.kernels.shift import plain
 
 
@@ -21,14 +21,9 @@ def forward(
     layout: Layout,
 ) -> jax.Array:
     """As `shift_pointwise`, without what comes after the product."""
-    if scale is not None:
-        x = x * per_channel(scale, layout)
-    if bias is not None:
-        x = x + per_channel(bias, layout)
-    if relu:
-        x = jax.nn.relu(x)
-    x = every(plain(x, dh, dw, layout), stride, layout)
-    return product(x, w, layout)
+    y = affine(x, scale, bias, layout)
+    y = jax.nn.relu(y) if relu else y
+    return product(every(plain(y, dh, dw, layout), stride, layout), w, layout)
 
 
 def epilogue(
@@ -41,9 +36,6 @@ def epilogue(
     layout: Layout,
 ) -> jax.Array:
     """What comes after the product: scale, bias, ReLU, addition."""
-    if scale is not None:
-        y = y * per_channel(scale, layout)
-    if bias is not None:
-        y = y + per_channel(bias, layout)
+    y = affine(y, scale, bias, layout)
     y = jnp.maximum(y, 0) if relu else y
     return y if residual is None else y + residual
