@@ -24,6 +24,7 @@ from benchmarks.train_step import (
     PRECISIONS,
     Benchmark,
     Refused,
+    add_precision,
     agree,
     by_speed,
     host,
@@ -66,18 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--batch-sizes", type=int, nargs="+", help="images; 1024, 128 and 1, on a CPU 128 and 1"
     )
     parser.add_argument("--num-classes", type=int, default=100, help="length of the logits")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the computation; parameters are float32",
-    )
-    parser.add_argument(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let float32 products on CUDA round their inputs to TF32, on both sides",
-    )
+    add_precision(parser)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side")
     parser.add_argument(
         "--budget",

@@ -68,17 +68,8 @@ class Refused(Exception):
     """There is no result to be trusted. The message is one sentence."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step",
-        description="Images/s of ShiftResNet's training step and inference, ours and PyTorch's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--depth", type=int, default=20, help="6n + 2")
-    parser.add_argument("--expansion", type=float, default=3.0, help="of the shift blocks")
-    parser.add_argument("--num-classes", type=int, default=100, help="length of the logits")
-    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dtype` and `--tf32`."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -91,6 +82,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help="let float32 products on CUDA round their inputs to TF32, on both sides",
     )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description="Images/s of ShiftResNet's training step and inference, ours and PyTorch's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--depth", type=int, default=20, help="6n + 2")
+    parser.add_argument("--expansion", type=float, default=3.0, help="of the shift blocks")
+    parser.add_argument("--num-classes", type=int, default=100, help="length of the logits")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    add_precision(parser)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to compare"

@@ -53,6 +53,47 @@ def taps(dh: np.ndarray, dw: np.ndarray, stride: int, height: int, width: int) -
     return [tap for tap in found if abs(tap.row) < height and abs(tap.column) < width]
 
 
+class Image(NamedTuple):
+    """What a strided product reads and writes.
+
+    Attributes:
+      height, width: of the output.
+      line: pixels in a row of the copies' view of x.
+      taps: the offsets.
+    """
+
+    height: int
+    width: int
+    line: int
+    taps: list[Tap]
+
+
+def image(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> Image | str:
+    """How `x [N, H, W, C]` is read at this stride, or why it cannot be."""
+    n, height, width, _ = x.shape
+    if x.dtype != jnp.bfloat16:
+        return f"x is {x.dtype}, not bfloat16"
+    if stride not in (1, 2):
+        return f"the stride is {stride}, not 1 or 2"
+    if height % stride or width % stride:
+        return f"an image of {height}x{width} pixels has an odd side at stride 2"
+    height, width = height // stride, width // stride
+    total = n * height * width
+    if total == 0:
+        return "the batch is empty"
+    if total % 8:
+        return f"the batch has {total} output pixels, not a multiple of 8"
+    if total * stride**2 >= 2**31 - 2**16:
+        return "the batch has 2**31 pixels or more"
+    found = taps(dh, dw, stride, height, width)
+    if not found:
+        return "every channel moves out of the image"
+    line = 1 if stride == 1 else width
+    if line > BOX:
+        return f"an output row has {line} pixels, more than {BOX}"
+    return Image(height, width, line, found)
+
+
 def coordinates(pixels: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Row and column of pixels that are numbered through all images."""
     pixels = jax.lax.rem(pixels, np.int32(height * width))

@@ -62,32 +62,15 @@ class _Plan(NamedTuple):
 
 def _plan(x, w1, w2, *, dh, dw, stride) -> _Plan | str:
     """How to cut these arguments into tiles, or why that cannot be done."""
-    n, height, width, channels = x.shape
-    outputs = w2.shape[1]
-    if x.dtype != jnp.bfloat16:
-        return f"x is {x.dtype}, not bfloat16"
+    view = gpu.image(x, dh, dw, stride)
+    if isinstance(view, str):
+        return view
+    height, width, line, taps = view
+    channels, outputs = x.shape[-1], w2.shape[1]
     if channels % 16 or not 0 < channels <= 64:
         return f"x has {channels} channels, not 16, 32, 48 or 64"
     if outputs % 16 or not 0 < outputs <= 64:
         return f"w2 has {outputs} outputs, not 16, 32, 48 or 64"
-    if stride not in (1, 2):
-        return f"the stride is {stride}, not 1 or 2"
-    if height % stride or width % stride:
-        return f"an image of {height}x{width} pixels has an odd side at stride 2"
-    height, width = height // stride, width // stride
-    total = n * height * width
-    if total == 0:
-        return "the batch is empty"
-    if total % 8:
-        return f"the batch has {total} output pixels, not a multiple of 8"
-    if total * stride**2 >= 2**31 - 2**16:
-        return "the batch has 2**31 pixels or more"
-    taps = gpu.taps(dh, dw, stride, height, width)
-    if not taps:
-        return "every channel moves out of the image"
-    line = 1 if stride == 1 else width
-    if line > gpu.BOX:
-        return f"an output row has {line} pixels, more than {gpu.BOX}"
     phases = sorted({tap.phase for tap in taps})
     depth = gpu.round_up(max(tap.channels.size for tap in taps), 16)
     if depth > 128:

@@ -46,27 +46,13 @@ class _Plan(NamedTuple):
 
 def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
     """How to cut these arguments into tiles, or why that cannot be done."""
-    n, height, width, channels = x.shape
-    outputs = w.shape[1]
-    if x.dtype != jnp.bfloat16:
-        return f"x is {x.dtype}, not bfloat16"
+    view = gpu.image(x, dh, dw, stride)
+    if isinstance(view, str):
+        return view
+    _, width, line, taps = view
+    channels, outputs = x.shape[-1], w.shape[1]
     if outputs % 16 or not 0 < outputs <= 128:
         return f"w has {outputs} outputs, not a multiple of 16 up to 128"
-    if stride not in (1, 2):
-        return f"the stride is {stride}, not 1 or 2"
-    if height % stride or width % stride:
-        return f"an image of {height}x{width} pixels has an odd side at stride 2"
-    height, width = height // stride, width // stride
-    total = n * height * width
-    if total == 0:
-        return "the batch is empty"
-    if total % 8:
-        return f"the batch has {total} output pixels, not a multiple of 8"
-    if total * stride**2 >= 2**31 - 2**16:
-        return "the batch has 2**31 pixels or more"
-    taps = gpu.taps(dh, dw, stride, height, width)
-    if not taps:
-        return "every channel moves out of the image"
     depth = taps[0].channels.size
     boxes = [int(tap.channels[0]) // depth for tap in taps]
     for box, tap in zip(boxes, taps, strict=True):
@@ -74,9 +60,6 @@ def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
             return "the channels of an offset are not side by side, as many for each"
     if depth % 16 or depth > 128 or channels % depth:
         return f"{depth} channels move by the same offset, not a multiple of 16 up to 128"
-    line = 1 if stride == 1 else width
-    if line > gpu.BOX:
-        return f"an output row has {line} pixels, more than {gpu.BOX}"
     reach = max(abs(tap.row * width + tap.column) for tap in taps)
     front = gpu.round_up(reach, 8)
     # The copy engine moves multiples of 128 bytes to multiples of 128 bytes: 8 pixels.
