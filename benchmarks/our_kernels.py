@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import ImageRow, MatrixRow, Row
 from benchmarks.protocol import serve
-from shiftnet.kernels.implementations import best_layout
+from shiftnet.kernels.implementations import best_layout, compiler_options
 from shiftnet.kernels.layouts import Layout, from_nhwc, product, to_nhwc
 from shiftnet.kernels.packed_matmul import PackedMatrix, expand, pack, packed_matmul
 from shiftnet.kernels.shift import shift
@@ -232,7 +232,12 @@ class Rotation:
             return found
 
         donated = () if ON_CPU else (0,)
-        jitted = jax.jit(rotate, donate_argnums=donated, keep_unused=True)
+        jitted = jax.jit(
+            rotate,
+            donate_argnums=donated,
+            keep_unused=True,
+            compiler_options=compiler_options(jax.default_backend()),
+        )
         results = [] if ON_CPU else [self.result] * self._group
         self.lowered = jitted.lower(results, weights, [buffer] * self._group)
         self._compiled: Any = None

@@ -25,7 +25,7 @@ from shiftnet.inference import Classifier
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.models import torch_names
 from shiftnet.training import loop
-from shiftnet.training.mesh import BATCH_AXIS
+from shiftnet.training.mesh import BATCH_AXIS, compiled
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
 
 CIFAR_TRAINING_IMAGES = 50_000  # our loop's steps a call follow from the size of the data set
@@ -111,8 +111,9 @@ class Training:
             self._program.init(np.int32(0)), params=setting.params, stats=setting.stats
         )
         self._length = steps_per_dispatch(steps_per_epoch, jax.default_backend())
-        self._one = jax.jit(self._program.update, donate_argnums=0)
-        self._call = jax.jit(self._several, donate_argnums=0)
+        mesh = self._program.mesh
+        self._one = compiled(self._program.update, mesh, donate_argnums=0)
+        self._call = compiled(self._several, mesh, donate_argnums=0)
 
     def _several(self, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         def one(state: TrainState, _: None) -> tuple[TrainState, None]:

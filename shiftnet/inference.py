@@ -14,6 +14,7 @@ from flax import nnx
 import shiftnet.config
 from shiftnet import checkpoint, models, packing
 from shiftnet.data import RGB, augment
+from shiftnet.kernels.implementations import compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Classifier:
         self.note = note
         self.graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
         self.params, self.stats = states
-        self._logits = jax.jit(lambda params, stats, x: nnx.merge(self.graphdef, params, stats)(x))
+        self._logits = jax.jit(
+            lambda params, stats, x: nnx.merge(self.graphdef, params, stats)(x),
+            compiler_options=compiler_options(jax.default_backend()),
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Classifier":

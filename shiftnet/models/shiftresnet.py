@@ -45,6 +45,8 @@ class ShiftConvBlock(nnx.Module):
             y = nnx.relu(self.bn1(self.conv1(x), train=train))
             y = nnx.relu(self.bn2(self.conv2(self.shift(y)), train=train))
             return y + self.shortcut(x, train=train)
+        if train:
+            x = jax.lax.optimization_barrier(x)
         stride = self.conv2.stride
         w1, b1 = self.bn1.through(x, self.conv1.matrix, train=train, layout=layout)
         w2 = self.conv2.matrix

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from shiftnet.data import RGB, Source, Split, augment
 from shiftnet.kernels.implementations import over
 from shiftnet.training.feed import gather_names, num_workers
-from shiftnet.training.mesh import batch_sharded, replicate, replicated, shard_batch
+from shiftnet.training.mesh import batch_sharded, compiled, replicate, replicated, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class ResidentEvaluator:
             )
             return scorer(params, stats, images, labels)
 
-        self._step = jax.jit(step, out_shardings=replicated(mesh))
+        self._step = compiled(step, mesh)
 
     def __call__(self, params: nnx.State, stats: nnx.State) -> Evaluation:
         """Evaluates a network with these parameters and running statistics."""
@@ -164,7 +164,7 @@ class FileEvaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self._step = jax.jit(scorer, out_shardings=replicated(mesh))
+        self._step = compiled(scorer, mesh)
 
     def __call__(self, params: nnx.State, stats: nnx.State) -> Evaluation:
         """Evaluates a network with these parameters and running statistics."""

@@ -1,21 +1,29 @@
 """Where arrays live: the one place that decides it."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shiftnet.errors import UserError
+from shiftnet.kernels.implementations import compiler_options
 
 BATCH_AXIS = "data"
 
 
-def make_mesh(batch_size: int | None = None) -> Mesh:
-    """All devices of all processes in a row; the batch is divided along it (data parallel).
+def make_mesh(batch_size: int | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices in a row; the batch is divided along it (data parallel).
+
+    Args:
+      batch_size: what the devices must divide evenly; None: not checked.
+      devices: None: all devices of all processes.
 
     Raises:
       UserError: where `batch_size` is given and does not divide evenly over the devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if batch_size is not None and batch_size % len(devices):
         raise UserError(
             f"batch_size {batch_size} does not divide over {len(devices)} devices; "
@@ -37,6 +45,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """The leading axis divided over the devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+
+
+def compiled(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
+    """`jax.jit` of a function whose results go whole to every device, as XLA does it best there."""
+    platform = mesh.devices.flat[0].platform
+    return jax.jit(
+        function,
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(platform),
+        **options,
+    )
 
 
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:

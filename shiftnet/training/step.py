@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from shiftnet import models, weights
 from shiftnet.data import RGB, augment
 from shiftnet.kernels.implementations import over
-from shiftnet.training.mesh import batch_sharded, replicated
+from shiftnet.training.mesh import batch_sharded, compiled, replicated
 from shiftnet.training.optimizer import make_optimizer
 
 
@@ -78,10 +78,8 @@ class Program:
         everywhere = replicated(mesh)
         self.order = jax.jit(augment.epoch_order, static_argnums=2, out_shardings=everywhere)
         self.init = jax.jit(self._init, out_shardings=everywhere)
-        self.train = jax.jit(
-            self._train, static_argnames="length", donate_argnums=0, out_shardings=everywhere
-        )
-        self.train_batch = jax.jit(self._train_batch, donate_argnums=0, out_shardings=everywhere)
+        self.train = compiled(self._train, mesh, static_argnames="length", donate_argnums=0)
+        self.train_batch = compiled(self._train_batch, mesh, donate_argnums=0)
 
     def _build(self, seed: jax.Array | int) -> nnx.Module:
         return models.build(
