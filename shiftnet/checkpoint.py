@@ -8,23 +8,33 @@ A run keeps two series in its working directory: `checkpoints/<step>` to continu
 - `levels`: of networks with low-bit weights, their codes at the end of the last epoch, by layer, so
   that a continued run logs the same changes; in `checkpoints/` only;
 - a note (JSON): the recipe, the classes' names, the normalisation, the step, the accuracies, and
-  where the reading of files was.
+  where the reading of files was;
+- `digests.json`: the SHA-256 of every other file, written last. Orbax restores an array with a
+  flipped bit as other numbers, without a word (0.12.8), so nothing is read before these agree.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from os import PathLike
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from shiftnet.errors import UserError
+from shiftnet.errors import RunFailed, UserError
 
 LATEST, BEST = "checkpoints", "best"
+DIGESTS = "digests.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +76,50 @@ def from_arrays(state: nnx.State, arrays: Mapping[str, jax.Array], source: Any) 
 
 
 class Series:
-    """The checkpoints of one kind in one run; keeps the newest.
+    """The checkpoints of one kind in one run, the newest few of them.
 
-    A checkpoint appears under its step only once it is complete, and the one before is deleted
-    after that.
+    A checkpoint counts once it is sealed: once all its files, read back from the disk, have their
+    digests beside them. Only then are older ones deleted. In a job of several processes all call
+    each method; the first one decides and deletes.
+
+    Args:
+      directory: where they go, each under its step.
+      keep: how many good ones to keep.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, keep: int = 1):
         self.directory = directory.absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(1),
-            cleanup_tmp_directories=True,
-        )
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        if jax.process_index() == 0:
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
-    def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, None where there is none."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def newest_good(self) -> tuple[int | None, list[str]]:
+        """The step of the newest good checkpoint, None where there is none, and what was skipped.
+
+        Raises:
+          UserError: where there are sealed checkpoints, but all of them are damaged.
+        """
+        good, skipped = -1, []
+        if jax.process_index() == 0:
+            for step in sorted(self._steps(), reverse=True):
+                reason = flaw(self.path(step))
+                if reason is None:
+                    good = step
+                    break
+                skipped.append(f"skipped {self.path(step)}: {reason}")
+            if good < 0 and any((self.path(step) / DIGESTS).exists() for step in self._steps()):
+                good = -2
+        if jax.process_count() > 1:
+            good = int(multihost_utils.broadcast_one_to_all(np.int32(good)))
+        if good == -2:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be continued from ({'; '.join(skipped)}): "
+                "remove the directory to start anew"
+            )
+        return None if good < 0 else good, skipped
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -93,25 +129,122 @@ class Series:
         """Writes pytrees of arrays (`model=`, `optimizer=`), in the background where it can.
 
         Not on CPU: there the host's copy of an array may be the array itself, which the next
-        training step overwrites.
+        training step overwrites. A good checkpoint of this step stays as it is: the same step of
+        the same run is the same state.
+
+        Raises:
+          RunFailed: where this checkpoint, or the one before, could not be written.
         """
-        self._checkpointer.save_checkpointables_async(
-            step, parts, overwrite=True, custom_metadata=dict(note)
-        )
+        self.wait()
+        if self._has_good(step):
+            return
+        with self._explained(step):
+            response = ocp.save_checkpointables_async(
+                self.path(step), parts, overwrite=True, custom_metadata=dict(note)
+            )
+        self._pending = self._thread.submit(self._seal, step, response)
         if jax.default_backend() == "cpu":
-            self._checkpointer.wait()
+            self.wait()
 
     def restore(self, step: int, **like: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """Reads parts back in the shapes, dtypes and shardings of `like`, and the note."""
-        parts = self._checkpointer.load_checkpointables(step, like)
-        return parts, self._checkpointer.checkpointables_metadata(step).custom_metadata
+        path = self.path(step)
+        return ocp.load_checkpointables(path, like), _note(path)
+
+    def wait(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          RunFailed: where it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpointer.close()
+        """Waits for what is being written; see `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _steps(self) -> list[int]:
+        entries = self.directory.glob("[0-9]*")
+        return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+
+    def _has_good(self, step: int) -> bool:
+        good = np.bool_(jax.process_index() == 0 and flaw(self.path(step)) is None)
+        if jax.process_count() > 1:
+            good = multihost_utils.broadcast_one_to_all(good)
+        return bool(good)
+
+    def _seal(self, step: int, response: Any) -> None:
+        with self._explained(step):
+            response.result()
+            if jax.process_index() == 0:
+                _seal(self.path(step))
+        if jax.process_index() == 0:
+            older = sorted(other for other in self._steps() if other < step)
+            # Those beyond are of a course that the run went back from: they were damaged.
+            beyond = [other for other in self._steps() if other > step]
+            for other in [*older[: max(len(older) + 1 - self._keep, 0)], *beyond]:
+                shutil.rmtree(self.path(other), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk comes as whatever the layer that met it raises
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "space" in line), lines[0])
+            others = [self.path(other) for other in sorted(self._steps()) if other != step]
+            good = [path for path in others if flaw(path) is None]
+            last = f"the last good one is {good[-1]}" if good else "there is no good one"
+            raise RunFailed(
+                f"cannot write checkpoint {self.path(step)}: {reason.strip()[:300]}; {last}"
+            ) from error
 
 
-def find(path: str | PathLike[str]) -> Path:
+def flaw(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where all are as they were written."""
+    try:
+        digests = json.loads((path / DIGESTS).read_text())
+        known = dict(digests["sha256"])
+    except FileNotFoundError:
+        return f"it has no {DIGESTS}, so it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {DIGESTS} is damaged"
+    for name, digest in known.items():
+        try:
+            if _digest(path / name) != digest:
+                return f"its file {name} is damaged: its SHA-256 is not the one in {DIGESTS}"
+        except OSError as error:
+            return f"its file {name} cannot be read: {error.strerror}"
+    return None
+
+
+def _seal(path: Path) -> None:
+    """Reads a checkpoint's files back and writes their digests beside them."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != DIGESTS)
+    digests = {str(file.relative_to(path)): _digest(file) for file in files}
+    temporary = path / f"{DIGESTS}.tmp"
+    with temporary.open("w") as file:
+        json.dump({"sha256": digests}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path / DIGESTS)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _note(path: Path) -> Any:
+    return ocp.checkpointables_metadata(path).custom_metadata
+
+
+def find(path: str | os.PathLike[str]) -> Path:
     """The checkpoint that a path means: one itself, or the newest of a run or of a series.
 
     Raises:
@@ -123,7 +256,7 @@ def find(path: str | PathLike[str]) -> Path:
     for directory in (path, path / LATEST):
         if _is_checkpoint(directory):
             return directory
-        steps = [entry for entry in directory.glob("[0-9]*") if _is_checkpoint(entry)]
+        steps = [entry for entry in directory.glob("[0-9]*") if (entry / DIGESTS).is_file()]
         if steps:
             return max(steps, key=lambda entry: int(entry.name))
     raise UserError(
@@ -137,7 +270,7 @@ def _is_checkpoint(directory: Path) -> bool:
     return (directory / "_CHECKPOINT_METADATA").is_file()
 
 
-def write(directory: str | PathLike[str], arrays: Mapping[str, jax.Array], note: Any) -> Path:
+def write(directory: str | os.PathLike[str], arrays: Mapping[str, jax.Array], note: Any) -> Path:
     """Writes a checkpoint of a network alone, which no run continues from.
 
     Args:
@@ -154,12 +287,13 @@ def write(directory: str | PathLike[str], arrays: Mapping[str, jax.Array], note:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         ocp.save_checkpointables(directory, {"model": dict(arrays)}, custom_metadata=dict(note))
+        _seal(directory)
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
     return directory
 
 
-def read(path: str | PathLike[str], sharding: Sharding | None = None) -> Saved:
+def read(path: str | os.PathLike[str], sharding: Sharding | None = None) -> Saved:
     """Reads a checkpoint's network and note.
 
     Args:
@@ -167,13 +301,17 @@ def read(path: str | PathLike[str], sharding: Sharding | None = None) -> Saved:
       sharding: where the arrays go; by default whole onto the first device.
 
     Raises:
-      UserError: where there is no checkpoint, or it is not one of ours.
+      UserError: where there is no checkpoint, it is not one of ours, or it is damaged.
     """
     path = find(path)
+    if (reason := flaw(path)) is not None and (path / DIGESTS).exists():
+        raise UserError(f"checkpoint {path} is damaged: {reason}")
     metadata = ocp.checkpointables_metadata(path)
     note = metadata.custom_metadata
     if not isinstance(note, dict) or "config" not in note or "model" not in metadata.metadata:
         raise UserError(f"{path} is an Orbax checkpoint, but not one of shiftnet's")
+    if reason is not None:
+        raise UserError(f"checkpoint {path} cannot be trusted: {reason}")
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     like = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

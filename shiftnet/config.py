@@ -201,6 +201,21 @@ FIELDS: Mapping[str, Field] = {
     "eval.batch_size": Field(500, "images a step of evaluation, all devices together", AT_LEAST_1),
     "eval.every_epochs": Field(1, "epochs between two evaluations", AT_LEAST_1),
     "checkpoint.every_epochs": Field(1, "epochs between two checkpoints", AT_LEAST_1),
+    "checkpoint.every_steps": Field(
+        0, "steps between two checkpoints besides those; 0: none within an epoch", AT_LEAST_0
+    ),
+    "checkpoint.keep": Field(2, "checkpoints to keep, should the newest be damaged", AT_LEAST_1),
+    "parallel.batch_norm": Field(
+        "global",
+        "statistics of a batch over several devices: global, of the whole batch; per_device, of each "
+        "device's share, the first one's running averages kept (the originals' DataParallel)",
+        choices=("global", "per_device"),
+    ),
+    "parallel.fsdp": Field(
+        False,
+        "divide large parameters and the optimiser's state over the devices, in place of a copy on "
+        "each",
+    ),
     "log.every_seconds": Field(10.0, "seconds between two lines of progress", AT_LEAST_0),
     "log.tensorboard": Field(True, "write TensorBoard events beside metrics.jsonl"),
 }
@@ -212,6 +227,7 @@ RESUMABLE = (
     "log.*",
     "eval.*",
     "checkpoint.*",
+    "parallel.fsdp",
     "data.dir",
     "data.workers",
     "data.on_corrupt",

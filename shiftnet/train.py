@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 
 from shiftnet import config as config_lib
-from shiftnet.errors import UserError, reported
+from shiftnet.errors import reported
 from shiftnet.training.loop import Summary, train
+from shiftnet.training.processes import join, leaving, use_compilation_cache
 
 
+@leaving
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line names; returns the exit code."""
@@ -32,28 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a checkpoint, converted ones too, to start from; the last layer starts fresh where "
         "the classes differ in number",
     )
-    processes = parser.add_argument_group("several processes", "jax.distributed; all three or none")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps for TensorBoard's profile page, into the workdir",
+    )
+    processes = parser.add_argument_group(
+        "several processes",
+        "found without these under SLURM, in a Kubernetes Indexed Job and on Cloud TPU; elsewhere "
+        "all three",
+    )
     processes.add_argument("--coordinator", metavar="HOST:PORT", help="the first process's address")
     processes.add_argument("--num-processes", metavar="N", type=int)
     processes.add_argument("--process-id", metavar="I", type=int, help="from 0")
     config_lib.add_arguments(parser)
     arguments = parser.parse_args(argv)
     config = config_lib.from_arguments(arguments)
-    _join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    use_compilation_cache()
+    join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = Path(arguments.workdir or _default_workdir(arguments.config))
-    summary = train(config, workdir, init=arguments.init)
+    summary = train(config, workdir, init=arguments.init, profile=arguments.profile)
     if jax.process_index() == 0:
         print(_report(summary, workdir, f"--config {arguments.config}"))
-    return 0 if summary.finished else 130
-
-
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if any(given) and not all(given):
-        raise UserError("--coordinator, --num-processes and --process-id go together")
-    if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+    return 0 if summary.finished else 128 + summary.signal
 
 
 def _default_workdir(recipe: str) -> str:

@@ -431,7 +431,7 @@ def test_a_longer_run_that_is_watched_otherwise_may_resume():
 
 def test_no_other_field_may_change_when_a_run_resumes():
     others = {int: 77, float: 0.77, str: "other", tuple: (1, 2, 77)}
-    free = {"epochs", "data.dir", "data.workers", "data.on_corrupt"}
+    free = {"epochs", "parallel.fsdp", "data.dir", "data.workers", "data.on_corrupt"}
     for name, entry in config.FIELDS.items():
         if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
             continue

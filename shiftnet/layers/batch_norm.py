@@ -1,6 +1,9 @@
 """Batch normalisation with PyTorch's statistics."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,23 @@ EPSILON = 1e-5  # PyTorch's default, which the originals use
 MOMENTUM = 0.1  # weight of the new value in the running statistics; likewise
 
 
+_shares = ContextVar("_shares", default=1)
+
+
+@contextlib.contextmanager
+def per_share(shares: int) -> Iterator[None]:
+    """While training is traced within, batches `[N, ...]` are normalised in `shares` equal parts.
+
+    Each has its own statistics, and the first one's go into the running averages, as in PyTorch's
+    `DataParallel`. Only calling `BatchNorm` follows this: trace within `only_xla` too.
+    """
+    token = _shares.set(shares)
+    try:
+        yield
+    finally:
+        _shares.reset(token)
+
+
 class BatchNorm(nnx.Module):
     """Normalises each channel by the batch's mean and variance, or by their running averages.
 
@@ -20,7 +40,8 @@ class BatchNorm(nnx.Module):
     normalises the training batch by the biased. This layer does as PyTorch does, so that training
     here and loading an original's checkpoint give the original's numbers.
 
-    Under `jax.jit` over a sharded batch the statistics are those of the whole batch.
+    Under `jax.jit` over a sharded batch the statistics are those of the whole batch, unless it is
+    traced within `per_share`.
 
     Args:
       features: channels.
@@ -43,9 +64,16 @@ class BatchNorm(nnx.Module):
         if not train:
             scale, bias = self.scale_and_bias(wide)
             return affine(x, scale, bias, layout)
-        y, mean, var = _normalize(x, *self._affine(wide), layout)
-        self._update(mean, var, _count(x, layout))
-        return y
+        shares = _shares.get()
+        if shares == 1:
+            y, mean, var = _normalize(x, *self._affine(wide), layout)
+            self._update(mean, var, _count(x, layout))
+            return y
+        parts = x.reshape(shares, -1, *x.shape[1:])
+        normalize = jax.vmap(lambda part: _normalize(part, *self._affine(wide), layout))
+        y, mean, var = normalize(parts)
+        self._update(mean[0], var[0], _count(x, layout) // shares)
+        return y.reshape(x.shape)
 
     def scale_and_bias(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """What it does with its running statistics: `x * scale + bias`, `[features]` each."""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from shiftnet.data import Source, Split
 from shiftnet.training.mesh import replicate, shard_batch
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
+from shiftnet.training.times import Times
 
 # A state, and for each step taken its loss and number of correctly classified images.
 Taken = tuple[TrainState, jax.Array, jax.Array]
@@ -43,11 +44,15 @@ def make_feed(
     steps_per_epoch: int,
     mesh: Mesh,
     state: Mapping[str, Any],
+    times: Times,
 ) -> Feed:
-    """The feed of a run's training images, from where `state` (of `get_state`) says on."""
+    """The feed of a run's training images, from where `state` (of `get_state`) says on.
+
+    What it waits for is counted in `times`.
+    """
     if isinstance(part, Split):
         return ResidentFeed(config, program, part, steps_per_epoch, mesh)
-    return FileFeed(config, program, part, steps_per_epoch, mesh, state)
+    return FileFeed(config, program, part, steps_per_epoch, mesh, state, times)
 
 
 class ResidentFeed:
@@ -98,12 +103,14 @@ class FileFeed:
         steps_per_epoch: int,
         mesh: Mesh,
         state: Mapping[str, Any],
+        times: Times,
     ):
         from shiftnet.data.stream import TrainStream  # Grain takes seconds to import
 
         self._seed = np.uint32(config.seed)
         self._program = program
         self._mesh = mesh
+        self._times = times
         self._stream = TrainStream(
             source,
             size=config.data.size,
@@ -123,7 +130,8 @@ class FileFeed:
 
     def advance(self, state: TrainState, step: int) -> Taken:
         del step  # the stream knows
-        batch = next(self._stream)
+        with self._times.on("input"):
+            batch = next(self._stream)
         self._skipped += batch.skipped
         images, labels = (shard_batch(a, self._mesh) for a in (batch.images, batch.labels))
         state, loss, correct = self._program.train_batch(state, self._seed, images, labels)

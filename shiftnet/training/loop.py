@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import shiftnet.config
@@ -28,8 +27,11 @@ from shiftnet.training.low_bit import Codes, LevelWatch
 from shiftnet.training.mesh import make_mesh, replicated
 from shiftnet.training.metrics import MetricsLog, Tally
 from shiftnet.training.optimizer import learning_rates
+from shiftnet.training.profile import Profile
 from shiftnet.training.progress import Progress
 from shiftnet.training.step import Program, TrainState
+from shiftnet.training.times import Times
+from shiftnet.training.workdir import claimed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Summary:
         (fractions); None before the first evaluation.
       chosen_on: `"test"` or `"validation"`, the images that `best` was chosen on.
       weights: the table of the network's weights, where some have few bits; None elsewhere.
+      signal: the number of the signal that interrupted it, 0 for none.
     """
 
     finished: bool
@@ -52,9 +55,12 @@ class Summary:
     best: Mapping[str, Any] | None
     chosen_on: str
     weights: str | None = None
+    signal: int = 0
 
 
-def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -> Summary:
+def train(
+    config: Any, workdir: str | Path, *, init: str | Path | None = None, profile: bool = False
+) -> Summary:
     """Trains, or continues the run that `workdir` holds.
 
     Every process of a `jax.distributed` job calls this with the same arguments; the first one
@@ -65,13 +71,26 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
       workdir: where checkpoints, metrics and the recipe go; made where it is missing.
       init: a checkpoint to take parameters and running statistics from, see `start_from`; a run
         that is continued does not look at it.
+      profile: write a trace of a few steps, see `Profile`.
 
     Raises:
       UserError: for a recipe that cannot be trained, one that differs from the run's, or an `init`
         that does not fit.
-      RunFailed: where the loss is not finite, or the device's memory is too small.
+      RunFailed: where the loss is not finite, the device's memory is too small, a checkpoint
+        cannot be written, or another process of the job is gone.
     """
-    workdir = Path(workdir)
+    with explained(config.batch_size), Times() as times, contextlib.ExitStack() as stack:
+        return _train(config, Path(workdir), init, profile, times, stack)
+
+
+def _train(
+    config: Any,
+    workdir: Path,
+    init: str | Path | None,
+    profile: bool,
+    times: Times,
+    stack: contextlib.ExitStack,
+) -> Summary:
     shiftnet.models.check(config.model)  # before a data set is downloaded for it
     mesh = make_mesh(config.batch_size)
     dataset = shiftnet.data.load(
@@ -99,8 +118,8 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
     )
-    claim_workdir(workdir, config)
-    series = Series(workdir / LATEST)
+    stack.enter_context(claimed(workdir, config))
+    series = Series(workdir / LATEST, config.checkpoint.keep)
     best_series = Series(workdir / BEST)
     is_main = jax.process_index() == 0
     progress = Progress(
@@ -113,7 +132,7 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
     )
 
     watch = LevelWatch(program)
-    state, codes, note = restore_or_init(program, watch, series, config, dataset, mesh)
+    state, codes, note, skipped = restore_or_init(program, watch, series, config, dataset, mesh)
     step: int = note["step"]
     if step < total_steps:
         note["final"] = None  # of a run that was shorter
@@ -123,6 +142,8 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
         state, told = start_from(state, init, len(dataset.class_names), mesh)
         codes = watch.codes(state.params, state.stats)
         progress.line(told)
+    for sentence in skipped:
+        progress.line(sentence)
     if step:
         progress.line(f"continuing after step {step}, from {series.path(step)}")
 
@@ -133,6 +154,7 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
         state=note["feed"],
+        times=times,
     )
     evaluators = make_evaluators(config, program, dataset, mesh)
     chosen_on = next(iter(evaluators))
@@ -144,23 +166,25 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
         note.update(step=step, tally=tally.sums(), feed=feed.get_state())
         model = to_arrays(state.params, state.stats)
         levels = {"levels": codes} if watch else {}
-        series.save(step, note, model=model, optimizer=state.opt_state, **levels)
+        with times.on("checkpoints"):
+            series.save(step, note, model=model, optimizer=state.opt_state, **levels)
 
-    with (
-        contextlib.closing(feed),
-        Interrupt() as interrupt,
-        explained_out_of_memory(config.batch_size),
-    ):
+    signal = 0
+    profiled = Profile(workdir, on=profile and is_main)
+    with contextlib.closing(feed), contextlib.closing(profiled), Interrupt() as interrupt:
         while step < total_steps:
-            epoch = step // steps_per_epoch
+            epoch, before_step = step // steps_per_epoch, step
             state, losses, corrects = feed.advance(state, step)
             step += len(losses)
+            profiled.step(losses)
             # This waits for the call before, so that the device has the next one meanwhile.
             tally.push(step, losses, corrects)
             progress.step(step, tally.loss, tally.accuracy)
-            stop = interrupt.requested()
+            signal = interrupt.requested()
             epoch_ends = step % steps_per_epoch == 0
-            if epoch_ends or stop:
+            between = config.checkpoint.every_steps
+            save_now = bool(signal) or (between and step // between > before_step // between)
+            if epoch_ends or save_now:
                 tally.settle()
             if tally.bad_step is not None:
                 raise RunFailed(diverged(tally, lrs[epoch], series))
@@ -187,7 +211,8 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
                     metrics["weights"] = watch.metrics(before, codes)
                 if epoch % config.eval.every_epochs == 0 or step == total_steps:
                     for name, evaluator in evaluators.items():
-                        evaluation = evaluator(state.params, state.stats)
+                        with times.on("evaluation"):
+                            evaluation = evaluator(state.params, state.stats)
                         metrics |= evaluation.metrics(name)
                         report_skipped(progress, name, evaluation.skipped)
                     accuracy = metrics[f"{chosen_on}_accuracy"]
@@ -199,63 +224,34 @@ def train(config: Any, workdir: str | Path, *, init: str | Path | None = None) -
                             "test_accuracy": metrics["test_accuracy"],
                         }
                         best_note = {**note, "step": step}
-                        best_series.save(
-                            step, best_note, model=to_arrays(state.params, state.stats)
-                        )
+                        with times.on("checkpoints"):
+                            best_series.save(
+                                step, best_note, model=to_arrays(state.params, state.stats)
+                            )
+                metrics["time"] = times.fractions()
                 metrics_log.write(metrics)
                 progress.line(epoch_line(metrics, config.epochs))
             if (epoch_ends and epoch % config.checkpoint.every_epochs == 0) or (
-                stop or step == total_steps
+                save_now or step == total_steps
             ):
                 save()
             if epoch_ends:
                 progress.pause()
                 clock = (time.monotonic(), step)
-            if stop:
+            if signal:
                 break
 
-    for resource in (series, best_series, metrics_log):
-        resource.close()
+    with times.on("checkpoints"):
+        series.close()
+        best_series.close()
+    metrics_log.close()
+    progress.line(times.sentence())
     weights = None
     if watch:
         zeros = {name: share["zeros"] for name, share in watch.metrics(codes, codes).items()}
         weights = low_bit.table(nnx.merge(program.graphdef, state.params, state.stats), zeros)
-    return Summary(step >= total_steps, step, note["final"], note["best"], chosen_on, weights)
-
-
-def claim_workdir(workdir: Path, config: Any) -> None:
-    """Makes `workdir` this recipe's, or checks that it is.
-
-    Raises:
-      UserError: where it holds a run of another recipe (it names the fields that differ), or
-        cannot be written.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        changed = shiftnet.config.differences(
-            shiftnet.config.from_json(path.read_text()), config, ignore=shiftnet.config.RESUMABLE
-        )
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run of another recipe, with {'; '.join(changed)}: "
-                "take another --workdir, or the same values"
-            )
-    meet("workdir checked")
-    if jax.process_index() == 0:
-        temporary = path.with_suffix(".tmp")
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(shiftnet.config.to_json(config) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-    meet("workdir claimed")
-
-
-def meet(where: str) -> None:
-    """Waits until all processes of the job are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+    finished = step >= total_steps
+    return Summary(finished, step, note["final"], note["best"], chosen_on, weights, signal)
 
 
 def restore_or_init(
@@ -265,25 +261,28 @@ def restore_or_init(
     config: Any,
     dataset: Dataset,
     mesh: Mesh,
-) -> tuple[TrainState, Codes, dict[str, Any]]:
-    """The newest checkpoint's state, the levels at its last epoch's end, and its note; or fresh."""
+) -> tuple[TrainState, Codes, dict[str, Any], list[str]]:
+    """The newest good checkpoint's state, the levels at its last epoch's end, its note; or fresh.
+
+    Last, a sentence on each checkpoint that was skipped.
+    """
     seed = np.uint32(config.seed)
+    step, skipped = series.newest_good()
     note = {
         "config": shiftnet.config.to_json(config),
         "class_names": list(dataset.class_names),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
-    step = series.latest_step()
     if step is None:
         state = program.init(seed)
         codes = watch.codes(state.params, state.stats)
         start: dict[str, Any] = {"step": 0, "tally": None, "feed": {}, "best": None, "final": None}
-        return state, codes, {**note, **start}
-    abstract = jax.eval_shape(program.init, seed)
-    like, levels = jax.tree.map(
+        return state, codes, {**note, **start}, skipped
+    like = program.init.eval_shape(seed)  # with its shardings
+    levels = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        (abstract, jax.eval_shape(watch.codes, abstract.params, abstract.stats)),
+        jax.eval_shape(watch.codes, like.params, like.stats),
     )
     parts, saved = series.restore(
         step,
@@ -298,7 +297,7 @@ def restore_or_init(
         stats=from_arrays(like.stats, parts["model"], source),
         opt_state=parts["optimizer"],
     )
-    return state, parts.get("levels", {}), {**saved, **note}
+    return state, parts.get("levels", {}), {**saved, **note}, skipped
 
 
 def start_from(
@@ -321,7 +320,7 @@ def start_from(
         if other is None:
             fresh.append(name)
         elif other.shape == array.shape:
-            taken[name] = jax.device_put(np.asarray(other), replicated(mesh))
+            taken[name] = jax.device_put(np.asarray(other), array.sharding)
         elif (classes, num_classes) == (other.shape[-1], array.shape[-1]):
             fresh.append(name)
         else:
@@ -399,7 +398,7 @@ def epoch_line(metrics: Mapping[str, float], epochs: int) -> str:
 def diverged(tally: Tally, lr: float, series: Series) -> str:
     """The sentence for a loss that is not finite."""
     series.close()
-    last = series.latest_step()
+    last, _ = series.newest_good()
     good = (
         "there is no checkpoint yet"
         if last is None
@@ -411,13 +410,19 @@ def diverged(tally: Tally, lr: float, series: Series) -> str:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turns the compiler's and the allocator's errors for too little memory into advice."""
+def explained(batch_size: int) -> Iterator[None]:
+    """Turns JAX's errors for too little memory, and for a lost process, into sentences."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            if jax.process_count() == 1:
+                raise
+            raise RunFailed(
+                "another process of the job is gone, or cannot be reached "
+                f"({str(error).splitlines()[0][:200]}); "
+                "start the job again to continue from its last checkpoint"
+            ) from error
         raise RunFailed(
             f"the device ran out of memory at batch_size {batch_size}; "
             f"try --config.batch_size={max(batch_size // 2, 1)}"

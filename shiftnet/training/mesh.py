@@ -1,5 +1,6 @@
 """Where arrays live: the one place that decides it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from shiftnet.errors import UserError
 from shiftnet.kernels.implementations import compiler_options
 
 BATCH_AXIS = "data"
+# Below this many values an array is not worth dividing: it costs a message to each device whatever
+# its size.
+FSDP_SIZE = 2**14
 
 
 def make_mesh(batch_size: int | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -47,13 +51,31 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
-def compiled(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
-    """`jax.jit` of a function whose results go whole to every device, as XLA does it best there."""
-    platform = mesh.devices.flat[0].platform
+def parameters_sharded(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a state goes that is divided over the devices (FSDP).
+
+    Along the longest axis that divides evenly; whole onto every device where there is none, or
+    where the array has fewer than `FSDP_SIZE` values.
+    """
+
+    def of(leaf: Any) -> NamedSharding:
+        even = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        if math.prod(leaf.shape) < FSDP_SIZE or not even:
+            return replicated(mesh)
+        axis = max(even, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
+
+    return jax.tree.map(of, tree)
+
+
+def compiled(
+    function: Callable[..., Any], mesh: Mesh, out_shardings: Any = None, **options: Any
+) -> Any:
+    """`jax.jit` of a function as XLA does it best there; its results go whole to every device."""
     return jax.jit(
         function,
-        out_shardings=replicated(mesh),
-        compiler_options=compiler_options(platform),
+        out_shardings=replicated(mesh) if out_shardings is None else out_shardings,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
         **options,
     )
 

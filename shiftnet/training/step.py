@@ -1,19 +1,23 @@
 """The state of a run, and the compiled functions that start and advance it."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from shiftnet import models, weights
 from shiftnet.data import RGB, augment
-from shiftnet.kernels.implementations import over
-from shiftnet.training.mesh import batch_sharded, compiled, replicated
+from shiftnet.kernels.implementations import only_xla, over
+from shiftnet.layers.batch_norm import per_share
+from shiftnet.training.mesh import batch_sharded, compiled, parameters_sharded, replicated
 from shiftnet.training.optimizer import make_optimizer
 
 
@@ -48,10 +52,11 @@ class Program:
 
     Attributes:
       mesh: as given.
+      shardings: where each array of a `TrainState` goes: a tree like it.
       graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
       order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
         `augment.epoch_order`.
-      init: `init(seed)` draws a `TrainState`, replicated over the mesh.
+      init: `init(seed)` draws a `TrainState`.
       train: `train(state, seed, images, labels, order, length=n)` takes n steps on data that the
         devices hold; see `_train`. Donates the state.
       train_batch: `train_batch(state, seed, images, labels)` takes one step on a batch; see
@@ -76,10 +81,22 @@ class Program:
         self._optimizer = make_optimizer(config, steps_per_epoch)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
         everywhere = replicated(mesh)
+        state = jax.eval_shape(self._init, np.uint32(0))
+        self.shardings = (
+            parameters_sharded(state, mesh)
+            if config.parallel.fsdp
+            else jax.tree.map(lambda _: everywhere, state)
+        )
         self.order = jax.jit(augment.epoch_order, static_argnums=2, out_shardings=everywhere)
-        self.init = jax.jit(self._init, out_shardings=everywhere)
-        self.train = compiled(self._train, mesh, static_argnames="length", donate_argnums=0)
-        self.train_batch = compiled(self._train_batch, mesh, donate_argnums=0)
+        self.init = jax.jit(self._init, out_shardings=self.shardings)
+        step = functools.partial(
+            compiled,
+            mesh=mesh,
+            out_shardings=(self.shardings, everywhere, everywhere),
+            donate_argnums=0,
+        )
+        self.train = step(self._train, static_argnames="length")
+        self.train_batch = step(self._train_batch)
 
     def _build(self, seed: jax.Array | int) -> nnx.Module:
         return models.build(
@@ -108,20 +125,32 @@ class Program:
         """
 
         def loss_of(params):
+            if self._config.parallel.fsdp:  # gathered for the products, whatever XLA might prefer
+                params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             model = nnx.merge(self.graphdef, params, state.stats, copy=True)
             logits = model(images, train=True)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
             total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
-        with over(self.mesh):
+        with over(self.mesh), self._statistics():
             gradient = jax.value_and_grad(loss_of, has_aux=True)
             (_, (loss, stats, logits)), grads = gradient(state.params)
+        grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         predictions = logits.argmax(-1).astype(labels.dtype)
         correct = (predictions == labels).sum(dtype=jnp.int32)
         return TrainState(state.step + 1, params, stats, opt_state), loss, correct
+
+    @contextlib.contextmanager
+    def _statistics(self) -> Iterator[None]:
+        """Batch norm's statistics as the recipe has them, while the step is traced."""
+        if self._config.parallel.batch_norm == "global" or self.mesh.size == 1:
+            yield
+        else:  # kernels know one set of statistics
+            with per_share(self.mesh.size), only_xla():
+                yield
 
     def _train_batch(
         self, state: TrainState, seed: jax.Array, images: jax.Array, labels: jax.Array

@@ -10,10 +10,10 @@ import shiftnet
 from shiftnet import checkpoint, data, evaluate
 from shiftnet import train as train_door
 from shiftnet.errors import UserError
-from shiftnet.training import feed, loop, metrics
+from shiftnet.training import feed, loop
 from shiftnet.training.interrupt import Interrupt
 from tests.data.image_files import wnid, write_folder
-from tests.training.small import recipe
+from tests.training.small import epochs, recipe
 
 IMAGES = (9, 8, 7, 10)  # of each class in train; 34 in all, 4 steps of 8 an epoch
 
@@ -44,11 +44,6 @@ def arrays(workdir):
     return {name: np.asarray(value) for name, value in saved.arrays.items()}
 
 
-def lines(workdir):
-    read = metrics.read(workdir)
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
@@ -59,7 +54,7 @@ def test_a_run_from_files_trains_and_is_evaluated_on_all_of_val(uninterrupted, f
     workdir, summary = uninterrupted
     assert summary.finished
     assert summary.step == 2 * 4
-    found = lines(workdir)
+    found = epochs(workdir)
     assert [line["step"] for line in found] == [4, 8]
     assert found[0]["train_loss"] != found[1]["train_loss"]
     model = shiftnet.load(workdir)
@@ -92,7 +87,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert len(found) == len(expected) > 10
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert lines(tmp_path) == lines(reference)
+    assert epochs(tmp_path) == epochs(reference)
 
 
 @pytest.fixture
@@ -119,7 +114,7 @@ def test_corrupt_files_are_skipped_named_and_counted_when_told_so(damaged, tmp_p
     printed = capsys.readouterr().out
     assert f"skipped 1 corrupt training files: {damaged / 'train' / wnid(1)}" in printed
     assert f"skipped 1 corrupt test files: {damaged / 'val' / wnid(2)}" in printed
-    for line in lines(tmp_path / "run"):
+    for line in epochs(tmp_path / "run"):
         assert (line["train_skipped"], line["test_skipped"]) == (1, 1)
     assert evaluate.main(["--ckpt", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
@@ -144,8 +139,8 @@ def test_an_interrupted_epoch_still_counts_what_it_skipped_before(damaged, tmp_p
         patched.setattr(feed.FileFeed, "advance", watched)
         assert not loop.train(settings, tmp_path / "broken").finished
     assert loop.train(settings, tmp_path / "broken").finished
-    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
-    assert lines(tmp_path / "whole")[0]["train_skipped"] == 1
+    assert epochs(tmp_path / "broken") == epochs(tmp_path / "whole")
+    assert epochs(tmp_path / "whole")[0]["train_skipped"] == 1
 
 
 def _door(folder, tmp_path) -> list[str]:
@@ -175,7 +170,7 @@ def test_an_imagenet_shaped_set_of_1000_classes_trains_a_low_bit_network(tmp_pat
     )
     summary = loop.train(settings, tmp_path / "run")
     assert summary.step == 4
-    (line,) = lines(tmp_path / "run")
+    (line,) = epochs(tmp_path / "run")
     assert abs(line["train_loss"] - np.log(1000)) < 1.5
     assert 0.2 < line["weights"]["all"]["zeros"] < 0.8
     model = shiftnet.load(tmp_path / "run")

@@ -14,7 +14,7 @@ from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicate
 from shiftnet.training.step import Program, steps_per_dispatch
-from tests.training.small import recipe
+from tests.training.small import epochs, recipe
 
 STEPS_PER_EPOCH = 11  # 1442 training digits in batches of 128
 
@@ -42,18 +42,14 @@ def _everything(workdir: Path) -> dict[str, np.ndarray]:
     config = recipe()
     series = checkpoint.Series(workdir / checkpoint.LATEST)
     program = _program(config)
-    state, codes, _ = loop.restore_or_init(
+    state, codes, _, skipped = loop.restore_or_init(
         program, LevelWatch(program), series, config, data.load("digits"), make_mesh()
     )
     series.close()
+    assert not skipped
     return {
         jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path((state, codes))
     }
-
-
-def _lines(workdir: Path) -> list[dict]:
-    lines = metrics.read(workdir)
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_run_says_how_it_ended_and_logs_every_epoch_once(uninterrupted):
     workdir, summary = uninterrupted
-    lines = _lines(workdir)
+    lines = epochs(workdir)
     assert [line["step"] for line in lines] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
     assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.01])
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
@@ -92,7 +88,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert len(want) > 50
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-    assert _lines(tmp_path) == _lines(reference)
+    assert epochs(tmp_path) == epochs(reference)
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted, monkeypatch):
@@ -113,7 +109,7 @@ def test_a_run_may_be_lengthened_and_then_chooses_on_held_out_images(tmp_path):
     options = {"data__validation": 300, "batch_size": 256}
     loop.train(recipe(epochs=1, **options), tmp_path)
     summary = loop.train(recipe(epochs=2, eval__batch_size=64, **options), tmp_path)
-    lines = _lines(tmp_path)
+    lines = epochs(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["step"] for line in lines] == [4, 8]  # 1142 images are left
     assert summary.chosen_on == "validation"

@@ -10,12 +10,12 @@ from flax import nnx
 
 from shiftnet import models, weights
 from shiftnet.errors import UserError
-from shiftnet.training import loop, low_bit, metrics
+from shiftnet.training import loop, low_bit
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.step import Program
-from tests.training.small import recipe
+from tests.training.small import epochs, recipe
 
 
 def program(**fields) -> Program:
@@ -101,14 +101,9 @@ def uninterrupted(tmp_path_factory):
     return workdir, loop.train(recipe(model__weights="s3", log__tensorboard=True), workdir)
 
 
-def _lines(workdir) -> list[dict]:
-    lines = metrics.read(workdir)
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
 def test_every_epoch_logs_what_became_of_the_weights(uninterrupted):
     workdir, summary = uninterrupted
-    lines = _lines(workdir)
+    lines = epochs(workdir)
     assert len(lines) == 2
     for line in lines:
         found = line["weights"]
@@ -145,7 +140,7 @@ def test_an_interrupted_run_logs_the_same_changes(uninterrupted, tmp_path, monke
         patched.setattr(Interrupt, "requested", lambda self: next(calls) == step)
         loop.train(settings, tmp_path)
     assert loop.train(settings, tmp_path) == summary
-    assert json.dumps(_lines(tmp_path)) == json.dumps(_lines(workdir))
+    assert json.dumps(epochs(tmp_path)) == json.dumps(epochs(workdir))
 
 
 def test_another_form_of_weights_is_another_run(uninterrupted):

@@ -1,0 +1,191 @@
+"""Kills training runs at bad moments, starts them again, and compares how they end.
+
+    python -m tests.torture [--kills 60] [--seed 0]
+
+Two kinds of run, one on data that the device holds, one on image files read by worker processes,
+are each done once in peace. Then they are done again while their process is killed: by SIGKILL at
+random moments, right after the first step of a start, and while a checkpoint is being written; and
+stopped by SIGTERM. Each time the run is started again, until it ends; then it begins anew, until
+there were enough kills. Every array of every end's checkpoint and every line of `metrics.jsonl`
+(but for the clock's numbers) must be those of the run in peace. Exits with 1 where they are not.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+# Before JAX is imported; the runs inherit it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from shiftnet.checkpoint import BEST, DIGESTS, LATEST, find, flaw
+from tests.data.image_files import write_folder
+from tests.training.small import epochs
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [sys.executable, "train.py", "--config", "configs/quickstart.py"]
+COMMON = {"checkpoint.every_steps": 3, "log.every_seconds": 0, "log.tensorboard": "false"}
+DIGITS = {"model.arch": "shiftresnet8", "batch_size": 128, "epochs": 4}
+FILES = {
+    "model.arch": "wrn8",
+    "model.width": 0.25,
+    "data.source": "folder",
+    "data.size": 24,
+    "data.workers": 2,
+    "data.flip": "true",
+    "batch_size": 8,
+    "epochs": 8,
+}
+MOMENTS = ("any time", "any time", "first step", "checkpoint", "SIGTERM")
+
+
+def command(workdir: Path, settings: dict[str, Any]) -> list[str]:
+    overrides = [f"--config.{name}={value}" for name, value in (COMMON | settings).items()]
+    return [*TRAIN, "--workdir", str(workdir), *overrides]
+
+
+def start(workdir: Path, settings: dict[str, Any]) -> subprocess.Popen[str]:
+    # A group of its own, so that a kill is the process's alone, as the system's is for memory.
+    return subprocess.Popen(
+        command(workdir, settings),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def writing(workdir: Path) -> bool:
+    """Whether a checkpoint of the run is not complete at this moment."""
+    for series in (LATEST, BEST):
+        for entry in (workdir / series).glob("*"):
+            if "tmp" in entry.name or not (entry / DIGESTS).exists():
+                return True
+    return False
+
+
+def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: random.Random) -> bool:
+    """Kills it at the moment; False where it ended before that."""
+    assert process.stdout is not None
+    if moment == "any time":
+        deadline = time.monotonic() + chance.uniform(0.0, 12.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+    elif moment == "checkpoint":
+        patience = chance.randrange(3)  # the first that is seen, or a later one
+        while process.poll() is None:
+            if writing(workdir):
+                if patience == 0:
+                    break
+                patience -= 1
+                time.sleep(0.3)
+    else:
+        for line in process.stdout:
+            if "  step " in line:
+                break
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGTERM if moment == "SIGTERM" else signal.SIGKILL)
+    return True
+
+
+def final_state(workdir: Path) -> dict[str, np.ndarray]:
+    path = find(workdir)
+    assert flaw(path) is None, flaw(path)
+    here = SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        dict(ocp.checkpointables_metadata(path).metadata),
+    )
+    leaves = jax.tree.leaves_with_path(ocp.load_checkpointables(path, like))
+    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+
+
+def differences(workdir: Path, peaceful: Path) -> list[str]:
+    want, got = final_state(peaceful), final_state(workdir)
+    assert len(want) > 20, "there is hardly anything to compare"
+    found = [f"array {name}" for name in want.keys() ^ got.keys()]
+    found += [
+        f"array {name}"
+        for name in want.keys() & got.keys()
+        if want[name].tobytes() != got[name].tobytes()
+    ]
+    if json.dumps(epochs(workdir)) != json.dumps(epochs(peaceful)):
+        found.append("metrics.jsonl")
+    return found
+
+
+def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Random) -> int:
+    """Kills runs of one kind; returns how many of their ends differ from the peaceful one."""
+    wrong = 0
+    done: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        if kind == "files":
+            images = Path(scratch) / "images"
+            settings = settings | {
+                "data.dir": str(write_folder(images, (9, 8, 7, 10), (3, 2, 3, 3)))
+            }
+        peaceful, workdir = Path(scratch) / "peaceful", Path(scratch) / "run"
+        subprocess.run(command(peaceful, settings), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        ends = 0
+        while done.total() < kills:
+            moment = chance.choice(MOMENTS)
+            process = start(workdir, settings)
+            killed = kill(process, moment, workdir, chance)
+            printed, _ = process.communicate()
+            done[moment] += killed
+            if killed and moment == "SIGTERM" and process.returncode not in (143, 0):
+                print(printed)
+                raise SystemExit(f"SIGTERM ended with code {process.returncode}")
+            if not killed or process.returncode == 0:
+                if process.returncode:
+                    print(printed)
+                    raise SystemExit(f"{kind}: a start failed with code {process.returncode}")
+                ends += 1
+                found = differences(workdir, peaceful)
+                wrong += bool(found)
+                print(f"{kind}: end {ends} after {done.total()} kills: {found or 'the same'}")
+                shutil.rmtree(workdir)
+        if workdir.exists():
+            subprocess.run(
+                command(workdir, settings), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+            )
+            found = differences(workdir, peaceful)
+            wrong += bool(found)
+            print(f"{kind}: last end after {done.total()} kills: {found or 'the same'}")
+    print(f"{kind}: {dict(done)}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.torture", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--kills", type=int, default=60, help="of all runs together")
+    parser.add_argument("--seed", type=int, default=0, help="of what is killed when")
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    wrong = torture("digits", DIGITS, arguments.kills // 2, chance)
+    wrong += torture("files", FILES, arguments.kills - arguments.kills // 2, chance)
+    print("every end was the same" if not wrong else f"{wrong} ends differ")
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
