@@ -4,11 +4,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from shiftnet import config as config_lib
 from shiftnet.errors import reported
+from shiftnet.training import plan
 from shiftnet.training.loop import Summary, train
 from shiftnet.training.processes import join, leaving, use_compilation_cache
 
@@ -35,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "the classes differ in number",
     )
     parser.add_argument(
+        "--plan",
+        metavar="TOPOLOGY[,TOPOLOGY ...]",
+        help="train nothing: estimate memory, speed and the largest batch on devices that need not "
+        "be here, such as v5e:4x4, v6e:16x16 or h200:8; exits with 1 where it does not fit",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="write a trace of a few steps for TensorBoard's profile page, into the workdir",
@@ -50,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config_lib.add_arguments(parser)
     arguments = parser.parse_args(argv)
     config = config_lib.from_arguments(arguments)
+    if arguments.plan is not None:
+        return _plan(config, arguments.plan)
     use_compilation_cache()
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
@@ -58,6 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jax.process_index() == 0:
         print(_report(summary, workdir, f"--config {arguments.config}"))
     return 0 if summary.finished else 128 + summary.signal
+
+
+def _plan(config: Any, topologies: str) -> int:
+    jax.config.update("jax_platforms", "cpu")  # nothing is run: look for no accelerator
+    names = plan.parse(topologies)
+    estimates = plan.plan(config, names, lambda text: print(f"{text} ...", file=sys.stderr))
+    print(plan.report(config, estimates))
+    too_small = [one.topology for one in estimates if not one.fits]
+    if too_small:
+        print(f"error: does not fit into the memory of {', '.join(too_small)}", file=sys.stderr)
+    return 1 if too_small else 0
 
 
 def _default_workdir(recipe: str) -> str:
