@@ -138,13 +138,15 @@ class Series:
         self.wait()
         if self._has_good(step):
             return
-        with self._explained(step):
-            response = ocp.save_checkpointables_async(
-                self.path(step), parts, overwrite=True, custom_metadata=dict(note)
-            )
-        self._pending = self._thread.submit(self._seal, step, response)
+        self._start(step, note, parts)
         if jax.default_backend() == "cpu":
-            self.wait()
+            try:
+                self.wait()
+            except RunFailed:
+                if jax.process_count() > 1:  # the others may have no reason to try again
+                    raise
+                self._start(step, note, parts)  # Orbax gives up where the clock jumps meanwhile
+                self.wait()
 
     def restore(self, step: int, **like: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """Reads parts back in the shapes, dtypes and shardings of `like`, and the note."""
@@ -177,6 +179,13 @@ class Series:
         if jax.process_count() > 1:
             good = multihost_utils.broadcast_one_to_all(good)
         return bool(good)
+
+    def _start(self, step: int, note: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+        with self._explained(step):
+            response = ocp.save_checkpointables_async(
+                self.path(step), dict(parts), overwrite=True, custom_metadata=dict(note)
+            )
+        self._pending = self._thread.submit(self._seal, step, response)
 
     def _seal(self, step: int, response: Any) -> None:
         with self._explained(step):

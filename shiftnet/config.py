@@ -207,7 +207,7 @@ FIELDS: Mapping[str, Field] = {
     "checkpoint.keep": Field(2, "checkpoints to keep, should the newest be damaged", AT_LEAST_1),
     "parallel.batch_norm": Field(
         "global",
-        "statistics of a batch over several devices: global, of the whole batch; per_device, of each "
+        "statistics of a batch on several devices: global, of the whole batch; per_device, of each "
         "device's share, the first one's running averages kept (the originals' DataParallel)",
         choices=("global", "per_device"),
     ),

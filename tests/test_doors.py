@@ -155,7 +155,8 @@ def test_predict_says_what_it_wants(run, images):
         shiftnet.load(run).predict(images)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     workdir = tmp_path / "run"
     command = [sys.executable, "train.py", "--config", QUICKSTART, "--workdir", str(workdir)]
     command += [*SMALL, "--config.log.every_seconds=0"]
@@ -169,10 +170,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     )
     for line in process.stdout:
         if line.startswith("epoch 1/") and "  step " in line:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     saved = checkpoint.find(workdir)
     assert f"stopped after step {saved.name}, saved" in out

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shiftnet.kernels.layouts import per_channel, product
 from shiftnet.layers import BatchNorm
+from shiftnet.layers.batch_norm import per_share
 
 pytestmark = pytest.mark.core
 
@@ -208,3 +209,17 @@ def test_a_mean_far_from_zero_costs_no_digits_through_a_kernel():
     bn.through(jnp.asarray(x), jnp.asarray(kernel), train=True)
     variance = x.astype(np.float64).var(0, ddof=1)
     np.testing.assert_allclose(bn.var[...], 0.9 + 0.1 * variance, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_each_share_has_its_own_statistics_and_the_first_ones_are_kept():
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 4, 5, 3)))
+    alone = [BatchNorm(3) for _ in range(2)]
+    expected = [bn(part, train=True) for bn, part in zip(alone, (x[:3], x[3:]), strict=True)]
+    together = BatchNorm(3)
+    with per_share(2):
+        y = together(x, train=True)
+    np.testing.assert_allclose(y, jnp.concatenate(expected), rtol=1e-12)
+    np.testing.assert_allclose(together.mean[...], alone[0].mean[...], rtol=1e-12)
+    np.testing.assert_allclose(together.var[...], alone[0].var[...], rtol=1e-12)
+    assert not np.allclose(alone[0].mean[...], alone[1].mean[...])

@@ -1,6 +1,9 @@
 """What a run leaves behind, and that stopping it loses nothing."""
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -9,7 +12,7 @@ import pytest
 
 from shiftnet import checkpoint, data
 from shiftnet.errors import RunFailed, UserError
-from shiftnet.training import loop, metrics
+from shiftnet.training import loop, metrics, workdir
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicate
@@ -159,6 +162,64 @@ def test_a_working_directory_that_cannot_be_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"cannot write to --workdir .*file: "):
         loop.train(recipe(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_working_directory_is_one_runs_at_a_time(tmp_path):
+    with workdir.claimed(tmp_path, recipe()):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(UserError, match=rf"in use by another run \(process {os.getpid()} on"):
+            loop.train(recipe(), tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+    with workdir.claimed(tmp_path, recipe()):
+        pass  # it is free again
+
+
+def test_a_damaged_checkpoint_is_said_and_the_run_ends_the_same(uninterrupted, tmp_path, capsys):
+    reference, summary = uninterrupted
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    newest = checkpoint.find(tmp_path)
+    (newest / "_CHECKPOINT_METADATA").write_text("{}")
+    assert loop.train(recipe(), tmp_path) == summary
+    assert f"skipped {newest}: its file _CHECKPOINT_METADATA is damaged" in capsys.readouterr().out
+    want, got = _everything(reference), _everything(tmp_path)
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    assert epochs(tmp_path) == epochs(reference)
+
+
+def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, monkeypatch):
+    reference, summary = uninterrupted
+    clock, save, ahead = time.time, checkpoint.ocp.save_checkpointables_async, [0.0]
+
+    def save_while_it_jumps(*args, **kwargs):
+        response = save(*args, **kwargs)
+        ahead[0] = 0.0 if ahead[0] else 86400.0  # a day ahead in one save, back in the next
+        return response
+
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", save_while_it_jumps)
+    assert loop.train(recipe(), tmp_path) == summary
+    assert epochs(tmp_path) == epochs(reference)
+
+
+def test_batch_norm_of_each_devices_share_is_another_run(uninterrupted, tmp_path):
+    reference, _ = uninterrupted
+    loop.train(recipe(epochs=1, parallel__batch_norm="per_device"), tmp_path)
+    mine, whole = epochs(tmp_path)[0], epochs(reference)[0]
+    assert mine["train_loss"] != whole["train_loss"]
+    assert mine["train_loss"] == pytest.approx(whole["train_loss"], rel=0.3)
+
+
+def test_a_profile_is_where_tensorboard_looks(tmp_path):
+    loop.train(recipe(epochs=1), tmp_path, profile=True)
+    assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
+
+
+def test_the_time_that_did_not_go_into_steps_is_in_the_log(uninterrupted):
+    workdir, _ = uninterrupted
+    *_, last = metrics.read(workdir)
+    assert {"compilation", "checkpoints", "evaluation"} <= last["time"].keys()
+    assert 0 < sum(last["time"].values()) < 1
 
 
 def test_tensorboard_shows_the_accuracy_of_every_epoch(tmp_path):

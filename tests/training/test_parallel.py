@@ -12,9 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def _start(out: Path, devices: int, *job: str) -> subprocess.Popen:
+def _start(
+    out: Path, devices: int, *job: str, state: str = "copied", **variables: str
+) -> subprocess.Popen:
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.training.parallel_worker", str(out), *job]
+    environment |= variables
+    command = [sys.executable, "-m", "tests.training.parallel_worker", str(out), state, *job]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -41,9 +44,10 @@ def one_device(tmp_path_factory):
     return _finish([_start(out, 1)], out)
 
 
-def test_eight_devices_learn_what_one_learns(one_device, tmp_path):
+@pytest.mark.parametrize("state", ["copied", "divided"])
+def test_eight_devices_learn_what_one_learns(one_device, tmp_path, state):
     out = tmp_path / "eight.npz"
-    eight = _finish([_start(out, 8)], out)
+    eight = _finish([_start(out, 8, state=state)], out)
     assert one_device["devices"] == 1
     assert eight["devices"] == 8
     _assert_same(eight, one_device)
@@ -55,6 +59,21 @@ def test_two_processes_learn_what_one_process_of_as_many_devices_learns(one_devi
         coordinator = f"localhost:{free.getsockname()[1]}"
     out, four = tmp_path / "two.npz", tmp_path / "four.npz"
     single = _finish([_start(four, 4)], four)
-    two = _finish([_start(out, 2, coordinator, "2", str(i)) for i in range(2)], out)
+    arguments = [(coordinator, "2", str(number)) for number in range(2)]
+    two = _finish([_start(out, 2, *job, state="divided") for job in arguments], out)
     assert two["devices"] == single["devices"] == 4
     _assert_same(two, single)
+
+
+def test_the_processes_of_a_slurm_step_find_each_other(one_device, tmp_path):
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),  # JAX takes the port from it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "2",
+    }
+    out = tmp_path / "slurm.npz"
+    numbers = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    two = _finish([_start(out, 1, **job, **number) for number in numbers], out)
+    assert two["devices"] == 2
+    _assert_same(two, one_device)
