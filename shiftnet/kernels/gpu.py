@@ -40,6 +40,10 @@ class Tap(NamedTuple):
     def phase(self) -> tuple[int, int]:
         return self.row_phase, self.column_phase
 
+    def flat(self, width: int) -> int:
+        """The offset in pixels that are numbered through all images."""
+        return self.row * width + self.column
+
 
 def taps(dh: np.ndarray, dw: np.ndarray, stride: int, height: int, width: int) -> list[Tap]:
     """The taps of an output of this size; without those that read nothing but zeros."""
@@ -92,6 +96,108 @@ def image(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> Image | 
     if line > BOX:
         return f"an output row has {line} pixels, more than {BOX}"
     return Image(height, width, line, found)
+
+
+class Halo(NamedTuple):
+    """A tile of pixels in shared memory, with as many before and after as offsets reach.
+
+    Attributes:
+      line: pixels in a row of the copies' view.
+      rows: of a tile.
+      before: rows loaded before a tile.
+      front: pixels in shared memory before the first row that is loaded.
+      loaded: rows loaded, those before and after a tile included.
+      pixels: in shared memory; all that is read has its place, also what masks drop.
+      computed: pixels of a tile, rounded up to what the tensor cores take.
+    """
+
+    line: int
+    rows: int
+    before: int
+    front: int
+    loaded: int
+    pixels: int
+    computed: int
+
+    @property
+    def tile(self) -> int:
+        """Pixels of a tile."""
+        return self.rows * self.line
+
+    def base(self, index: Any) -> Any:
+        """Where the pixels of a tile begin in shared memory."""
+        return self.front + (index * self.rows - self._first_row(index)) * self.line
+
+    def copies(self, interpret: bool) -> list[tuple[int, int]]:
+        """First row and number of rows of each copy of a phase."""
+        # One row at a time where a copy cannot take several: the interpreter does not reshape.
+        box = 1 if interpret and self.line > 1 else BOX
+        return [(row, min(box, self.loaded - row)) for row in range(0, self.loaded, box)]
+
+    def fetch(
+        self,
+        source: Any,
+        target: Any,
+        arrived: Any,
+        index: Any,
+        phase: tuple[int, int] = (0, 0),
+        *,
+        block: Any,
+        interpret: bool,
+    ) -> None:
+        """Starts the copies of a tile.
+
+        Args:
+          source: the image `[rows, channels]`, or strided `[rows, 2, line, 2, channels]`.
+          target: shared memory, `[pixels, more than channels]`.
+          arrived: the barrier that waits for the copies.
+          index: of the tile.
+          phase: of the strided image.
+          block: any index of the grid.
+          interpret: whether the kernel is simulated.
+        """
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        pitch = target.shape[-1]
+        first = self._first_row(index)
+        for row, count in self.copies(interpret):
+            rows: Any = pl.ds(first + row, count)
+            part = target.at[pl.ds(self.front + row * self.line, count * self.line)]
+            where: tuple[Any, ...] = (rows,)
+            if self.line > 1:
+                if count > 1:
+                    part = part.reshape(count, self.line, pitch)
+                else:
+                    rows = first + row
+                where = (rows, phase[0], pl.ds(0, self.line), phase[1])
+            plgpu.copy_gmem_to_smem(source.at[(*where, padded(block, pitch))], part, arrived)
+
+    def _first_row(self, index: Any) -> Any:
+        # Never negative: rows before the first tile are not loaded, and masks drop them.
+        return jnp.maximum(index * self.rows - self.before, 0)
+
+
+def halo(view: Image, most: int) -> Halo | None:
+    """How to cut an image into tiles of at most `most` pixels; None where no row is that short."""
+    reach = max(abs(tap.flat(view.width)) for tap in view.taps)
+    front = round_up(reach, 8)
+    if view.line == 1:
+        before = after = reach
+    else:
+        before = max(0, *(-tap.row for tap in view.taps))
+        after = max(0, *(tap.row for tap in view.taps))
+    # The copy engine moves multiples of 128 bytes to multiples of 128 bytes: 8 pixels.
+    unit = 8 // math.gcd(view.line, 8)
+    rows = most // view.line // unit * unit
+    if rows == 0:
+        return None
+    if rows * view.line % (view.height * view.width) == 0:
+        before = after = 0  # whole images
+    computed = round_up(rows * view.line, 64)
+    loaded = round_up(before + rows + after, unit)
+    pixels = max(loaded * view.line, before * view.line + computed + reach)
+    return Halo(view.line, rows, before, front, loaded, front + round_up(pixels, 8), computed)
 
 
 def coordinates(pixels: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
@@ -180,10 +286,10 @@ def count_up(first: jax.Array, number: int, layout: Any, interpret: bool) -> jax
 
 
 def multiply_add(acc: Any, a: jax.Array, b: Any, scratch: Any) -> None:
-    """`acc += a @ b` with `a` in registers; through `scratch` where the interpreter needs it."""
+    """`acc += a @ b`; with `a` in registers through `scratch`, which the interpreter needs."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if scratch is None:
+    if scratch is None or not isinstance(a, jax.Array):
         plgpu.wgmma(acc, a, b)
         return
     # The interpreter multiplies references only.
@@ -193,8 +299,12 @@ def multiply_add(acc: Any, a: jax.Array, b: Any, scratch: Any) -> None:
 
 
 def where_bits(keep: jax.Array, value: jax.Array) -> jax.Array:
-    """`value` in the rows to keep and 0 elsewhere; 1 instruction for 2 bfloat16 values."""
+    """`value` in the rows, or at the places, to keep and 0 elsewhere.
+
+    1 instruction for 2 bfloat16 values where there is 1 mask for a row.
+    """
     mask = jnp.where(keep, np.int16(-1), np.int16(0))
-    mask = jax.lax.broadcast_in_dim(mask, value.shape, (0,))
+    if mask.shape != value.shape:
+        mask = jax.lax.broadcast_in_dim(mask, value.shape, (0,))
     bits = jax.lax.bitcast_convert_type(value, jnp.int16)
     return jax.lax.bitcast_convert_type(bits & mask, value.dtype)

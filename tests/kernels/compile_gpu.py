@@ -4,14 +4,17 @@
     python -m tests.kernels.compile_gpu
 
 Prints a line for each kernel that does not compile, with the reason, and exits with 1 then. The
-target is described by `h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see registers and spills.
+target is described by `shiftnet/training/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see
+registers and spills.
 """
 
+import functools
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # There is no driver here to check against.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -25,13 +28,14 @@ from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift import gpu as shift
 from shiftnet.kernels.shift_block import gpu as shift_block
 from shiftnet.kernels.shift_pointwise import gpu as shift_pointwise
+from shiftnet.training import plan
 
 # Side, input channels, output channels and stride of the blocks of ShiftResNet20 and 56.
 BLOCKS = [(32, 16, 16, 1), (32, 16, 32, 2), (16, 32, 32, 1), (16, 32, 64, 2), (8, 64, 64, 1)]
 EXPANSIONS = (1, 3, 9)
 
 Shape = tuple[tuple[int, ...], str]
-Kernel = tuple[str, str | None, Callable[..., jax.Array], list[Shape]]
+Kernel = tuple[str, str | None, Callable[..., Any], list[Shape]]
 
 
 def block(batch: int, size: tuple[int, ...], expansion: int, whole: bool) -> Kernel:
@@ -52,6 +56,20 @@ def block(batch: int, size: tuple[int, ...], expansion: int, whole: bool) -> Ker
 
     reason = shift_block.unsupported(*(jax.ShapeDtypeStruct(*shapes[i]) for i in (0, 1, 3)), **core)
     return f"shift_block {batch} {size} e={expansion} whole={whole}", reason, call, shapes
+
+
+def block_gradients(batch: int, size: tuple[int, ...], expansion: int) -> Kernel:
+    side, channels, outputs, stride = size
+    expanded, small = expansion * channels, side // stride
+    dh, dw = channel_offsets(expanded)
+    core = {"dh": dh, "dw": dw, "stride": stride}
+    w1, w2 = ((channels, expanded), "bfloat16"), ((expanded, outputs), "bfloat16")
+    image, dout = (batch, side, side, channels), (batch, small, small, outputs)
+    shapes = [(image, "bfloat16"), w1, ((expanded,), "float32"), w2, (dout, "bfloat16")]
+    x, w1, w2 = (jax.ShapeDtypeStruct(*shapes[i]) for i in (0, 1, 3))
+    reason = shift_block.unsupported(x, w1, w2, **core, backward=True)
+    call = functools.partial(shift_block.backward, **core)
+    return f"gradients of shift_block {batch} {size} e={expansion}", reason, call, shapes
 
 
 def pointwise(batch: int, size: tuple[int, ...], whole: bool) -> Kernel:
@@ -88,14 +106,18 @@ def kernels() -> Iterator[Kernel]:
     for size in BLOCKS:
         for expansion in EXPANSIONS:
             yield block(512, size, expansion, True)
+            yield block_gradients(512, size, expansion)
             yield moves((512, size[0], size[0], expansion * size[1]), "bfloat16")
         yield pointwise(512, size, True)
     # A batch too small for all multiprocessors, and nothing before or after the products.
     yield block(8, BLOCKS[0], 9, False)
+    yield block_gradients(8, BLOCKS[0], 9)
     yield pointwise(8, BLOCKS[0], False)
     # Images larger than a tile, rows that are no multiple of 8 pixels.
     yield block(64, (56, 64, 64, 1), 1, True)
+    yield block_gradients(64, (56, 64, 64, 1), 1)
     yield block(64, (28, 16, 48, 2), 3, True)
+    yield block_gradients(64, (28, 16, 48, 2), 3)
     yield pointwise(64, (28, 16, 48, 2), True)
     yield moves((64, 56, 56, 64), "bfloat16")
     yield moves((64, 32, 32, 144), "float32")
@@ -103,7 +125,7 @@ def kernels() -> Iterator[Kernel]:
 
 
 def main() -> int:
-    target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
+    target = pathlib.Path(plan.__file__).with_name("h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",))
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 
 from shiftnet.kernels.packed_matmul import PackedMatrix, gpu
 from shiftnet.kernels.packed_matmul.packed import Encoding
+from shiftnet.training import plan
 
 LEVELS = {
     "Sign": (-1.0, 1.0),
@@ -41,7 +42,7 @@ SHAPES = [
 
 
 def main() -> int:
-    target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
+    target = pathlib.Path(plan.__file__).with_name("h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",))
     device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

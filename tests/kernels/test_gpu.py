@@ -18,6 +18,8 @@ from shiftnet.kernels import gpu
 from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift import gpu as shift
 from shiftnet.kernels.shift_block import gpu as shift_block
+from shiftnet.kernels.shift_block import shift_block as shift_block_operation
+from shiftnet.kernels.shift_block import xla as shift_block_xla
 from shiftnet.kernels.shift_pointwise import gpu as shift_pointwise
 
 # Its copies past the end of an array come back empty.
@@ -36,6 +38,13 @@ def run(kernel, *operands, **settings):
     """Compiled, but not well: most of these tests' time is the CPU's compiler."""
     kernel = functools.partial(kernel, interpret=True, **settings)
     return jax.jit(kernel, compiler_options={"xla_backend_optimization_level": 0})(*operands)
+
+
+@pytest.fixture
+def one_warpgroup(monkeypatch):
+    """For gradients: where the CPU has few threads, two can each hold what the other waits for."""
+    monkeypatch.setattr(shift_block, "_SHAPES", ((1, 64),))
+    monkeypatch.setattr(shift_block, "_SUMS_SHAPES", ((1, 128), (1, 64)))
 
 
 def numbers(seed, *shape, dtype=jnp.bfloat16, scale=1.0):
@@ -68,8 +77,7 @@ def assert_rounded_once(ours, expected):
     np.testing.assert_allclose(exact(ours)[0], expected, rtol=2**-8, atol=2e-3)
 
 
-@simulated
-@pytest.mark.parametrize(
+BLOCKS = pytest.mark.parametrize(
     ("image", "channels", "expanded", "outputs", "stride", "dilation", "whole"),
     [
         pytest.param((2, 16, 20), 16, 144, 16, 1, 1, True, id="many-tiles-in-an-image"),
@@ -79,28 +87,88 @@ def assert_rounded_once(ours, expected):
         pytest.param((2, 16, 16), 32, 288, 64, 2, 2, False, id="stride-2-dilation-2"),
     ],
 )
-def test_shift_block(monkeypatch, image, channels, expanded, outputs, stride, dilation, whole):
-    monkeypatch.setattr(shift_block, "_SHAPES", ((2, 64),))
-    n, height, width = image
+
+
+def block_operands(image, channels, expanded, outputs, stride, dilation):
     x = numbers(0, *image, channels)
     w1 = numbers(1, channels, expanded, scale=channels**-0.5)
     b1 = numbers(2, expanded, dtype=jnp.float32)
     w2 = numbers(3, expanded, outputs, scale=expanded**-0.5)
     dh, dw = channel_offsets(expanded, 3, dilation)
+    return (x, w1, b1, w2), {"dh": dh, "dw": dw, "stride": stride}
+
+
+@simulated
+@BLOCKS
+def test_shift_block(monkeypatch, image, channels, expanded, outputs, stride, dilation, whole):
+    monkeypatch.setattr(shift_block, "_SHAPES", ((2, 64),))
+    operands, core = block_operands(image, channels, expanded, outputs, stride, dilation)
+    n, height, width = image
     epilogue = {}
     if whole:
         residual = numbers(4, n, height // stride, width // stride, outputs)
         epilogue = {"out_bias": numbers(5, outputs, dtype=jnp.float32), "out_relu": True}
         epilogue["residual"] = residual
-    core = {"dh": dh, "dw": dw, "stride": stride}
-    out = run(shift_block.forward, x, w1, b1, w2, **core, **epilogue)
-    x, w1, b1, w2 = exact(x, w1, b1, w2)
-    y = shifted(rounded(np.maximum(x @ w1 + b1, 0)), dh, dw)
+    out = run(shift_block.forward, *operands, **core, **epilogue)
+    x, w1, b1, w2 = exact(*operands)
+    y = shifted(rounded(np.maximum(x @ w1 + b1, 0)), core["dh"], core["dw"])
     expected = y[:, ::stride, ::stride] @ w2
     if whole:
         bias, residual = exact(epilogue["out_bias"], residual)
         expected = np.maximum(expected + bias, 0) + residual
     assert_rounded_once(out, expected)
+
+
+@simulated
+@pytest.mark.usefixtures("one_warpgroup")
+@BLOCKS
+def test_gradients_of_shift_block(image, channels, expanded, outputs, stride, dilation, whole):
+    del whole
+    operands, core = block_operands(image, channels, expanded, outputs, stride, dilation)
+    n, height, width = image
+    dout = numbers(4, n, height // stride, width // stride, outputs)
+    found = run(shift_block.backward, *operands, dout, **core)
+    assert_gradients(found, operands, shift_block_xla.forward, core, dout)
+
+
+def assert_gradients(found, operands, forward, core, dout):
+    """Against those of plain XLA in float32, which rounds nothing on the way."""
+    wide = [None if value is None else value.astype(jnp.float32) for value in operands]
+    forward = functools.partial(forward, **core, layout="NHWC")
+    expected = jax.vjp(forward, *wide)[1](dout.astype(jnp.float32))
+    for value, a, b in zip(operands, found, expected, strict=True):
+        if value is None:
+            assert a is None
+            continue
+        assert (a.shape, a.dtype) == (value.shape, value.dtype)
+        # A value in bfloat16 between is off by 2**-9 of itself; the sums are of many.
+        np.testing.assert_allclose(exact(a)[0], b, rtol=2**-7, atol=2**-7 * np.abs(b).max())
+
+
+@simulated
+@pytest.mark.usefixtures("one_warpgroup")
+@pytest.mark.parametrize(
+    ("expanded", "kernel_size", "stride"),
+    [
+        pytest.param(18, 3, 1, id="2-channels-each"),
+        pytest.param(80, 1, 2, id="80-channels-that-read-one-pixel-in-4"),
+    ],
+)
+def test_gradients_of_shift_block_are_exact(monkeypatch, expanded, kernel_size, stride):
+    """Small whole numbers are exact in bfloat16, so that no rounding hides a wrong term."""
+    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 4)  # several shares of the pixels
+    rng = np.random.default_rng(0)
+    arrays = ((2, 8, 12, 16), (16, expanded), (expanded,), (expanded, 16))
+    arrays = (*arrays, (2, 8 // stride, 12 // stride, 16))
+    *operands, dout = (jnp.asarray(rng.integers(-1, 2, shape), jnp.bfloat16) for shape in arrays)
+    dh, dw = channel_offsets(expanded, kernel_size)
+    core = {"dh": dh, "dw": dw, "stride": stride}
+    found = run(shift_block.backward, *operands, dout, **core)
+    wide = [value.astype(jnp.float32) for value in operands]
+    forward = functools.partial(shift_block_xla.forward, **core, layout="NHWC")
+    expected = jax.vjp(forward, *wide)[1](dout.astype(jnp.float32))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(exact(a)[0], b.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 @simulated
@@ -178,11 +246,14 @@ def test_kernels_lower_for_a_gpu_without_one(stride):
     dh, dw = channel_offsets(144)
     core = {"dh": dh, "dw": dw, "stride": stride}
     grouped = {"dh": np.repeat(dh[:9], 16), "dw": np.repeat(dw[:9], 16), "stride": stride}
-    x, expanded, w1, b1, w2 = shapes(
-        (8, 32, 32, 16), (8, 32, 32, 144), (16, 144), (144,), (144, 16)
+    small = 32 // stride
+    x, expanded, w1, b1, w2, dout = shapes(
+        *((8, 32, 32, 16), (8, 32, 32, 144), (16, 144), (144,), (144, 16)),
+        (8, small, small, 16),
     )
     calls = [
         (functools.partial(shift_block.forward, **core), x, w1, b1, w2),
+        (functools.partial(shift_block.backward, **core), x, w1, b1, w2, dout),
         (
             lambda x, w, v: shift_pointwise.forward(x, w, v, v, relu=True, **grouped),
             *(expanded, w2, b1),
@@ -223,6 +294,23 @@ def test_shift_block_says_what_it_cannot_take(x, expanded, outputs, stride, reas
         b1 = jax.ShapeDtypeStruct((expanded,), jnp.float32)
         with pytest.raises(ValueError, match="shift_block has no GPU kernel for this"):
             shift_block.forward(x, w1, b1, w2, **core)
+
+
+@pytest.mark.parametrize(
+    ("width", "kernels"), [pytest.param(32, 3, id="all"), pytest.param(512, 1, id="forward-only")]
+)
+def test_gradients_without_a_kernel_are_xla_s(width, kernels):
+    dh, dw = channel_offsets(144)
+    x, w1, b1, w2 = shapes((1, 8, width, 16), (16, 144), (144,), (144, 64))
+    found = shift_block.unsupported(x, w1, w2, dh=dh, dw=dw, stride=1, backward=True)
+    assert (found is None) == (kernels > 1)
+
+    def loss(*operands):
+        return shift_block_operation(*operands, implementation="gpu").astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+    text = gradients.trace(x, w1, b1, w2).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == kernels
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""The inference block for Hopper, in one kernel: the expanded image lives in registers only.
+"""The shift block for Hopper: the expanded image lives in registers only, forward and backward.
 
-For one offset the expanded channels at an output pixel need only the input at one other pixel, so
+Forward, for one offset the expanded channels at an output pixel need only the input at one other
+pixel, so
 
     out[p] = sum over offsets g of  relu(x[p + g] @ w1[:, g] + b1[g]) @ w2[g, :]
 
@@ -13,6 +14,17 @@ an image's edge, rounds to bfloat16 and multiplies by its slice of `w2`, all wit
 registers. Stride 2 splits the input into the 4 images of even and odd rows and columns as it loads
 (the copy engine does it), in which offsets are whole pixels again.
 
+Backward, with d[q, g] the gradient at the output pixel q - g that reads q through g,
+
+    dx[q] = sum over offsets g of  ((d[q, g] @ w2[g, :].T) * (y[q, g] > 0)) @ w1[:, g].T
+
+where y[q, g] is relu(x[q] @ w1[:, g] + b1[g]) again: the same kernel with one more product, whose
+tile with pixels around it is of the gradient. At stride 2 there is one such call for each of the 4
+images of x. The gradients of the weights are sums over pixels of y and of the factor before
+`w1[:, g].T`. There a warpgroup takes 64 expanded channels and a share of the pixels, has the
+channels as the rows of its products, so that they are left factors out of registers again, and
+writes its sums, which XLA adds up.
+
 Both weights stay in shared memory; a block works through many tiles and has the next one under way
 meanwhile. Rows are 16 bytes longer there than C channels, so that 8 of them never meet in a memory
 bank; the copy engine fills that part with zeros from beyond the array's edge.
@@ -20,10 +32,14 @@ bank; the copy engine fills that part with zeros from beyond the array's edge.
 Bytes moved per output pixel at bfloat16: 2*C*stride**2 of `x` (plus the reach of the offsets on
 both sides of a tile, which other blocks read at about the same time and the second-level cache
 holds), 2*K written, 2*K more for a residual; and once for each of the 132 multiprocessors the
-weights.
+weights. Backward: 2*C*stride**2 of `x` read and as much of `dx` written, 2*K*stride**2 of `dout`
+read; at stride 2 both of the first once more each way, to split and to join them. The sums over
+pixels read x and dout once for every 64 expanded channels, or fewer where these are of more offsets
+than registers hold the sums of; what one warpgroup reads the others read at about the same time.
 """
 
-import math
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -39,25 +55,21 @@ _SHAPES = ((4, 256), (4, 128), (3, 128), (4, 64), (3, 64), (2, 64), (1, 64))
 _SLOTS = 2
 # Registers of a thread that the factors and sums may take, by the number of warpgroups: more than
 # these and the compiler spills (seen in its reports for an H200).
-_REGISTERS = {4: 64, 3: 96, 2: 160, 1: 160}
+_REGISTERS = {4: 72, 3: 96, 2: 160, 1: 160}
+# Of the weights' gradients: expanded channels of a warpgroup, pixels whose products are in
+# registers at a time, and the most sums over pixels that one expanded channel has.
+_ROWS = _STEP = 64
+_MOST_SUMS = 128
+_SUMS_SHAPES = ((3, 128), (3, 64), (2, 64), (1, 64))
 
 
 class _Plan(NamedTuple):
     taps: list[gpu.Tap]
     phases: list[tuple[int, int]]
     depth: int  # channels of each tap, padded
-    line: int  # pixels that one row of the copies' view of x holds
-    rows: int  # rows of a tile
-    before: int  # rows loaded before a tile
-    front: int  # pixels in shared memory before the first row that is loaded
-    loaded: int  # rows loaded, those before and after a tile included
-    pixels: int  # pixels in shared memory
-    computed: int  # pixels of a tile, rounded up to what the tensor cores take
+    halo: gpu.Halo
     step: int  # pixels whose products are in registers at a time
     warpgroups: int
-
-    def offset(self, tap: gpu.Tap, width: int) -> int:
-        return tap.row * width + tap.column
 
 
 def _plan(x, w1, w2, *, dh, dw, stride) -> _Plan | str:
@@ -65,75 +77,126 @@ def _plan(x, w1, w2, *, dh, dw, stride) -> _Plan | str:
     view = gpu.image(x, dh, dw, stride)
     if isinstance(view, str):
         return view
-    height, width, line, taps = view
     channels, outputs = x.shape[-1], w2.shape[1]
     if channels % 16 or not 0 < channels <= 64:
         return f"x has {channels} channels, not 16, 32, 48 or 64"
     if outputs % 16 or not 0 < outputs <= 64:
         return f"w2 has {outputs} outputs, not 16, 32, 48 or 64"
+    return _cut(view, channels, outputs, backward=False)
+
+
+def _cut(view: gpu.Image, channels: int, outputs: int, backward: bool) -> _Plan | str:
+    """Tiles for an image of so many channels that becomes another."""
+    taps = view.taps
     phases = sorted({tap.phase for tap in taps})
     depth = gpu.round_up(max(tap.channels.size for tap in taps), 16)
     if depth > 128:
         return f"{depth} expanded channels move by the same offset, more than 128"
-    reach = max(abs(tap.row * width + tap.column) for tap in taps)
-    front = gpu.round_up(reach, 8)
-    if stride == 1:
-        before = after = reach
-    else:
-        before = max(0, *(-tap.row for tap in taps))
-        after = max(0, *(tap.row for tap in taps))
-    # The copy engine moves multiples of 128 bytes to multiples of 128 bytes: 8 pixels.
-    unit = 8 // math.gcd(line, 8)
     weights = 2 * len(taps) * depth * (channels + outputs) + 4 * len(taps) * depth
     # Registers of a thread for 64 pixels: two sums, and both factors from registers.
     registers = (depth + outputs) // 2 + (channels + depth) // 4
+    if backward:
+        registers += (depth + outputs) // 4  # the expanded channels, and the pixels of x
     for warpgroups, most in _SHAPES:
-        rows = most // line // unit * unit
-        if rows == 0 or registers > _REGISTERS[warpgroups]:
+        halo = gpu.halo(view, most)
+        if halo is None or registers > _REGISTERS[warpgroups]:
             continue
-        computed = gpu.round_up(rows * line, 64)
-        if rows * line % (height * width) == 0:
-            first = last = 0  # whole images
-        else:
-            first, last = before, after
-        loaded = gpu.round_up(first + rows + last, unit)
-        # Every pixel that is read has its place, also those that masks drop.
-        pixels = max(loaded * line, first * line + computed + reach)
-        pixels = front + gpu.round_up(pixels, 8)
-        image = _SLOTS * len(phases) * pixels * (channels + 8) * 2
-        if weights + warpgroups * (image + computed * outputs * 2) > (
+        image = _SLOTS * len(phases) * halo.pixels * (channels + 8) * 2
+        if weights + warpgroups * (image + halo.computed * outputs * 2) > (
             gpu.SHARED_BYTES - gpu.RESERVED_BYTES
         ):
             continue
-        step = 128 if computed % 128 == 0 and 2 * registers <= _REGISTERS[warpgroups] else 64
-        return _Plan(
-            taps,
-            phases,
-            depth,
-            line,
-            rows,
-            first,
-            front,
-            loaded,
-            pixels,
-            computed,
-            step,
-            warpgroups,
-        )
+        double = halo.computed % 128 == 0 and 2 * registers <= _REGISTERS[warpgroups]
+        return _Plan(taps, phases, depth, halo, 128 if double else 64, warpgroups)
     return (
         f"{channels} channels, expanded to {len(taps)} offsets of {depth}, to {outputs} outputs do "
         f"not fit into {gpu.SHARED_BYTES} bytes of shared memory"
     )
 
 
-def unsupported(
-    x: jax.Array, w1: jax.Array, w2: jax.Array, *, dh: np.ndarray, dw: np.ndarray, stride: int
-) -> str | None:
-    """Why `forward` cannot take these arguments, in one clause; None when it can.
+class _SumsPlan(NamedTuple):
+    """How the sums over pixels are divided; a chunk is what one warpgroup has the sums of."""
 
-    Looks at shapes and dtypes only.
-    """
+    chunks: list[list[gpu.Tap]]
+    each: int  # taps of a chunk, at most
+    halo: gpu.Halo
+    warpgroups: int
+
+
+class _Backward(NamedTuple):
+    images: dict[tuple[int, int], _Plan]  # of the phases of x that are read
+    sums: _SumsPlan
+
+
+def _backward_plan(x, w1, w2, *, dh, dw, stride) -> _Backward | str:
+    """The same for the gradients."""
     plan = _plan(x, w1, w2, dh=dh, dw=dw, stride=stride)
+    if isinstance(plan, str):
+        return plan
+    channels, outputs = x.shape[-1], w2.shape[1]
+    height, width = x.shape[1] // stride, x.shape[2] // stride
+
+    def from_dout(taps):
+        """How the phase of x that these taps read finds its gradient in dout, which has none."""
+        back = [gpu.Tap(0, 0, -tap.row, -tap.column, tap.channels) for tap in taps]
+        return gpu.Image(height, width, 1, back)
+
+    images = {}
+    for phase in plan.phases:
+        view = from_dout([tap for tap in plan.taps if tap.phase == phase])
+        cut = _cut(view, outputs, channels, backward=True)
+        if isinstance(cut, str):
+            return cut
+        images[phase] = cut
+    each = max(1, (_MOST_SUMS - channels) // outputs)
+    chunks: list[list[gpu.Tap]] = []
+    for phase in plan.phases:
+        pieces = [
+            tap._replace(channels=part)
+            for tap in plan.taps
+            if tap.phase == phase
+            for part in np.array_split(tap.channels, -(-tap.channels.size // _ROWS))
+        ]
+        # The fewest chunks, as many taps in each as far as possible.
+        for count in range(1, len(pieces) + 1):
+            ends = [len(pieces) * i // count for i in range(count + 1)]
+            parts = [pieces[a:b] for a, b in itertools.pairwise(ends)]
+            if all(
+                len(part) <= each and sum(tap.channels.size for tap in part) <= _ROWS
+                for part in parts
+            ):
+                break
+        chunks += parts
+    each = max(map(len, chunks))
+    weights = 2 * _ROWS * (channels + each * outputs)
+    for warpgroups, most in _SUMS_SHAPES:
+        halo = gpu.halo(from_dout(plan.taps), most)
+        assert halo is not None  # a row is one pixel
+        images_bytes = _SLOTS * 2 * (halo.pixels * (outputs + 8) + halo.computed * channels)
+        shifted = 2 * _STEP * each * outputs
+        if warpgroups * (weights + images_bytes + shifted) <= gpu.SHARED_BYTES - gpu.RESERVED_BYTES:
+            return _Backward(images, _SumsPlan(chunks, each, halo, warpgroups))
+    return (
+        f"the sums over pixels of {channels} and {outputs} channels do not fit into "
+        f"{gpu.SHARED_BYTES} bytes of shared memory"
+    )
+
+
+def unsupported(
+    x: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    *,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+    backward: bool = False,
+) -> str | None:
+    """Why `forward` cannot take these arguments, or `backward` what it needs; None when it can.
+
+    In one clause. Looks at shapes and dtypes only.
+    """
+    plan = (_backward_plan if backward else _plan)(x, w1, w2, dh=dh, dw=dw, stride=stride)
     return plan if isinstance(plan, str) else None
 
 
@@ -182,65 +245,159 @@ def forward(
         view = x.reshape(n * height * width, channels)
     else:
         view = x.reshape(n * height, stride, width, stride, channels)
-    operands = [view, *_weights(plan, w1, b1, w2, x.dtype)]
+    weights = _weights([[tap] for tap in plan.taps], plan.depth, w1, b1, w2, x.dtype)
+    epilogue = {}
     if out_bias is not None:
         # Copies move multiples of 128 bytes.
-        operands.append(jnp.zeros(64, jnp.float32).at[:outputs].set(out_bias.astype(jnp.float32)))
+        epilogue["bias"] = jnp.zeros(64, jnp.float32).at[:outputs].set(out_bias.astype(jnp.float32))
     if residual is not None:
-        operands.append(residual.astype(x.dtype).reshape(n * height * width, outputs))
+        epilogue["aligned"] = residual.astype(x.dtype).reshape(n * height * width, outputs)
     out = _kernel(
         plan,
         (height, width),
         jax.ShapeDtypeStruct((n * height * width, outputs), x.dtype),
-        out_bias is not None,
-        out_relu,
-        residual is not None,
-        interpret,
-        operands,
+        {"image": view, **weights, **epilogue},
+        out_relu=out_relu,
+        interpret=interpret,
     )
     return out.reshape(n, height, width, outputs)
 
 
-def _weights(plan: _Plan, w1: Any, b1: Any, w2: Any, dtype: Any) -> list[jax.Array]:
-    """`w1`, `b1` and `w2` as one matrix for each tap, with zero channels up to the depth."""
-    index = np.zeros((len(plan.taps), plan.depth), np.int32)
-    real = np.zeros(index.shape, bool)
-    for row, tap in enumerate(plan.taps):
-        index[row, : tap.channels.size] = tap.channels
-        real[row, : tap.channels.size] = True
+def backward(
+    x: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    w2: jax.Array,
+    dout: jax.Array,
+    *,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The gradients `(dx, dw1, db1, dw2)` of `forward` without what comes after the product.
+
+    `dout [N, H/stride, W/stride, K]` is rounded to bfloat16. Each gradient has its argument's shape
+    and dtype. Sums are float32; the expanded image and its gradient are rounded to bfloat16 once.
+
+    Raises:
+      ValueError: where `unsupported(..., backward=True)` gives a reason.
+    """
+    plan = _backward_plan(x, w1, w2, dh=dh, dw=dw, stride=stride)
+    if isinstance(plan, str):
+        raise ValueError(f"shift_block has no GPU kernel for its gradients: {plan}")
+    n, height, width, channels = x.shape
+    size = height, width = height // stride, width // stride
+    pixels, outputs = n * height * width, w2.shape[1]
+    dout = dout.astype(x.dtype).reshape(pixels, outputs)
+    phases = x.reshape(n, height, stride, width, stride, channels).transpose(2, 4, 0, 1, 3, 5)
+    phases = phases.reshape(stride, stride, pixels, channels)
+    out_type = jax.ShapeDtypeStruct((pixels, channels), x.dtype)
+    dphases = [[jnp.zeros((pixels, channels), x.dtype)] * stride for _ in range(stride)]
+    for (row, column), part in plan.images.items():
+        weights = _weights([[tap] for tap in part.taps], part.depth, w1, b1, w2, x.dtype)
+        operands = {"image": dout, **weights, "aligned": phases[row, column]}
+        dphases[row][column] = _kernel(
+            part, size, out_type, operands, backward=True, interpret=interpret
+        )
+    dx = jnp.stack([jnp.stack(row) for row in dphases])
+    dx = dx.reshape(stride, stride, n, height, width, channels).transpose(2, 3, 0, 4, 1, 5)
+    sums = _sums(plan.sums, size, phases, dout, w1, b1, w2, interpret)
+    dw1, db1, dw2 = (_of_channels(plan.sums.chunks, value, len(b1)) for value in sums)
+    return (
+        dx.reshape(x.shape),
+        dw1.T.astype(w1.dtype),
+        db1.astype(b1.dtype),
+        dw2.astype(w2.dtype),
+    )
+
+
+def _places(chunks: list[list[gpu.Tap]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The channel and the tap in its chunk of each row of each chunk; -1 where there is none."""
+    channel, number = (np.full((len(chunks), rows), -1) for _ in range(2))
+    for i, chunk in enumerate(chunks):
+        sizes = [tap.channels.size for tap in chunk]
+        channel[i, : sum(sizes)] = np.concatenate([tap.channels for tap in chunk])
+        number[i, : sum(sizes)] = np.repeat(np.arange(len(chunk)), sizes)
+    return channel, number
+
+
+def _weights(
+    chunks: list[list[gpu.Tap]], rows: int, w1: Any, b1: Any, w2: Any, dtype: Any
+) -> dict[str, jax.Array]:
+    """`w1 [chunks, C, rows]`, `b1 [chunks, rows]` and `w2 [chunks, rows, taps * K]`.
+
+    With zeros where a chunk has fewer channels, and where the channel of a row has another tap.
+    """
+    channel, number = _places(chunks, rows)
+    real, index = channel >= 0, np.maximum(channel, 0)
+    of_tap = number[..., None] == np.arange(max(map(len, chunks)))
     w1 = jnp.where(real[None], w1.astype(dtype)[:, index], jnp.zeros((), dtype))
     b1 = jnp.where(real, b1.astype(jnp.float32)[index], np.float32(0))
-    w2 = jnp.where(real[..., None], w2.astype(dtype)[index], jnp.zeros((), dtype))
-    # A last row of zeros at most, so that the biases are a multiple of 128 bytes.
-    b1 = jnp.pad(b1, ((0, -len(plan.taps) % 2), (0, 0)))
-    return [w1.transpose(1, 0, 2), b1, w2]
+    w2 = jnp.where(of_tap[..., None], w2.astype(dtype)[index][:, :, None], jnp.zeros((), dtype))
+    return {
+        "w1": w1.transpose(1, 0, 2),
+        # A last row of zeros at most, so that the biases are a multiple of 128 bytes.
+        "b1": jnp.pad(b1, ((0, -len(chunks) % 2), (0, 0))),
+        "w2": w2.reshape(*index.shape, -1),
+    }
 
 
-def _kernel(plan, size, out_type, has_bias, out_relu, has_residual, interpret, operands):
+def _of_channels(chunks: list[list[gpu.Tap]], values: jax.Array, channels: int) -> jax.Array:
+    """`values [chunks, rows, ...]` in the order of the channels; 0 for those without a tap."""
+    channel = _places(chunks, values.shape[1])[0].reshape(-1)
+    (rows,) = np.nonzero(channel >= 0)
+    place = np.full(channels, -1)
+    place[channel[rows]] = rows
+    values = values.reshape(channel.size, *values.shape[2:])[place]
+    real = (place >= 0).reshape(-1, *[1] * (values.ndim - 1))
+    return jnp.where(real, values, jnp.zeros((), values.dtype))
+
+
+def _matrices(*shape: int, part: int = 0) -> Any:
+    """Shared memory for factors of products, which are cut into parts of so many columns."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    swizzle = gpu.swizzle_bytes(*shape[-2:], part)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=gpu.tiled(swizzle))
+
+
+def _kernel(
+    plan: _Plan,
+    size: tuple[int, int],
+    out_type: jax.ShapeDtypeStruct,
+    operands: dict[str, jax.Array],
+    *,
+    out_relu: bool = False,
+    backward: bool = False,
+    interpret: bool,
+) -> jax.Array:
+    """The block, or the gradient of its input.
+
+    Args:
+      plan: how to cut it.
+      size: height and width of the output.
+      out_type: `[pixels, channels]`.
+      operands: `image`, which is read at offsets, `w1`, `b1` and `w2`; then, each if there is one,
+        `bias`, and `aligned`, the residual. Backward the image is dout, and `aligned` is x.
+      out_relu: whether a ReLU comes before the residual.
+      backward: which of the two.
+      interpret: simulate the kernel.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     height, width = size
     total, outputs = out_type.shape
-    channels = operands[0].shape[-1]
-    pitch = channels + 8
-    depth, step, warpgroups = plan.depth, plan.step, plan.warpgroups
-    tile = plan.rows * plan.line
-    tiles = -(-total // tile)
+    channels = operands["image"].shape[-1]
+    halo, depth, step, warpgroups = plan.halo, plan.depth, plan.step, plan.warpgroups
+    tiles = -(-total // halo.tile)
     blocks = min(gpu.MULTIPROCESSORS, -(-tiles // warpgroups))
     workers = blocks * warpgroups
     layout = plgpu.Layout.WGMMA
-    # One row at a time where a copy cannot take several: the interpreter does not reshape.
-    box = 1 if interpret and plan.line > 1 else gpu.BOX
-    copies = [(row, min(box, plan.loaded - row)) for row in range(0, plan.loaded, box)]
+    resident = [name for name in operands if name not in ("image", "aligned")]
 
-    def body(x_gmem, w1_gmem, b1_gmem, w2_gmem, *rest, scratch: Any) -> None:
-        # What is there of the epilogue's operands; never None where it is used.
-        operands: list[Any] = list(rest)
-        bias_gmem: Any = operands.pop(0) if has_bias else None
-        residual_gmem: Any = operands.pop(0) if has_residual else None
-        (out_gmem,) = operands
-        image, w1, b1, w2, bias, out_smem, left, arrived, added, ready = scratch
+    def body(gmem, out_gmem, smem, image, out_smem, left, arrived, added, ready):
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
         worker = block * warpgroups + wg
@@ -248,68 +405,72 @@ def _kernel(plan, size, out_type, has_bias, out_relu, has_residual, interpret, o
         left = None if left is None else left.at[wg]
 
         @pl.when(wg == 0)
-        def _weights():
-            plgpu.copy_gmem_to_smem(w1_gmem, w1, ready)
-            plgpu.copy_gmem_to_smem(b1_gmem, b1, ready)
-            plgpu.copy_gmem_to_smem(w2_gmem, w2, ready)
-            if has_bias:
-                plgpu.copy_gmem_to_smem(bias_gmem, bias, ready)
-
-        def first_row(index):
-            # Never negative: rows before the first tile are not loaded, and masks drop them.
-            return jnp.maximum(index * plan.rows - plan.before, 0)
+        def _resident():
+            for name in resident:
+                plgpu.copy_gmem_to_smem(gmem[name], smem[name], ready)
 
         def fetch(index, slot):
-            for phase, (row_phase, column_phase) in enumerate(plan.phases):
-                for row, count in copies:
-                    source = pl.ds(first_row(index) + row, count)
-                    target = pl.ds(plan.front + row * plan.line, count * plan.line)
-                    target = image.at[slot, phase, target]
-                    if plan.line > 1:
-                        source = (source, row_phase, pl.ds(0, plan.line), column_phase)
-                        if count > 1:
-                            target = target.reshape(count, plan.line, pitch)
-                        else:
-                            source = (first_row(index) + row, *source[1:])
-                    else:
-                        source = (source,)
-                    plgpu.copy_gmem_to_smem(
-                        x_gmem.at[(*source, gpu.padded(block, pitch))],
-                        target,
-                        arrived.at[wg * _SLOTS + slot],
-                    )
+            for number, phase in enumerate(plan.phases):
+                halo.fetch(
+                    gmem["image"],
+                    image.at[slot, number],
+                    arrived.at[wg * _SLOTS + slot],
+                    index,
+                    phase,
+                    block=block,
+                    interpret=interpret,
+                )
 
-        def compute(first, slot, base):
-            """The output pixels from the `first` on, whose inputs start at `base` in memory."""
+        def product(a, b):
+            def multiply(acc):
+                gpu.multiply_add(acc, a, b, left)
+                return acc[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((step, b.shape[1]), jnp.float32))
+
+        def along_pixels(vector):
+            """Added to every pixel: channels from shared memory."""
+            vector = gpu.load(vector, layout.reduce(0), interpret)
+            return lax.broadcast_in_dim(vector, (step, *vector.shape), (1,))
+
+        def expand(a, number):
+            y = product(a, smem["w1"].at[number]) + along_pixels(smem["b1"].at[number])
+            # Rounding first halves the work of the ReLU, and changes nothing.
+            return jnp.maximum(y.astype(jnp.bfloat16), jnp.zeros((), jnp.bfloat16))
+
+        def compute(first, slot, base, x):
+            """The output pixels from the `first` on, whose inputs start at `base` in memory.
+
+            Backward they are pixels of x, which are given too.
+            """
             pixels = gpu.count_up(first, step, layout.reduce(1), interpret)
             row, column = gpu.coordinates(pixels, height, width)
+            # Addresses without it are computed once for all tiles, and fill the registers.
+            zero = lax.optimization_barrier(slot * 0)
 
-            def expand(tap, number):
-                source = pl.ds(base + plan.offset(tap, width), step)
+            def factor(tap, number):
+                source = pl.ds(base + tap.flat(width), step)
                 source = image.at[slot, plan.phases.index(tap.phase), source, pl.ds(0, channels)]
-                a = gpu.load(source, layout, interpret)
-
-                def product(acc):
-                    gpu.multiply_add(acc, a, w1.at[number], left)
-                    return acc[...]
-
-                y = pl.run_scoped(product, plgpu.ACC((step, depth), jnp.float32))
-                shift = gpu.load(b1.at[number], layout.reduce(0), interpret)
-                y += lax.broadcast_in_dim(shift, y.shape, (1,))
-                # Rounding first halves the work of the ReLU, and changes nothing.
-                y = jnp.maximum(y.astype(jnp.bfloat16), jnp.zeros((), jnp.bfloat16))
+                if backward:
+                    y = expand(x, number)
+                    dout = gpu.load(source, layout, interpret)
+                    dy = product(dout, smem["w2"].at[number].T).astype(jnp.bfloat16)
+                    y = gpu.where_bits(y > jnp.zeros((), y.dtype), dy)
+                else:
+                    y = expand(gpu.load(source, layout, interpret), number)
                 keep = gpu.inside(tap, row, column, height, width)
                 return y if keep is None else gpu.where_bits(keep, y)
 
             def project(acc):
                 for number, tap in enumerate(plan.taps):
-                    gpu.multiply_add(acc, expand(tap, number), w2.at[number], left)
+                    number += zero
+                    b = smem["w1"].at[number].T if backward else smem["w2"].at[number]
+                    gpu.multiply_add(acc, factor(tap, number), b, left)
                 return acc[...]
 
             value = pl.run_scoped(project, plgpu.ACC((step, outputs), jnp.float32))
-            if has_bias:
-                shift = gpu.load(bias.at[pl.ds(0, outputs)], layout.reduce(0), interpret)
-                value += lax.broadcast_in_dim(shift, value.shape, (1,))
+            if "bias" in smem:
+                value += along_pixels(smem["bias"].at[pl.ds(0, outputs)])
             return jnp.maximum(value, np.float32(0)) if out_relu else value
 
         mine = (tiles - worker + workers - 1) // workers
@@ -325,25 +486,34 @@ def _kernel(plan, size, out_type, has_bias, out_relu, has_residual, interpret, o
         def _tile(turn):
             index = worker + turn * workers
             slot = lax.rem(turn, _SLOTS)
-            here = pl.ds(index * tile, tile)
+            here = pl.ds(index * halo.tile, halo.tile)
             # The last tile's result has left the buffer that this one's goes to.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if has_residual:
+            if "aligned" in gmem:
                 plgpu.copy_gmem_to_smem(
-                    residual_gmem.at[here], out_smem.at[pl.ds(0, tile)], added.at[wg]
+                    gmem["aligned"].at[here], out_smem.at[pl.ds(0, halo.tile)], added.at[wg]
                 )
             plgpu.barrier_wait(arrived.at[wg * _SLOTS + slot])
-            base = plan.front + (index * plan.rows - first_row(index)) * plan.line
-            for start in range(0, plan.computed, step):
-                value = compute(index * tile + start, slot, base + start)
-                if has_residual and start == 0:
-                    plgpu.barrier_wait(added.at[wg])
+            if backward:
+                plgpu.barrier_wait(added.at[wg])
+
+            @pl.loop(0, halo.computed // step)
+            def _step(number):
+                start = number * step
                 here_smem = out_smem.at[pl.ds(start, step)]
-                if has_residual:
+                first = index * halo.tile + start
+                value = compute(first, slot, halo.base(index) + start, here_smem)
+                if "aligned" in gmem and not backward:
+
+                    @pl.when(number == 0)
+                    def _added():
+                        plgpu.barrier_wait(added.at[wg])
+
                     value += gpu.load(here_smem, layout, interpret).astype(jnp.float32)
                 here_smem[...] = value.astype(out_type.dtype)
+
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, tile)], out_gmem.at[here])
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, halo.tile)], out_gmem.at[here])
 
             @pl.when(turn + _SLOTS < mine)
             def _next():
@@ -351,33 +521,29 @@ def _kernel(plan, size, out_type, has_bias, out_relu, has_residual, interpret, o
 
         plgpu.wait_smem_to_gmem(0)
 
-    def matrices(*shape):
-        swizzle = gpu.swizzle_bytes(*shape[-2:])
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=gpu.tiled(swizzle))
+    def shared(name):
+        shape = operands[name].shape
+        return _matrices(*shape) if name[0] == "w" else plgpu.SMEM(shape, jnp.float32)
 
-    count = len(plan.taps)
-    b1_shape = operands[2].shape
+    copies = len(plan.phases) * len(halo.copies(interpret))
+    wide = max(channels, depth, outputs)
     scratch = [
-        plgpu.SMEM((warpgroups, _SLOTS, len(plan.phases), plan.pixels, pitch), jnp.bfloat16),
-        matrices(count, channels, depth),
-        plgpu.SMEM(b1_shape, jnp.float32),
-        matrices(count, depth, outputs),
-        plgpu.SMEM((64,), jnp.float32) if has_bias else None,
-        plgpu.SMEM(
-            (warpgroups, plan.computed, outputs),
-            jnp.bfloat16,
-            transforms=gpu.tiled(gpu.swizzle_bytes(outputs)),
-        ),
-        plgpu.SMEM((warpgroups, step, max(channels, depth)), jnp.bfloat16) if interpret else None,
-        plgpu.Barrier(
-            num_arrivals=len(plan.phases) * len(copies), num_barriers=warpgroups * _SLOTS
-        ),
-        plgpu.Barrier(num_barriers=warpgroups) if has_residual else None,
-        plgpu.Barrier(num_arrivals=3 + has_bias),
+        {name: shared(name) for name in resident},
+        plgpu.SMEM((warpgroups, _SLOTS, len(plan.phases), halo.pixels, channels + 8), jnp.bfloat16),
+        # Backward it holds factors of the same products as w1, which asks for the same parts.
+        _matrices(warpgroups, halo.computed, outputs, part=depth if backward else 0),
+        plgpu.SMEM((warpgroups, step, wide), jnp.bfloat16) if interpret else None,
+        plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups * _SLOTS),
+        plgpu.Barrier(num_barriers=warpgroups) if "aligned" in operands else None,
+        plgpu.Barrier(num_arrivals=len(resident)),
     ]
 
     def shift_block(*refs):
-        pl.run_scoped(lambda *scratch: body(*refs, scratch=scratch), *scratch, collective_axes="wg")
+        *inputs, out_gmem = refs
+        gmem = dict(zip(operands, inputs, strict=True))
+        pl.run_scoped(
+            lambda *scratch: body(gmem, out_gmem, *scratch), *scratch, collective_axes="wg"
+        )
 
     return plgpu.kernel(
         shift_block,
@@ -388,4 +554,181 @@ def _kernel(plan, size, out_type, has_bias, out_relu, has_residual, interpret, o
         thread_name="wg",
         compiler_params=gpu.compiler_params(),
         interpret=gpu.interpret_params(interpret),
-    )(*operands)
+    )(*operands.values())
+
+
+def _sums(
+    plan: _SumsPlan,
+    size: tuple[int, int],
+    phases: jax.Array,
+    dout: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    w2: jax.Array,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of `w1`, transposed, of `b1` and of `w2`, by `[chunks, rows]`.
+
+    Args:
+      plan: how the sums are divided.
+      size: height and width of the output.
+      phases: `[stride, stride, pixels, C]`, x.
+      dout: `[pixels, K]`.
+      w1, b1, w2: the weights.
+      interpret: simulate the kernel.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    height, width = size
+    total, channels = phases.shape[2:]
+    outputs = dout.shape[1]
+    chunks, each, halo, warpgroups = len(plan.chunks), plan.each, plan.halo, plan.warpgroups
+    tiles = -(-total // halo.tile)
+    # Workers with neighbouring numbers have the same pixels.
+    shares = min(tiles, max(1, gpu.MULTIPROCESSORS * warpgroups // chunks))
+    blocks = -(-shares * chunks // warpgroups)
+    workers = blocks * warpgroups
+    layout = plgpu.Layout.WGMMA
+    # Of each chunk the phase, and the offset of each tap.
+    table = np.zeros((chunks, 2 + 2 * each), np.int32)
+    for entry, chunk in zip(table, plan.chunks, strict=True):
+        entry[:2] = chunk[0].phase
+        for number, tap in enumerate(chunk):
+            entry[2 + 2 * number : 4 + 2 * number] = tap.row, tap.column
+    weights = _weights(plan.chunks, _ROWS, w1, b1, w2, dout.dtype)
+    operands = {
+        "w1": weights["w1"].transpose(0, 2, 1),
+        "b1": weights["b1"],
+        "w2": weights["w2"],
+        "table": jnp.asarray(table),
+        "x": phases,
+        "dout": dout,
+    }
+
+    def body(gmem, out_gmem, smem, image, x, shifted, left, arrived, ready):
+        wg = lax.axis_index("wg")
+        block = lax.axis_index("block")
+        worker = block * warpgroups + wg
+        chunk, share = lax.rem(worker, np.int32(chunks)), lax.div(worker, np.int32(chunks))
+        image, x, shifted = image.at[wg], x.at[wg], shifted.at[wg]
+        w1, b1, w2 = (smem[name].at[wg] for name in ("w1", "b1", "w2"))
+        left = None if left is None else left.at[wg]
+        for name, target in (("w1", w1), ("b1", b1), ("w2", w2)):
+            plgpu.copy_gmem_to_smem(gmem[name].at[chunk], target, ready.at[wg])
+        phase = tuple(gmem["table"][chunk, i] for i in range(2))
+        offsets = [
+            tuple(gmem["table"][chunk, 2 + 2 * number + i] for i in range(2))
+            for number in range(each)
+        ]
+
+        def fetch(index, slot):
+            barrier = arrived.at[wg * _SLOTS + slot]
+            halo.fetch(
+                gmem["dout"], image.at[slot], barrier, index, block=block, interpret=interpret
+            )
+            here = pl.ds(index * halo.tile, halo.tile)
+            plgpu.copy_gmem_to_smem(gmem["x"].at[(*phase, here)], x.at[slot], barrier)
+
+        def product(a, b):
+            def multiply(acc):
+                plgpu.wgmma(acc, a, b)
+                return acc[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((_ROWS, _STEP), jnp.float32))
+
+        def add(start, db1, *, dw1, dw2, index, slot):
+            """Adds the products of the tile's pixels from `start` on."""
+            here = x.at[slot, pl.ds(start, _STEP)]
+            pixels = gpu.count_up(index * halo.tile + start, _STEP, layout.reduce(1), interpret)
+            row, column = gpu.coordinates(pixels, height, width)
+            for number, (down, right) in enumerate(offsets):
+                source = pl.ds(halo.base(index) + start - down * width - right, _STEP)
+                d = gpu.load(image.at[slot, source, pl.ds(0, outputs)], layout, interpret)
+                above, left_of = row - down, column - right
+                keep = (above >= 0) & (above < height) & (left_of >= 0) & (left_of < width)
+                shifted[:, pl.ds(number * outputs, outputs)] = gpu.where_bits(keep, d)
+            plgpu.commit_smem()
+            y = product(w1, here.T) + lax.broadcast_in_dim(bias, (_ROWS, _STEP), (0,))
+            y = jnp.maximum(y.astype(jnp.bfloat16), jnp.zeros((), jnp.bfloat16))
+            dy = product(w2, shifted.T)
+            dy = jnp.where(y > jnp.zeros((), y.dtype), dy, np.float32(0))
+            gpu.multiply_add(dw2, y, shifted, left)
+            gpu.multiply_add(dw1, dy.astype(jnp.bfloat16), here, left)
+            plgpu.wgmma_wait(0)  # the next pixels take the place of these
+            return db1 + dy.sum(1)
+
+        mine = jnp.where(share < shares, (tiles - share + shares - 1) // shares, 0)
+        for slot in range(_SLOTS):
+
+            @pl.when(slot < mine)
+            def _first(slot=slot):
+                fetch(share + slot * shares, slot)
+
+        plgpu.barrier_wait(ready.at[wg])
+        bias = gpu.load(b1, layout.reduce(1), interpret)
+
+        def accumulate(dw1, dw2):
+            def tile(turn, db1):
+                index = share + turn * shares
+                slot = lax.rem(turn, _SLOTS)
+                plgpu.barrier_wait(arrived.at[wg * _SLOTS + slot])
+                here = functools.partial(add, dw1=dw1, dw2=dw2, index=index, slot=slot)
+                db1 = lax.fori_loop(
+                    0, halo.tile // _STEP, lambda step, db1: here(step * _STEP, db1), db1
+                )
+
+                @pl.when(turn + _SLOTS < mine)
+                def _next():
+                    fetch(index + _SLOTS * shares, slot)
+
+                return db1
+
+            db1 = lax.fori_loop(0, mine, tile, bias * 0)
+            return dw1[...], db1, dw2[...]
+
+        shapes = ((_ROWS, n) for n in (channels, each * outputs))
+        sums = pl.run_scoped(accumulate, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        for target, value in zip(out_gmem, sums, strict=True):
+            target[worker] = value
+
+    scratch = [
+        {
+            "w1": _matrices(warpgroups, _ROWS, channels),
+            "b1": plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
+            "w2": _matrices(warpgroups, _ROWS, each * outputs, part=outputs),
+        },
+        plgpu.SMEM((warpgroups, _SLOTS, halo.pixels, outputs + 8), jnp.bfloat16),
+        _matrices(warpgroups, _SLOTS, halo.tile, channels),
+        _matrices(warpgroups, _STEP, each * outputs, part=outputs),
+        plgpu.SMEM((warpgroups, _ROWS, _STEP), jnp.bfloat16) if interpret else None,
+        plgpu.Barrier(
+            num_arrivals=len(halo.copies(interpret)) + 1, num_barriers=warpgroups * _SLOTS
+        ),
+        plgpu.Barrier(num_arrivals=3, num_barriers=warpgroups),
+    ]
+
+    def shift_block_sums(*refs):
+        gmem = dict(zip(operands, refs, strict=False))
+        out_gmem = refs[len(operands) :]
+        pl.run_scoped(
+            lambda *scratch: body(gmem, out_gmem, *scratch), *scratch, collective_axes="wg"
+        )
+
+    shapes = ((_ROWS, channels), (_ROWS,), (_ROWS, each * outputs))
+    sums = plgpu.kernel(
+        shift_block_sums,
+        out_type=tuple(jax.ShapeDtypeStruct((workers, *shape), jnp.float32) for shape in shapes),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="wg",
+        compiler_params=gpu.compiler_params(),
+        interpret=gpu.interpret_params(interpret),
+    )(*operands.values())
+    dw1, db1, dw2 = (
+        value[: shares * chunks].reshape(shares, chunks, *value.shape[1:]).sum(0) for value in sums
+    )
+    of_tap = _places(plan.chunks, _ROWS)[1][..., None] == np.arange(each)
+    dw2 = dw2.reshape(chunks, _ROWS, each, outputs)
+    return dw1, db1, jnp.where(of_tap[..., None], dw2, np.float32(0)).sum(2)

@@ -60,7 +60,7 @@ def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
             return "the channels of an offset are not side by side, as many for each"
     if depth % 16 or depth > 128 or channels % depth:
         return f"{depth} channels move by the same offset, not a multiple of 16 up to 128"
-    reach = max(abs(tap.row * width + tap.column) for tap in taps)
+    reach = max(abs(tap.flat(width)) for tap in taps)
     front = gpu.round_up(reach, 8)
     # The copy engine moves multiples of 128 bytes to multiples of 128 bytes: 8 pixels.
     unit = 8 // math.gcd(line, 8)
@@ -220,7 +220,7 @@ def _kernel(
             drop it.
             """
             tap = plan.taps[number]
-            offset, column = (tap.row, tap.column) if line > 1 else (_flat(tap, width), 0)
+            offset, column = (tap.row, tap.column) if line > 1 else (tap.flat(width), 0)
             wanted = index * plan.rows + offset
             first = jnp.maximum(wanted, 0)
             return first, (wanted - first) * line + column
@@ -357,8 +357,3 @@ def _kernel(
         compiler_params=gpu.compiler_params(),
         interpret=gpu.interpret_params(interpret),
     )(*operands.values())
-
-
-def _flat(tap: gpu.Tap, width: int) -> int:
-    """An offset in pixels that are numbered through all images."""
-    return tap.row * width + tap.column
