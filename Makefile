@@ -3,6 +3,7 @@
 # make compile-check   the kernels and whole networks for TPUs and an H200, without one (4.4 GB of
 #                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs alone)
 # make fuzz         read 22,000 damaged weight files (3 to 5 minutes)
+# make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
 # make clean        forget the environment and the quickstart's run
 
 # The first of these that runs and is new enough; another: make test PYTHON=/path/to/python
@@ -14,7 +15,7 @@ CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test compile-check compile-tpu compile-gpu fuzz clean
+.PHONY: quickstart test compile-check compile-tpu compile-gpu fuzz torture clean
 
 quickstart: $(VENV)/base
 	rm -rf $(WORKDIR)
@@ -46,6 +47,9 @@ compile-gpu: $(CUDA_VENV)/cuda
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.foreign.fuzz
+
+torture: $(VENV)/dev
+	$(BIN)/python -m tests.torture
 
 $(VENV)/base: requirements.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11, 3.12 or 3.13; name it with PYTHON=..." >&2; exit 2; }

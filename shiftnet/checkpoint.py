@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from shiftnet.errors import RunFailed, UserError
+
+# Orbax logs the traceback of an error that it raises, too.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 LATEST, BEST = "checkpoints", "best"
 DIGESTS = "digests.json"
@@ -208,7 +212,7 @@ class Series:
             reason = next((line for line in lines if "space" in line), lines[0])
             others = [self.path(other) for other in sorted(self._steps()) if other != step]
             good = [path for path in others if flaw(path) is None]
-            last = f"the last good one is {good[-1]}" if good else "there is no good one"
+            last = f"the last good one is {good[-1]}" if good else f"{self.directory} has no other"
             raise RunFailed(
                 f"cannot write checkpoint {self.path(step)}: {reason.strip()[:300]}; {last}"
             ) from error

@@ -16,6 +16,7 @@ import shiftnet
 from shiftnet import checkpoint, data, evaluate, train
 from shiftnet.data import augment
 from shiftnet.errors import UserError
+from shiftnet.training import metrics
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs/quickstart.py")
@@ -178,6 +179,27 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     saved = checkpoint.find(workdir)
     assert f"stopped after step {saved.name}, saved" in out
     assert f"--workdir {workdir}" in out
+
+
+def test_a_run_goes_on_with_more_devices_and_with_fewer(tmp_path):
+    workdir = str(tmp_path / "run")
+    for epochs, (devices, divided) in enumerate([(1, False), (8, True), (2, False)], 1):
+        command = [sys.executable, "train.py", "--config", QUICKSTART, "--workdir", workdir, *SMALL]
+        command += [f"--config.epochs={epochs}", "--config.model.expansion=9"]
+        command += ["--config.batch_size=64", f"--config.parallel.fsdp={divided}"]
+        result = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"{devices} x cpu" in result.stdout
+        assert ("continuing after step" in result.stdout) == (epochs > 1)
+    lines = metrics.read(tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[0]["train_loss"] > lines[1]["train_loss"] > lines[2]["train_loss"]
 
 
 def test_importing_the_package_imports_neither_jax_nor_tensorflow():

@@ -6,8 +6,11 @@ Two kinds of run, one on data that the device holds, one on image files read by 
 are each done once in peace. Then they are done again while their process is killed: by SIGKILL at
 random moments, right after the first step of a start, and while a checkpoint is being written; and
 stopped by SIGTERM. Each time the run is started again, until it ends; then it begins anew, until
-there were enough kills. Every array of every end's checkpoint and every line of `metrics.jsonl`
-(but for the clock's numbers) must be those of the run in peace. Exits with 1 where they are not.
+there were enough kills. Last comes a job of 4 processes with 2 devices each and divided parameters,
+one of whose processes is killed: the others must end, and the job must go on.
+
+Every array of every end's checkpoint and every line of `metrics.jsonl` (but for the clock's
+numbers) must be those of the run in peace. Exits with 1 where they are not.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -50,6 +54,8 @@ FILES = {
     "batch_size": 8,
     "epochs": 8,
 }
+JOB = DIGITS | {"model.expansion": 9, "epochs": 2, "parallel.fsdp": "true"}
+PROCESSES, DEVICES, BOUND = 4, 2, 180  # seconds, three times JAX's patience with a silent process
 MOMENTS = ("any time", "any time", "first step", "checkpoint", "SIGTERM")
 
 
@@ -58,12 +64,14 @@ def command(workdir: Path, settings: dict[str, Any]) -> list[str]:
     return [*TRAIN, "--workdir", str(workdir), *overrides]
 
 
-def start(workdir: Path, settings: dict[str, Any]) -> subprocess.Popen[str]:
+def start(
+    workdir: Path, settings: dict[str, Any], *options: str, **variables: str
+) -> subprocess.Popen[str]:
     # A group of its own, so that a kill is the process's alone, as the system's is for memory.
     return subprocess.Popen(
-        command(workdir, settings),
+        [*command(workdir, settings), *options],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -173,6 +181,45 @@ def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Rand
     return wrong
 
 
+def start_job(workdir: Path) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    join = ["--coordinator", address, "--num-processes", str(PROCESSES), "--process-id"]
+    count = {"JAX_NUM_CPU_DEVICES": str(DEVICES)}
+    return [start(workdir, JOB, *join, str(number), **count) for number in range(PROCESSES)]
+
+
+def finish_job(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes[1:] + processes[:1]:  # the first one speaks, the others hardly
+        printed, _ = process.communicate()
+        if process.returncode:
+            print(printed)
+            raise SystemExit(f"job: a process ended with code {process.returncode}")
+
+
+def torture_job() -> int:
+    """Kills one process of a job; returns whether the job ends otherwise than in peace."""
+    with tempfile.TemporaryDirectory() as scratch:
+        peaceful, workdir = Path(scratch) / "peaceful", Path(scratch) / "run"
+        finish_job(start_job(peaceful))
+        processes = start_job(workdir)
+        assert processes[0].stdout is not None
+        for line in processes[0].stdout:
+            if "  step 5/" in line:
+                break
+        processes[2].kill()
+        began = time.monotonic()
+        for process in processes:
+            printed, _ = process.communicate(timeout=BOUND)
+            assert process.returncode, printed
+        print(f"job: the others ended within {time.monotonic() - began:.0f} s of a kill")
+        finish_job(start_job(workdir))
+        found = differences(workdir, peaceful)
+        print(f"job: end after the kill: {found or 'the same'}")
+        return bool(found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.torture", description=(__doc__ or "").split("\n")[0]
@@ -183,6 +230,7 @@ def main() -> int:
     chance = random.Random(arguments.seed)
     wrong = torture("digits", DIGITS, arguments.kills // 2, chance)
     wrong += torture("files", FILES, arguments.kills - arguments.kills // 2, chance)
+    wrong += torture_job()
     print("every end was the same" if not wrong else f"{wrong} ends differ")
     return wrong > 0
 
