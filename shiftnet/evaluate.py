@@ -13,6 +13,7 @@ from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
 from shiftnet.training.evaluation import Evaluation, make_evaluator
 from shiftnet.training.mesh import make_mesh
+from shiftnet.training.processes import use_compilation_cache
 
 
 @reported
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
 
+    use_compilation_cache()
     paths = [path for pattern in arguments.ckpt for path in _expand(pattern)]
     rows = []
     for path in paths:
