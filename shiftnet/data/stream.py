@@ -378,8 +378,10 @@ def _close(running: list[grain.DatasetIterator]) -> None:
 
 def _start_worker(index: int, count: int) -> None:
     del index, count
-    # Ctrl-C reaches every process of the terminal; the parent decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and SLURM's SIGTERM every one of the job; the
+    # parent decides when its workers end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # A parent that is killed cannot end them, and Grain's workers would wait for it for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -293,8 +293,9 @@ SCRIPT = """
             print("ready", flush=True)
             sys.stdin.read()
         if sys.argv[2] == "interrupt":
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the loop, which finishes its step
-            os.killpg(0, signal.SIGINT)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # as the loop, which finishes its step
+                os.killpg(0, number)
             assert len(list(stream)) == 98
         if sys.argv[2] == "close":
             stream.close()
@@ -321,7 +322,7 @@ def started(tmp_path, how):
 
 @pytest.mark.parametrize("how", ["close", "leave", "interrupt"])
 def test_a_plain_script_ends_without_a_word_from_its_workers(tmp_path, how):
-    """Also: no worker has initialised JAX, and Ctrl-C does not end workers."""
+    """Also: no worker has initialised JAX, and no signal to all processes ends workers."""
     with started(tmp_path, how) as process:
         output, errors = process.communicate(timeout=120)
     assert (process.returncode, output, errors) == (0, "done (2,)\n", "")
