@@ -234,6 +234,13 @@ def tiled(swizzle: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
+def matrices(*shape: int, part: int = 0) -> Any:
+    """Shared memory for factors of products, which are cut into parts of so many columns."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled(swizzle_bytes(*shape[-2:], part)))
+
+
 def interpret_params(interpret: bool) -> Any:
     """What `plgpu.kernel` takes as `interpret`: the simulation on a CPU, or False."""
     if not interpret:

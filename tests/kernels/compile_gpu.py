@@ -96,6 +96,24 @@ def pointwise(batch: int, size: tuple[int, ...], whole: bool) -> Kernel:
     )
 
 
+def pointwise_gradients(batch: int, size: tuple[int, ...], whole: bool) -> Kernel:
+    side, channels, outputs, stride = size
+    expanded, small = 9 * channels, side // stride
+    dh, dw = (np.repeat(offset, channels) for offset in channel_offsets(9))
+    core = {"relu": whole, "dh": dh, "dw": dw, "stride": stride}
+    image, dout = (batch, side, side, expanded), (batch, small, small, outputs)
+    shapes = [(image, "bfloat16"), ((expanded, outputs), "bfloat16"), (dout, "bfloat16")]
+    if whole:
+        shapes += [((expanded,), "float32")] * 2
+
+    def call(x, w, dout, scale=None, bias=None):
+        return shift_pointwise.backward(x, w, scale, bias, dout, **core)
+
+    x, w = (jax.ShapeDtypeStruct(*shape) for shape in shapes[:2])
+    reason = shift_pointwise.unsupported(x, w, **core, backward=True)
+    return f"gradients of shift_pointwise {batch} {size} whole={whole}", reason, call, shapes
+
+
 def moves(shape: tuple[int, ...], dtype: str, kernel_size: int = 3) -> Kernel:
     dh, dw = channel_offsets(shape[-1], kernel_size)
     reason = shift.unsupported(shape, jnp.dtype(dtype), dh, dw)
@@ -109,10 +127,12 @@ def kernels() -> Iterator[Kernel]:
             yield block_gradients(512, size, expansion)
             yield moves((512, size[0], size[0], expansion * size[1]), "bfloat16")
         yield pointwise(512, size, True)
+        yield pointwise_gradients(512, size, True)
     # A batch too small for all multiprocessors, and nothing before or after the products.
     yield block(8, BLOCKS[0], 9, False)
     yield block_gradients(8, BLOCKS[0], 9)
     yield pointwise(8, BLOCKS[0], False)
+    yield pointwise_gradients(8, BLOCKS[0], False)
     # Images larger than a tile, rows that are no multiple of 8 pixels.
     yield block(64, (56, 64, 64, 1), 1, True)
     yield block_gradients(64, (56, 64, 64, 1), 1)

@@ -21,6 +21,8 @@ from shiftnet.kernels.shift_block import gpu as shift_block
 from shiftnet.kernels.shift_block import shift_block as shift_block_operation
 from shiftnet.kernels.shift_block import xla as shift_block_xla
 from shiftnet.kernels.shift_pointwise import gpu as shift_pointwise
+from shiftnet.kernels.shift_pointwise import shift_pointwise as shift_pointwise_operation
+from shiftnet.kernels.shift_pointwise import xla as shift_pointwise_xla
 
 # Its copies past the end of an array come back empty.
 simulated = pytest.mark.skipif(
@@ -45,6 +47,7 @@ def one_warpgroup(monkeypatch):
     """For gradients: where the CPU has few threads, two can each hold what the other waits for."""
     monkeypatch.setattr(shift_block, "_SHAPES", ((1, 64),))
     monkeypatch.setattr(shift_block, "_SUMS_SHAPES", ((1, 128), (1, 64)))
+    monkeypatch.setattr(shift_pointwise, "_WARPGROUPS", (1,))
 
 
 def numbers(seed, *shape, dtype=jnp.bfloat16, scale=1.0):
@@ -131,7 +134,7 @@ def test_gradients_of_shift_block(image, channels, expanded, outputs, stride, di
     assert_gradients(found, operands, shift_block_xla.forward, core, dout)
 
 
-def assert_gradients(found, operands, forward, core, dout):
+def assert_gradients(found, operands, forward, core, dout, whole_numbers=False):
     """Against those of plain XLA in float32, which rounds nothing on the way."""
     wide = [None if value is None else value.astype(jnp.float32) for value in operands]
     forward = functools.partial(forward, **core, layout="NHWC")
@@ -141,6 +144,9 @@ def assert_gradients(found, operands, forward, core, dout):
             assert a is None
             continue
         assert (a.shape, a.dtype) == (value.shape, value.dtype)
+        if whole_numbers:
+            np.testing.assert_array_equal(exact(a)[0], exact(b.astype(a.dtype))[0])
+            continue
         # A value in bfloat16 between is off by 2**-9 of itself; the sums are of many.
         np.testing.assert_allclose(exact(a)[0], b, rtol=2**-7, atol=2**-7 * np.abs(b).max())
 
@@ -164,11 +170,7 @@ def test_gradients_of_shift_block_are_exact(monkeypatch, expanded, kernel_size, 
     dh, dw = channel_offsets(expanded, kernel_size)
     core = {"dh": dh, "dw": dw, "stride": stride}
     found = run(shift_block.backward, *operands, dout, **core)
-    wide = [value.astype(jnp.float32) for value in operands]
-    forward = functools.partial(shift_block_xla.forward, **core, layout="NHWC")
-    expected = jax.vjp(forward, *wide)[1](dout.astype(jnp.float32))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(exact(a)[0], b.astype(jnp.bfloat16).astype(jnp.float32))
+    assert_gradients(found, operands, shift_block_xla.forward, core, dout, whole_numbers=True)
 
 
 @simulated
@@ -206,6 +208,34 @@ def test_shift_pointwise(monkeypatch, image, channels, outputs, stride, dilation
     if whole:
         expected = np.maximum(expected * out_scale + out_bias, 0) + residual
     assert_rounded_once(out, expected)
+
+
+@simulated
+@pytest.mark.usefixtures("one_warpgroup")
+@pytest.mark.parametrize(
+    ("image", "channels", "outputs", "stride", "dilation", "whole"),
+    [
+        pytest.param((1, 16, 20), 144, 16, 1, 1, True, id="many-tiles-in-an-image"),
+        pytest.param((8, 3, 5), 288, 32, 1, 2, False, id="no-prologue-partly-filled-tile"),
+        pytest.param((2, 16, 12), 144, 32, 2, 1, True, id="stride-2"),
+    ],
+)
+def test_gradients_of_shift_pointwise_are_exact(
+    monkeypatch, image, channels, outputs, stride, dilation, whole
+):
+    """Of small whole numbers: no rounding hides a wrong term."""
+    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 6)  # 2 shares of the pixels of 144 channels
+    n, height, width = image
+    rng = np.random.default_rng(0)
+    arrays = (*image, channels), (channels, outputs), (channels,), (channels,)
+    arrays = (*arrays, (n, height // stride, width // stride, outputs))
+    x, w, scale, bias, dout = (jnp.asarray(rng.integers(-2, 3, a), jnp.bfloat16) for a in arrays)
+    prologue = (scale, bias.astype(jnp.float32)) if whole else (None, None)
+    dh, dw = (np.repeat(offset, channels // 9) for offset in channel_offsets(9, 3, dilation))
+    core = {"relu": whole, "dh": dh, "dw": dw, "stride": stride}
+    operands = x, w, *prologue
+    found = run(shift_pointwise.backward, *operands, dout, **core)
+    assert_gradients(found, operands, shift_pointwise_xla.forward, core, dout, whole_numbers=True)
 
 
 @simulated
@@ -258,6 +288,10 @@ def test_kernels_lower_for_a_gpu_without_one(stride):
             lambda x, w, v: shift_pointwise.forward(x, w, v, v, relu=True, **grouped),
             *(expanded, w2, b1),
         ),
+        (
+            lambda x, w, v, d: shift_pointwise.backward(x, w, v, v, d, relu=True, **grouped),
+            *(expanded, w2, b1, dout),
+        ),
         (functools.partial(shift.shift, dh=dh, dw=dw), expanded),
     ]
     for call, *arguments in calls:
@@ -305,12 +339,38 @@ def test_gradients_without_a_kernel_are_xla_s(width, kernels):
     found = shift_block.unsupported(x, w1, w2, dh=dh, dw=dw, stride=1, backward=True)
     assert (found is None) == (kernels > 1)
 
-    def loss(*operands):
-        return shift_block_operation(*operands, implementation="gpu").astype(jnp.float32).sum()
+    assert kernels_of_gradients(shift_block_operation, x, w1, b1, w2) == kernels
 
-    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
-    text = gradients.trace(x, w1, b1, w2).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == kernels
+
+def kernels_of_gradients(operation, *operands):
+    """How many kernels value and gradients have together."""
+
+    def loss(*operands):
+        return operation(*operands, implementation="gpu").astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss, range(len(operands))))
+    text = gradients.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "dilation", "reason"),
+    [
+        (32, 1, None),
+        (64, 1, "4 offsets to 64 outputs are more than 128 sums of a channel"),
+        (16, 8, "some channels move out of the image"),
+    ],
+)
+def test_gradients_of_shift_pointwise_without_a_kernel_are_xla_s(outputs, dilation, reason):
+    operation = functools.partial(
+        shift_pointwise_operation, dilation=dilation, channel_order="grouped"
+    )
+    x, w, dout = shapes((8, 8, 8, 144), (144, outputs), (8, 8, 8, outputs))
+    assert kernels_of_gradients(operation, x, w) == (2 if reason is None else 1)
+    if reason is not None:
+        dh, dw = channel_offsets(144, 3, dilation, "grouped")
+        with pytest.raises(ValueError, match=reason):
+            shift_pointwise.backward(x, w, None, None, dout, relu=False, dh=dh, dw=dw, stride=1)
 
 
 @pytest.mark.parametrize(

@@ -354,14 +354,6 @@ def _of_channels(chunks: list[list[gpu.Tap]], values: jax.Array, channels: int) 
     return jnp.where(real, values, jnp.zeros((), values.dtype))
 
 
-def _matrices(*shape: int, part: int = 0) -> Any:
-    """Shared memory for factors of products, which are cut into parts of so many columns."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    swizzle = gpu.swizzle_bytes(*shape[-2:], part)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=gpu.tiled(swizzle))
-
-
 def _kernel(
     plan: _Plan,
     size: tuple[int, int],
@@ -523,7 +515,7 @@ def _kernel(
 
     def shared(name):
         shape = operands[name].shape
-        return _matrices(*shape) if name[0] == "w" else plgpu.SMEM(shape, jnp.float32)
+        return gpu.matrices(*shape) if name[0] == "w" else plgpu.SMEM(shape, jnp.float32)
 
     copies = len(plan.phases) * len(halo.copies(interpret))
     wide = max(channels, depth, outputs)
@@ -531,7 +523,7 @@ def _kernel(
         {name: shared(name) for name in resident},
         plgpu.SMEM((warpgroups, _SLOTS, len(plan.phases), halo.pixels, channels + 8), jnp.bfloat16),
         # Backward it holds factors of the same products as w1, which asks for the same parts.
-        _matrices(warpgroups, halo.computed, outputs, part=depth if backward else 0),
+        gpu.matrices(warpgroups, halo.computed, outputs, part=depth if backward else 0),
         plgpu.SMEM((warpgroups, step, wide), jnp.bfloat16) if interpret else None,
         plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups * _SLOTS),
         plgpu.Barrier(num_barriers=warpgroups) if "aligned" in operands else None,
@@ -694,13 +686,13 @@ def _sums(
 
     scratch = [
         {
-            "w1": _matrices(warpgroups, _ROWS, channels),
+            "w1": gpu.matrices(warpgroups, _ROWS, channels),
             "b1": plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
-            "w2": _matrices(warpgroups, _ROWS, each * outputs, part=outputs),
+            "w2": gpu.matrices(warpgroups, _ROWS, each * outputs, part=outputs),
         },
         plgpu.SMEM((warpgroups, _SLOTS, halo.pixels, outputs + 8), jnp.bfloat16),
-        _matrices(warpgroups, _SLOTS, halo.tile, channels),
-        _matrices(warpgroups, _STEP, each * outputs, part=outputs),
+        gpu.matrices(warpgroups, _SLOTS, halo.tile, channels),
+        gpu.matrices(warpgroups, _STEP, each * outputs, part=outputs),
         plgpu.SMEM((warpgroups, _ROWS, _STEP), jnp.bfloat16) if interpret else None,
         plgpu.Barrier(
             num_arrivals=len(halo.copies(interpret)) + 1, num_barriers=warpgroups * _SLOTS

@@ -158,7 +158,13 @@ def _backward(setting, residuals, dout):
         forward = functools.partial(xla.forward, **core, layout=setting.layout)
         return jax.vjp(forward, x, w, scale, bias)[1](dy)
 
-    calls = {"xla": plain, "tpu": functools.partial(tpu.backward, **core), "gpu": plain}
+    # The GPU's forward kernel takes some arguments that its backward one does not.
+    lacking = gpu.unsupported(x, w, **core, backward=True)
+    calls = {
+        "xla": plain,
+        "tpu": functools.partial(tpu.backward, **core),
+        "gpu": plain if lacking else functools.partial(gpu.backward, **core),
+    }
     batch = BATCH[setting.layout]
     gradients = implementations.on_shares(
         functools.partial(setting.run, calls),

@@ -13,6 +13,22 @@ meet in a memory bank; the copy engine fills that part with zeros from beyond th
 
 Bytes moved per output pixel at bfloat16: 2*C of `x` (every value that is used once, no halo), 2*K
 written, 2*K more for a residual; and once for each of the 132 multiprocessors the weight.
+
+Backward, one kernel reads x and dout and writes dx and the sums over pixels. With d[q, c] = dout at
+the output pixel that reads pixel q of channel c,
+
+    dp[q, c] = d[q, c] @ w[c]        dw[c] = sum over q of p[q, c] * d[q, c]
+
+A warpgroup takes 64 channels, a few offsets', and a share of the pixels, and has the channels as
+the rows of its products: p is a left factor out of registers then, scale and bias are two numbers
+of a thread, and their gradients sums along rows. The identity, as a left factor, turns x that way
+on the tensor cores, without rounding. Each warpgroup writes its sums over pixels, and XLA adds them
+up. Stride 2 costs a copy: of every channel the quarter of x that
+is read is taken out before, and the quarter of dx put among zeros after the kernel.
+
+Bytes moved backward per output pixel: 2*C of x read, 2*C of dx written, 2*K of dout read for every
+64 channels, which at about the same time is read by all; at stride 2 besides 4*C to take out x,
+2*C to read and 8*C to write dx.
 """
 
 import math
@@ -29,6 +45,12 @@ from shiftnet.kernels import gpu
 _SHAPES = ((4, 128), (4, 64), (3, 64), (2, 64), (1, 64))
 _MOST_BOXES = 8  # under way for a warpgroup; 3 at least
 _REGISTERS = {4: 64, 3: 96, 2: 160, 1: 160}
+# Backward: channels and pixels of a warpgroup's tile, the most sums over pixels that one channel
+# has, warpgroups of a block, and tiles in shared memory for each.
+_ROWS = _TILE = 64
+_MOST_SUMS = 128
+_WARPGROUPS = (3, 2, 1)
+_SLOTS = 2
 
 
 class _Plan(NamedTuple):
@@ -90,6 +112,45 @@ def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
     )
 
 
+class _BackwardPlan(NamedTuple):
+    taps: list[gpu.Tap]  # in the order of their channels
+    part: int  # channels that lie side by side in shared memory; all of one tap
+    chunks: list[list[gpu.Tap]]  # the tap of each part of a warpgroup's channels
+    halo: gpu.Halo
+    warpgroups: int
+
+
+def _backward_plan(x, w, *, dh, dw, stride) -> _BackwardPlan | str:
+    """The same for the gradients."""
+    plan = _plan(x, w, dh=dh, dw=dw, stride=stride)
+    if isinstance(plan, str):
+        return plan
+    channels, outputs = w.shape
+    if len(plan.taps) * plan.depth < channels:
+        return "some channels move out of the image"
+    part = math.gcd(plan.depth, _ROWS)
+    each = _ROWS // part
+    if each * outputs > _MOST_SUMS:
+        return f"{each} offsets to {outputs} outputs are more than {_MOST_SUMS} sums of a channel"
+    parts = [tap for tap in plan.taps for _ in range(plan.depth // part)]
+    parts += parts[-1:] * (-len(parts) % each)
+    chunks = [parts[first : first + each] for first in range(0, len(parts), each)]
+    # Pixel q of x finds its gradient at q - tap.
+    back = [tap._replace(row=-tap.row, column=-tap.column) for tap in plan.taps]
+    view = gpu.Image(x.shape[1] // stride, x.shape[2] // stride, 1, back)
+    halo = gpu.halo(view, _TILE)
+    assert halo is not None  # a row is one pixel
+    elements = _SLOTS * (halo.pixels * (outputs + 8) + _TILE * _ROWS)
+    elements += (_ROWS + _TILE) * each * outputs + _TILE * _ROWS
+    for warpgroups in _WARPGROUPS:
+        if 2 * (warpgroups * elements + _ROWS**2) <= gpu.SHARED_BYTES - gpu.RESERVED_BYTES:
+            return _BackwardPlan(plan.taps, part, chunks, halo, warpgroups)
+    return (
+        f"the gradients of {channels} channels and {outputs} outputs do not fit into "
+        f"{gpu.SHARED_BYTES} bytes of shared memory"
+    )
+
+
 def unsupported(
     x: jax.Array,
     w: jax.Array,
@@ -98,13 +159,14 @@ def unsupported(
     dh: np.ndarray,
     dw: np.ndarray,
     stride: int,
+    backward: bool = False,
 ) -> str | None:
-    """Why `forward` cannot take these arguments, in one clause; None when it can.
+    """Why `forward` cannot take these arguments, or `backward` what it needs; None when it can.
 
-    Looks at shapes and dtypes only.
+    In one clause. Looks at shapes and dtypes only.
     """
     del relu
-    plan = _plan(x, w, dh=dh, dw=dw, stride=stride)
+    plan = (_backward_plan if backward else _plan)(x, w, dh=dh, dw=dw, stride=stride)
     return plan if isinstance(plan, str) else None
 
 
@@ -171,6 +233,264 @@ def forward(
     out_type = jax.ShapeDtypeStruct((n * height * width, outputs), x.dtype)
     out = _kernel(plan, (height, width), out_type, relu, out_relu, interpret, operands)
     return out.reshape(n, height, width, outputs)
+
+
+def backward(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    dout: jax.Array,
+    *,
+    relu: bool,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """The gradients `(dx, dw, dscale, dbias)` of `forward` without what comes after the product.
+
+    `dout [N, H/stride, W/stride, K]` is rounded to bfloat16. Each gradient has its argument's shape
+    and dtype, or is None with it. Sums are float32; the prologue's result is rounded to bfloat16.
+
+    Raises:
+      ValueError: where `unsupported(..., backward=True)` gives a reason.
+    """
+    plan = _backward_plan(x, w, dh=dh, dw=dw, stride=stride)
+    if isinstance(plan, str):
+        raise ValueError(f"shift_pointwise has no GPU kernel for its gradients: {plan}")
+    channels, outputs = w.shape
+    size = dout.shape[1], dout.shape[2]
+    chunks, each = len(plan.chunks), _ROWS // plan.part
+    spans = [slice(tap.channels[0], tap.channels[-1] + 1) for tap in plan.taps]
+    own = x
+    if stride > 1:
+        own = jnp.concatenate(
+            [
+                x[:, tap.row_phase :: stride, tap.column_phase :: stride, span]
+                for tap, span in zip(plan.taps, spans, strict=True)
+            ],
+            axis=-1,
+        )
+
+    def rows(values):
+        """`[C, ...]` as `[chunks, _ROWS, ...]`."""
+        values = jnp.pad(values, [(0, chunks * _ROWS - channels)] + [(0, 0)] * (values.ndim - 1))
+        return values.reshape(chunks, _ROWS, *values.shape[1:])
+
+    # A row has the weights of its own tap only.
+    of_tap = np.repeat(np.eye(each, dtype=bool), plan.part, axis=0)[..., None]
+    weights = jnp.where(of_tap, rows(w.astype(x.dtype))[:, :, None], jnp.zeros((), x.dtype))
+    vectors = [jnp.ones(channels) if scale is None else scale]
+    vectors += [jnp.zeros(channels) if bias is None else bias]
+    table = [[(tap.row, tap.column) for tap in chunk] for chunk in plan.chunks]
+    operands = {
+        "w": weights.reshape(chunks, _ROWS, each * outputs),
+        "vectors": jnp.stack([rows(vector.astype(jnp.float32)) for vector in vectors], 1),
+        "identity": jnp.eye(_ROWS, dtype=x.dtype),
+        "table": jnp.array(table, jnp.int32).reshape(chunks, 2 * each),
+        "x": own.reshape(-1, channels),
+        "dout": dout.astype(x.dtype).reshape(-1, outputs),
+    }
+    dx, dweight, dscale, dbias = _gradients(plan, size, relu, interpret, operands)
+    dx = dx.reshape(own.shape)
+    if stride > 1:
+        dx = jnp.concatenate(
+            [
+                _spread(dx[..., span], stride, tap.phase)
+                for tap, span in zip(plan.taps, spans, strict=True)
+            ],
+            axis=-1,
+        )
+    dweight = dweight.reshape(chunks, _ROWS, each, outputs)
+    dweight = jnp.where(of_tap, dweight, np.float32(0)).sum(2)
+
+    def of_channels(sums, value):
+        if value is None:
+            return None
+        sums = sums.reshape(chunks * _ROWS, *value.shape[1:])
+        return sums[:channels].astype(value.dtype)
+
+    return dx, *map(of_channels, (dweight, dscale, dbias), (w, scale, bias))
+
+
+def _spread(x: jax.Array, stride: int, phase: tuple[int, int]) -> jax.Array:
+    """An image `[N, H, W, C]` as the pixels of one phase of a larger one, the others 0."""
+    around = [(first, stride - 1 - first, stride - 1) for first in phase]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+
+
+def _gradients(
+    plan: _BackwardPlan,
+    size: tuple[int, int],
+    relu: bool,
+    interpret: bool,
+    operands: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The gradients at stride 1: `dx [pixels, C]`, and by chunk those of `w`, `scale` and `bias`.
+
+    `w [chunks, _ROWS, taps * K]` has zeros where a row is of another tap; so should its gradient.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    height, width = size
+    total, outputs = operands["dout"].shape
+    chunks, halo, warpgroups = len(plan.chunks), plan.halo, plan.warpgroups
+    each = _ROWS // plan.part
+    tiles = -(-total // _TILE)
+    # Workers with neighbouring numbers have the same pixels.
+    shares = min(tiles, max(1, gpu.MULTIPROCESSORS * warpgroups // chunks))
+    blocks = -(-shares * chunks // warpgroups)
+    workers = blocks * warpgroups
+    layout = plgpu.Layout.WGMMA
+
+    def body(gmem, out_gmem, smem, identity, image, x, shifted, dx, left, arrived, ready):
+        wg = lax.axis_index("wg")
+        block = lax.axis_index("block")
+        worker = block * warpgroups + wg
+        chunk, share = lax.rem(worker, np.int32(chunks)), lax.div(worker, np.int32(chunks))
+        image, x, shifted, dx = (ref.at[wg] for ref in (image, x, shifted, dx))
+        w, vectors = (smem[name].at[wg] for name in ("w", "vectors"))
+        left = None if left is None else left.at[wg]
+        for name, target in (("w", w), ("vectors", vectors)):
+            plgpu.copy_gmem_to_smem(gmem[name].at[chunk], target, ready)
+
+        @pl.when(wg == 0)
+        def _resident():
+            plgpu.copy_gmem_to_smem(gmem["identity"], identity, ready)
+
+        def part_of(ref, index):
+            """A tile of the warpgroup's channels."""
+            return ref.at[pl.ds(index * _TILE, _TILE), pl.ds(chunk * _ROWS, _ROWS)]
+
+        def fetch(index, slot):
+            barrier = arrived.at[wg * _SLOTS + slot]
+            halo.fetch(
+                gmem["dout"], image.at[slot], barrier, index, block=block, interpret=interpret
+            )
+            plgpu.copy_gmem_to_smem(part_of(gmem["x"], index), x.at[slot], barrier)
+
+        def product(a, b):
+            def multiply(acc):
+                plgpu.wgmma(acc, a, b)
+                return acc[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((_ROWS, _TILE), jnp.float32))
+
+        def along(vector):
+            return lax.broadcast_in_dim(vector, (_ROWS, _TILE), (0,))
+
+        def add(dw, sums, index, slot):
+            """Leaves the tile's part of dx in shared memory, and adds up the others."""
+            pixels = gpu.count_up(index * _TILE, _TILE, layout.reduce(1), interpret)
+            row, column = gpu.coordinates(pixels, height, width)
+            for number in range(each):
+                # Not read once before: they would fill the registers.
+                down, right = (gmem["table"][chunk, 2 * number + i] for i in range(2))
+                source = pl.ds(halo.base(index) - down * width - right, _TILE)
+                d = gpu.load(image.at[slot, source, pl.ds(0, outputs)], layout, interpret)
+                above, left_of = row - down, column - right
+                keep = (above >= 0) & (above < height) & (left_of >= 0) & (left_of < width)
+                shifted[:, pl.ds(number * outputs, outputs)] = gpu.where_bits(keep, d)
+            plgpu.commit_smem()
+            xt = product(identity, x.at[slot].T)
+            p = (xt * along(scale) + along(bias)).astype(jnp.bfloat16)
+            dp = product(w, shifted.T)
+            if relu:
+                p = jnp.maximum(p, jnp.zeros((), p.dtype))
+                dp = jnp.where(p > jnp.zeros((), p.dtype), dp, np.float32(0))
+            gpu.multiply_add(dw, p, shifted, left)
+            sums = sums[0] + (dp * xt).sum(1), sums[1] + dp.sum(1)
+            turned = (dp * along(scale)).astype(jnp.bfloat16)
+            dx.T[...] = plgpu.layout_cast(turned, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.wgmma_wait(0)  # the next pixels take the place of these
+            return sums
+
+        mine = jnp.where(share < shares, (tiles - share + shares - 1) // shares, 0)
+        for slot in range(_SLOTS):
+
+            @pl.when(slot < mine)
+            def _first(slot=slot):
+                fetch(share + slot * shares, slot)
+
+        plgpu.barrier_wait(ready)
+        scale, bias = (gpu.load(vectors.at[i], layout.reduce(1), interpret) for i in range(2))
+
+        def accumulate(dw):
+            def tile(turn, sums):
+                index = share + turn * shares
+                slot = lax.rem(turn, _SLOTS)
+                plgpu.barrier_wait(arrived.at[wg * _SLOTS + slot])
+                # The last tile's result has left the buffer that this one's goes to.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                sums = add(dw, sums, index, slot)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(dx, part_of(out_gmem[0], index))
+
+                @pl.when(turn + _SLOTS < mine)
+                def _next():
+                    fetch(index + _SLOTS * shares, slot)
+
+                return sums
+
+            sums = lax.fori_loop(0, mine, tile, (scale * 0, scale * 0))
+            return dw[...], *sums
+
+        sums = pl.run_scoped(accumulate, plgpu.ACC((_ROWS, each * outputs), jnp.float32))
+        for target, value in zip(out_gmem[1:], sums, strict=True):
+            target[worker] = value
+        plgpu.wait_smem_to_gmem(0)
+
+    def by_part(*shape):
+        return gpu.matrices(*shape, part=plan.part)
+
+    def by_output(*shape):
+        return gpu.matrices(*shape, part=outputs)
+
+    scratch = [
+        {
+            "w": by_output(warpgroups, _ROWS, each * outputs),
+            "vectors": plgpu.SMEM((warpgroups, 2, _ROWS), jnp.float32),
+        },
+        by_part(_ROWS, _ROWS),
+        plgpu.SMEM((warpgroups, _SLOTS, halo.pixels, outputs + 8), jnp.bfloat16),
+        by_part(warpgroups, _SLOTS, _TILE, _ROWS),
+        by_output(warpgroups, _TILE, each * outputs),
+        by_part(warpgroups, _TILE, _ROWS),
+        plgpu.SMEM((warpgroups, _ROWS, _TILE), jnp.bfloat16) if interpret else None,
+        plgpu.Barrier(
+            num_arrivals=len(halo.copies(interpret)) + 1, num_barriers=warpgroups * _SLOTS
+        ),
+        plgpu.Barrier(num_arrivals=2 * warpgroups + 1),
+    ]
+
+    def shift_pointwise_gradients(*refs):
+        gmem = dict(zip(operands, refs, strict=False))
+        out_gmem = refs[len(operands) :]
+        pl.run_scoped(
+            lambda *scratch: body(gmem, out_gmem, *scratch), *scratch, collective_axes="wg"
+        )
+
+    shapes = ((_ROWS, each * outputs), (_ROWS,), (_ROWS,))
+    x = operands["x"]
+    dx, *sums = plgpu.kernel(
+        shift_pointwise_gradients,
+        out_type=(
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            *(jax.ShapeDtypeStruct((workers, *shape), jnp.float32) for shape in shapes),
+        ),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="wg",
+        compiler_params=gpu.compiler_params(),
+        interpret=gpu.interpret_params(interpret),
+    )(*operands.values())
+    dw, dscale, dbias = (
+        value[: shares * chunks].reshape(shares, chunks, *value.shape[1:]).sum(0) for value in sums
+    )
+    return dx, dw, dscale, dbias
 
 
 def _kernel(
