@@ -2,7 +2,8 @@
 # make test         linters, type checker, import order, all tests
 # make compile-check   the kernels and whole networks for TPUs and an H200, without one (4.4 GB of
 #                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs alone)
-# make fuzz         read 22,000 damaged weight files (3 to 5 minutes)
+# make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none
+#                   of which may crash, hang or leave a file behind (4 to 7 minutes)
 # make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
 # make clean        forget the environment and the quickstart's run
 
@@ -46,6 +47,7 @@ compile-gpu: $(CUDA_VENV)/cuda
 	$(CUDA_VENV)/bin/python -m tests.kernels.compile_packed_gpu
 
 fuzz: $(VENV)/dev
+	$(BIN)/python -m tests.fuzz_commands
 	$(BIN)/python -m tests.foreign.fuzz
 
 torture: $(VENV)/dev

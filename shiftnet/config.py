@@ -19,14 +19,13 @@ import argparse
 import dataclasses
 import difflib
 import fnmatch
-import importlib.machinery
-import importlib.util
 import itertools
 import json
 import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,7 +44,11 @@ class Rule(NamedTuple):
 AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+# Times or by any number of channels, that stays a number of channels.
+FACTOR = Rule(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-6 to 1e6")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+# Of positions and areas in pixels, which are 32-bit numbers on the device.
+SIDE = Rule(lambda value: 0 <= value < 2**15, "at least 0 and below 2**15")
 # jax.random.key drops the higher bits without a word when 64-bit types are off.
 SEED = Rule(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 RISING = Rule(
@@ -89,12 +92,18 @@ FIELDS: Mapping[str, Field] = {
     "batch_size": Field(
         128, "images a step, all devices together; an incomplete last batch is dropped", AT_LEAST_1
     ),
-    "model.arch": Field("shiftresnet20", "architecture: a family and its depth 6n+2"),
+    "model.arch": Field(
+        "shiftresnet20",
+        "architecture: a family and its depth 6n+2",
+        Rule(
+            lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth"
+        ),
+    ),
     "model.expansion": Field(
-        1.0, "middle channels of a shift block, as a multiple of its output channels", ABOVE_0
+        1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
     ),
     "model.reduction": Field(
-        1.0, "divides the channels of a resnet or depthwiseresnet, see reduction_mode", ABOVE_0
+        1.0, "divides the channels of a resnet or depthwiseresnet, see reduction_mode", FACTOR
     ),
     "model.reduction_mode": Field(
         "net",
@@ -102,7 +111,7 @@ FIELDS: Mapping[str, Field] = {
         choices=("block", "net"),
     ),
     "model.width": Field(
-        1.0, "of a wrn: its stages have 16, 32 and 64 times as many channels", ABOVE_0
+        1.0, "of a wrn: its stages have 16, 32 and 64 times as many channels", FACTOR
     ),
     "model.weights": Field(
         "float",
@@ -145,7 +154,7 @@ FIELDS: Mapping[str, Field] = {
         (), "standard deviations, like data.mean; (): the data set's own", POSITIVE_CHANNELS
     ),
     "data.pad": Field(
-        4, "pixels added on every side before the random crop; 0: no crop (original: 4)", AT_LEAST_0
+        4, "pixels added on every side before the random crop; 0: no crop (original: 4)", SIDE
     ),
     "data.pad_mode": Field(
         "zero", "what the added pixels hold (original: zero)", choices=("zero", "reflect")
@@ -154,7 +163,7 @@ FIELDS: Mapping[str, Field] = {
         0,
         "side in pixels of the square of random pixels put over each training image, partly beside "
         "it; 0: none (arXiv:1802.08530's code: 18)",
-        AT_LEAST_0,
+        SIDE,
     ),
     "data.size": Field(
         224, "side in pixels that image files are cropped to (S3's code)", AT_LEAST_1
@@ -163,7 +172,7 @@ FIELDS: Mapping[str, Field] = {
         0,
         "shorter side in pixels of image files in evaluation, before the crop from their middle; "
         "0: 8/7 of data.size, so 256 for 224 (S3's code)",
-        AT_LEAST_0,
+        SIDE,
     ),
     "data.workers": Field(
         -1,
@@ -259,7 +268,7 @@ def validate(config: ConfigDict | Mapping[str, Any]) -> None:
         if name not in FIELDS:
             inside = [field for field in FIELDS if field.startswith(f"{name}.")]
             if inside:
-                raise UserError(f"{name} must hold {', '.join(inside)}, found {value!r}")
+                raise UserError(f"{name} must hold {', '.join(inside)}, found {_text(value)}")
             raise _unknown("field", name, FIELDS)
     for name, field in FIELDS.items():
         if name not in values:
@@ -268,7 +277,7 @@ def validate(config: ConfigDict | Mapping[str, Any]) -> None:
     if len(values["data.mean"]) != len(values["data.std"]):
         raise UserError(
             "data.mean and data.std must be given together, "
-            f"found {values['data.mean']!r} and {values['data.std']!r}"
+            f"found {_text(values['data.mean'])} and {_text(values['data.std'])}"
         )
 
 
@@ -309,9 +318,9 @@ def from_json(text: str) -> ConfigDict:
         loaded = json.loads(text)
         if not isinstance(loaded, dict):
             raise TypeError(f"found {type(loaded).__name__}")
-        values = _flat(loaded)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"the configuration is not a JSON object: {error}") from error
+    values = _flat(loaded)
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return _typed(tuples)
 
@@ -332,7 +341,7 @@ def load(recipe: str) -> ConfigDict:
     if not os.path.isfile(path):
         raise _no_file(path)
     try:
-        return _typed(_flat(_run(path, [argument] if argument else [])))
+        return _typed(_run(path, [argument] if argument else []))
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
 
@@ -404,6 +413,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            # Before Python 3.13, argparse takes `--option=--` for an option with no value.
+            if word.startswith("-") and word.endswith("=--"):
+                raise UserError(f"argument {word.removesuffix('=--')}: expected a value, found --")
         namespace, rest = self.parse_known_args(args, namespace)
         if rest:
             option = rest[0].partition("=")[0]
@@ -451,8 +465,10 @@ def from_arguments(arguments: argparse.Namespace) -> ConfigDict:
     return config
 
 
-def _flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+def _flat(config: ConfigDict | Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """Dotted names and values; an empty group is the value `{}`, so that nothing goes unseen."""
+    if depth > 8:
+        raise UserError("its fields are nested without end; expected field or group.field")
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if not isinstance(value, (ConfigDict, Mapping)):
@@ -460,7 +476,7 @@ def _flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
         elif len(value) == 0:
             flat[str(key)] = {}
         else:
-            flat.update({f"{key}.{name}": leaf for name, leaf in _flat(value).items()})
+            flat.update({f"{key}.{name}": leaf for name, leaf in _flat(value, depth + 1).items()})
     return flat
 
 
@@ -475,11 +491,19 @@ def _typed(values: Mapping[str, Any]) -> ConfigDict:
 def _check(name: str, value: Any) -> None:
     field = FIELDS[name]
     if not _is_a(value, type(field.default), field.item):
-        raise UserError(f"{name} must be {_kind(field)}, found {value!r}")
+        raise UserError(f"{name} must be {_kind(field)}, found {_text(value)}")
+    if any(abs(member) >= 2**63 for member in _whole(value)):
+        raise UserError(f"{name} must be below 2**63, found {_text(value)}")
     if field.choices and value not in field.choices:
         raise unknown(name, value, field.choices)
     if field.rule and not field.rule.holds(value):
-        raise UserError(f"{name} must be {field.rule.words}, found {value!r}")
+        raise UserError(f"{name} must be {field.rule.words}, found {_text(value)}")
+
+
+def _whole(value: Any) -> list[int]:
+    """The whole numbers among a field's value or its members."""
+    members = value if isinstance(value, tuple) else (value,)
+    return [member for member in members if isinstance(member, int)]
 
 
 def _is_a(value: Any, kind: type, item: type) -> bool:
@@ -512,9 +536,11 @@ def _unknown(kind: str, found: str, known: Collection[str]) -> UserError:
     def last(name: str) -> str:
         return name.lstrip("-").rpartition(".")[2]
 
+    start = found[:200]  # comparing takes time, and no name is as long
+
     def likeness(name: str) -> float:
         inside = name.startswith(f"{found}.")
-        return alike(found, name) + (1 if inside else alike(last(found), last(name)))
+        return alike(start, name) + (1 if inside else alike(last(start), last(name)))
 
     nearest = max(known, key=likeness)
     hint = f"did you mean {nearest!r}?" if likeness(nearest) >= 0.9 else "--help lists them all"
@@ -532,31 +558,45 @@ def _no_file(path: str) -> UserError:
     return unknown("recipe", path, [os.path.join(folder, name) for name in names])
 
 
-def _run(path: str, arguments: Sequence[str]) -> ConfigDict:
-    """What the file's `get_config` returns; whatever the file raises becomes a `UserError`."""
-    loader = importlib.machinery.SourceFileLoader("recipe", path)
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    folder = os.path.dirname(os.path.abspath(path))
-    sys.path.insert(0, folder)
+def _run(path: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What the file's `get_config` returns, by dotted names.
+
+    Raises:
+      UserError: for whatever the file raises, an exit too.
+    """
+    module = types.ModuleType("recipe")
+    module.__file__ = path
+    before = list(sys.path)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
-        loader.exec_module(module)
+        with open(path, "rb") as file:
+            # Not by `importlib`: it would keep the compiled file, which it takes for the file's own
+            # as long as that has the same length and second.
+            exec(compile(file.read(), path, "exec", dont_inherit=True), module.__dict__)
         if not hasattr(module, "get_config"):
             raise UserError("the file defines no function get_config")
         found = module.get_config(*arguments)
-    except UserError:
+        if not isinstance(found, ConfigDict):
+            raise UserError(f"get_config must return a ConfigDict, found {type(found).__name__}")
+        return _flat(found)
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         lines = [
             f"line {frame.lineno}: "
             for frame in traceback.extract_tb(error.__traceback__)
             if frame.filename == path
         ]
-        message = " ".join(str(error).split())
+        message = " ".join(_text(error, str).split())
         raise UserError(f"{''.join(lines[-1:])}{type(error).__name__}: {message}") from error
     finally:
-        sys.path.remove(folder)
-    if not isinstance(found, ConfigDict):
-        raise UserError(f"get_config must return a ConfigDict, found {type(found).__name__}")
-    return found
+        sys.path[:] = before  # whatever the file did to it
+
+
+def _text(value: Any, form: Callable[[Any], str] = repr) -> str:
+    """`value` in a sentence; a recipe's may be anything, long or with a `repr` that fails."""
+    try:
+        text = form(value)
+    except Exception:  # a whole number of more than 4300 digits has none either
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 500 else f"{text[:500]}…"

@@ -127,10 +127,12 @@ def _default(name: str) -> str:
 def _model_config(arguments: Any) -> Mapping[str, Any]:
     """A recipe's `config.model` with what the command line says of it."""
     config = config_lib.default_config()
+    config.model.arch = arguments.arch
+    config_lib.validate(config)  # before its depth is taken for a number
     family, _ = parse_arch(arguments.arch)
     if family == "depthwiseresnet":  # published with this mode alone
         config.model.reduction_mode = "block"
-    for name in ("arch", *OPTIONS):
+    for name in OPTIONS:
         text = getattr(arguments, name)
         if text is not None:
             config_lib.override(config, f"model.{name}", text)

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import io
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -38,21 +39,33 @@ class RunFailed(RuntimeError):
 def reported(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a command's `main`: errors meant for people become a sentence and an exit code.
 
-    2 for `UserError`, 1 for `RunFailed`, 130 for Ctrl-C.
+    2 for `UserError` and for a path that the system refuses, 1 for `RunFailed`, 130 for Ctrl-C.
     """
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name from the command line may hold what the terminal's encoding does not.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return _say(str(error), 2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return _say(f"{error.filename}: {error.strerror}", 2)
         except RunFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return _say(str(error), 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
 
     return wrapper
+
+
+def _say(sentence: str, code: int) -> int:
+    """Prints an error in one line: a name in it may hold line ends, or a terminal's commands."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    print(f"error: {''.join(shown)}", file=sys.stderr)
+    return code

@@ -18,6 +18,7 @@ needs PyTorch.
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -237,7 +238,8 @@ def _write(out: Path, save) -> None:
         save(temporary)
         temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may not be possible to name it even
+            temporary.unlink()
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 

@@ -115,6 +115,21 @@ def test_a_save_that_fails_keeps_what_there_is_and_says_so(tmp_path, monkeypatch
     assert Series(tmp_path).newest_good()[0] == 1
 
 
+def test_a_save_that_fails_once_is_tried_again(tmp_path, monkeypatch):
+    """As Orbax's does where the clock jumps meanwhile."""
+    seal, failures = checkpoint._seal, [TimeoutError("Timeout waiting for key")]
+
+    def fails_once(path):
+        if failures:
+            raise failures.pop()
+        seal(path)
+
+    monkeypatch.setattr(checkpoint, "_seal", fails_once)
+    save(Series(tmp_path), 1)
+    assert not failures
+    assert Series(tmp_path).newest_good() == (1, [])
+
+
 def test_a_good_checkpoint_of_the_same_step_is_left_alone(tmp_path):
     save(Series(tmp_path), 1)
     before = (tmp_path / "1" / DIGESTS).stat().st_mtime_ns

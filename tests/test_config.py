@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,17 @@ def test_help_shows_every_field_with_its_meaning_and_default(capsys, monkeypatch
         ({"optimizer__lr": float("inf")}, "optimizer.lr must be a finite number, found inf"),
         ({"optimizer__momentum": 1.0}, "optimizer.momentum must be at least 0 and below 1"),
         ({"optimizer__weight_decay": -1e-4}, "optimizer.weight_decay must be at least 0"),
-        ({"model__expansion": 0}, "model.expansion must be above 0, found 0"),
+        ({"model__expansion": 0}, "model.expansion must be above 0, from 1e-6 to 1e6, found 0"),
+        (
+            {"model__width": 1.7e308},
+            "model.width must be above 0, from 1e-6 to 1e6, found 1.7e+308",
+        ),
+        ({"data__cutout": 2**15}, "data.cutout must be at least 0 and below 2**15, found 32768"),
+        ({"epochs": 2**63}, "epochs must be below 2**63, found 9223372036854775808"),
+        # Python has no text for as many digits.
+        ({"epochs": 10**5000}, "epochs must be below 2**63, found a value of type int"),
+        ({"schedule__boundaries": (10**5000,)}, "schedule.boundaries must be below 2**63, found a"),
+        ({"model__arch": "resnet" + "8" * 5000}, "model.arch must be a family and at most 4 dig"),
         ({"model__arch": None}, "model.arch must be a text, found None"),
         ({"model__reduction_mode": "blok"}, "unknown model.reduction_mode 'blok'; did you mean"),
         ({"model__dtype": "bfloat"}, "unknown model.dtype 'bfloat'; did you mean 'bfloat16'?"),
@@ -193,7 +204,7 @@ def test_the_text_after_the_colon_reaches_the_recipe(recipe):
         ("expansion", "expected name=value after the colon, found 'expansion'"),
         ("expansion=3,", "expected name=value after the colon, found ''"),
         ("expansion=wide", "model.expansion must be a finite number, found 'wide'"),
-        ("expansion=-1", "model.expansion must be above 0, found -1.0"),
+        ("expansion=-1", "model.expansion must be above 0, from 1e-6 to 1e6, found -1.0"),
         ("dtype=float23", "unknown model.dtype 'float23'; did you mean 'float32'?"),
     ],
 )
@@ -237,6 +248,8 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(recipe, option, near
         (["configs/quickstart.py"], "unexpected argument 'configs/quickstart.py'"),
         (["--qqqq"], "unknown option '--qqqq'; --help lists them all"),
         (["--config.epochs"], "argument --config.epochs: expected one argument"),
+        (["--config=--"], "argument --config: expected a value, found --"),
+        (["--config.epochs=--"], "argument --config.epochs: expected a value, found --"),
     ],
 )
 def test_an_incomplete_command_line_is_told_in_a_sentence(arguments, sentence):
@@ -320,6 +333,23 @@ def test_a_path_in_the_wrong_folder_says_so(tmp_path):
         ("return None", "get_config must return a ConfigDict, found NoneType"),
         ("import nothing_of_that_name", "line 5: ModuleNotFoundError: No module named"),
         ("config = (", "SyntaxError: "),
+        ("raise SystemExit('as it\\nlikes')", "line 5: SystemExit: as it likes"),
+        ("import sys; sys.exit(0)", "line 5: SystemExit: 0"),
+        ("raise type('E', (Exception,), {'__str__': id})", "line 5: E: a value of type E"),
+        (
+            "config.optimizer._fields['lr'] = 10**5000",
+            "optimizer.lr must be a finite number, found a",
+        ),
+        ("import sys; sys.path.clear(); return 3", "get_config must return a ConfigDict"),
+        ("config.x = config", "its fields are nested without end"),
+        (
+            "from ml_collections import config_dict as c; config.x = c.required_placeholder(int)",
+            "RequiredValueError: ",
+        ),
+        (
+            "config.model._fields['arch'] = [type('B', (), {'__repr__': id})]",
+            "model.arch must be a",
+        ),
     ],
 )
 def test_a_broken_recipe_is_named_with_its_line_and_its_error(tmp_path, body, sentence):
@@ -332,6 +362,15 @@ def test_a_broken_recipe_is_named_with_its_line_and_its_error(tmp_path, body, se
         config.load(str(path))
     assert str(error.value).startswith(f"{path}: {sentence}")
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_was_changed_within_a_second_is_read_anew(tmp_path):
+    path = tmp_path / "sweep.py"
+    for rate in ("0.1", "0.2"):
+        path.write_text(RECIPE.replace("config.epochs = 7", f"config.optimizer.lr = {rate}"))
+        os.utime(path, (1e9, 1e9))
+        assert config.load(str(path)).optimizer.lr == float(rate)
+    assert os.listdir(tmp_path) == ["sweep.py"]
 
 
 def test_a_file_that_is_no_recipe_is_told(tmp_path):
@@ -390,7 +429,10 @@ def test_a_checkpoint_gives_back_the_configuration_it_was_given(recipe):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "3", "null", "[" * 100_000, '{"epochs": 1' + "0" * 5000 + "}", "{}"],
+    [
+        *("", "{", "[]", "3", "null", "[" * 100_000, '{"epochs": 1' + "0" * 5000 + "}", "{}"),
+        '{"a":' * 500 + "1" + "}" * 500,
+    ],
 )
 def test_a_damaged_configuration_in_a_checkpoint_is_refused_in_a_sentence(text):
     with pytest.raises(UserError):
@@ -399,7 +441,7 @@ def test_a_damaged_configuration_in_a_checkpoint_is_refused_in_a_sentence(text):
 
 def test_a_wrong_value_in_a_checkpoint_is_named():
     values = json.loads(config.to_json(config.default_config()))
-    values["optimizer"]["lr"] = 10**400
+    values["optimizer"]["lr"] = 10**4000
     with pytest.raises(UserError, match=r"optimizer\.lr must be a finite number"):
         config.from_json(json.dumps(values))
 

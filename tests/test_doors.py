@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import shiftnet
-from shiftnet import checkpoint, data, evaluate, train
+from shiftnet import checkpoint, convert_torch, data, evaluate, export, train
 from shiftnet.data import augment
-from shiftnet.errors import UserError
+from shiftnet.errors import UserError, reported
 from shiftnet.training import metrics
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,53 @@ def test_train_answers_bad_input_with_a_sentence_and_writes_nothing(
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("main", "arguments", "sentence"),
+    [
+        (evaluate.main, ["--ckpt", "x" * 300], "File name too long"),
+        (evaluate.main, ["--ckpt", "a\nb\x1b"], "a\\nb\\x1b does not exist"),
+        (convert_torch.main, ["a\nb"], "a\\nb: cannot be read, No such file"),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_told_in_one_line(
+    tmp_path, monkeypatch, capsys, main, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.removesuffix("\n").isprintable()
+
+
+def test_an_internal_error_of_the_system_keeps_its_traceback():
+    @reported
+    def main():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        main()
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_error(capsys):
+    @reported
+    def main():
+        print("runs/\udcff")
+        return 0
+
+    assert main() == 0
+    assert capsys.readouterr().out == "runs/\\udcff\n"
+
+
+@pytest.mark.parametrize("out", ["file/x.npz", "folder.npz", "x" * 250 + ".npz"])
+def test_export_tells_of_a_place_that_cannot_be_written(run, tmp_path, capsys, out):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    assert export.main([str(run), str(tmp_path / out)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / out}: ")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.npz"]
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     series = checkpoint.Series(tmp_path)
     series.save(1, {"other": 1}, model={"x": jnp.zeros(3)})
@@ -179,6 +226,32 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     saved = checkpoint.find(workdir)
     assert f"stopped after step {saved.name}, saved" in out
     assert f"--workdir {workdir}" in out
+
+
+@pytest.mark.parametrize(
+    ("job", "sentence"),
+    [
+        (("x", "2", "0"), "--coordinator must be HOST:PORT with a port from 1 to 65535, found 'x'"),
+        (("h:0", "2", "0"), "found 'h:0'"),
+        (("h:1", "9" * 30, "0"), "--num-processes must be from 1 to"),
+        (("h:1", "2", "2"), "--process-id must be from 0 to 1, found 2"),
+    ],
+)
+def test_a_job_that_cannot_be_is_a_sentence(tmp_path, capsys, job, sentence):
+    options = ("--coordinator", "--num-processes", "--process-id")
+    arguments = [word for pair in zip(options, job, strict=True) for word in pair]
+    workdir = tmp_path / "run"
+    code = train.main(["--config", QUICKSTART, "--workdir", str(workdir), *arguments])
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+    assert not workdir.exists()
+
+
+def test_a_damaged_recipe_in_the_working_directory_is_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(b"\xff{")
+    assert train.main(["--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL]) == 2
+    assert f"{tmp_path / 'config.json'} is damaged" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_bytes() == b"\xff{"
 
 
 def test_a_run_goes_on_with_more_devices_and_with_fewer(tmp_path):

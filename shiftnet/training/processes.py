@@ -31,6 +31,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         raise UserError("--coordinator, --num-processes and --process-id go together")
     if not all(given) and not _launched():
         return
+    if coordinator is not None:
+        _check(coordinator, num_processes, process_id)
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
@@ -41,6 +43,18 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"the job's processes could not be joined ({reason}): "
             "give --coordinator, --num-processes and --process-id"
         ) from error
+
+
+def _check(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
+        raise UserError(
+            f"--coordinator must be HOST:PORT with a port from 1 to 65535, found {coordinator!r}"
+        )
+    if num_processes is None or not 0 < num_processes < 2**20:
+        raise UserError(f"--num-processes must be from 1 to {2**20 - 1}, found {num_processes}")
+    if process_id is None or not 0 <= process_id < num_processes:
+        raise UserError(f"--process-id must be from 0 to {num_processes - 1}, found {process_id}")
 
 
 def _launched() -> bool:

@@ -29,9 +29,11 @@ def claimed(workdir: Path, config: Any) -> Iterator[None]:
     """
     path = workdir / RECIPE
     if path.exists():
-        changed = shiftnet.config.differences(
-            shiftnet.config.from_json(path.read_text()), config, ignore=shiftnet.config.RESUMABLE
-        )
+        try:
+            before = shiftnet.config.from_json(path.read_text())
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        changed = shiftnet.config.differences(before, config, ignore=shiftnet.config.RESUMABLE)
         if changed:
             raise UserError(
                 f"{workdir} holds a run of another recipe, with {'; '.join(changed)}: "

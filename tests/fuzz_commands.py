@@ -1,0 +1,659 @@
+"""Gives the commands what nobody should: none may crash, hang, or leave a file behind.
+
+    make fuzz
+
+Each case is a command line, made from its number alone out of lines that people write, with a
+recipe (`mutant.py`) and a checkpoint's recipe (as `config.from_json` reads it) that may be damaged
+too. A case passes if the command
+
+- exits with 0 and says nothing on stderr, or with 2 and one line there, `error: …`;
+- names the recipe's file in that line, where the recipe is what is wrong;
+- needs less than HANG seconds, and leaves the directory and the process as they were.
+
+All in one process: what would train, read or write for long is replaced, right behind the checks.
+Exits with 1 if any case failed.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from flax import nnx
+
+from shiftnet import (
+    checkpoint,
+    config,
+    convert_torch,
+    count,
+    data,
+    evaluate,
+    export,
+    models,
+    pack,
+    train,
+)
+from shiftnet.errors import UserError
+from shiftnet.layers import Linear
+from shiftnet.training.loop import Summary
+
+HANG = 2.0  # seconds
+REAL = 0.05  # share of the networks that are really counted, or built
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "count": count.main,
+    "convert_torch": convert_torch.main,
+    "pack": pack.main,
+    "export": export.main,
+}
+# What people write; every case starts from one of these.
+LINES = {
+    "train": [
+        "--config recipe.py",
+        "--config recipe.py:expansion=3,dtype=bfloat16 --workdir new --init run",
+        "--config mutant.py",
+        "--config=mutant.py:expansion=3 --workdir=new --profile",
+        "--config recipe.py --config.epochs=3 --config.optimizer.lr 0.05",
+        "--config recipe.py --config.schedule.boundaries=(5,8) --config.data.flip=false",
+        "--config recipe.py --config.data.mean 0.5,0.5,0.5 --config.data.std=1,1,1",
+        "--config recipe.py --plan v5e:4x4,h200:8",
+        "--config recipe.py --coordinator localhost:1234 --num-processes 2 --process-id 0",
+    ],
+    "evaluate": [
+        "--ckpt run",
+        "--ckpt run/best run --dataset digits --batch-size 100 --per-class",
+        "--ckpt ru* --json --data-dir folder",
+    ],
+    "count": [
+        "--arch shiftresnet8",
+        "--arch shiftresnet8 --expansion 3 --true",
+        "--arch resnet8 --reduction=2.8 --reduction-mode block --json",
+        "--arch depthwiseresnet8 --reduction 1.5 --weights sign --quantize-first-last",
+        "--arch wrn8 --width 2 --num-classes 100 --image-size 64",
+        "--arch resnet8 --weights s3 --weight-bits 3",
+    ],
+    "convert_torch": [
+        "wrn8.npz",
+        "wrn8.npz --out new --dataset cifar10 --weights float",
+        "text.txt --out=new",
+    ],
+    "pack": ["run new.safetensors", "run/best new.safetensors --rest float16"],
+    "export": [
+        "run new.stablehlo --image-size 32",
+        "run new.npz --packed",
+        "run/best new.safetensors",
+        "run new.onnx",
+        "run new.pth",
+    ],
+}
+OPTIONS = {
+    command: [
+        *sorted({word.partition("=")[0] for line in lines for word in line.split() if "-" in word}),
+        *("--help", "-h", "--version", "--", "-", "---", "-9", "--config.", "--config.model"),
+    ]
+    for command, lines in LINES.items()
+}
+PATHS = [
+    *("recipe.py", "mutant.py", "mutant.py:", "mutant.py::=,", "recipe", "recipe.py/", "run"),
+    *("missing.py", "missing/missing.py", "folder", "folder/", "folder.npz", "folder.safetensors"),
+    *("text.txt", "text.txt/x.npz", "text.txt/x.safetensors", "secret.py", "secret/x.py"),
+    *("secret/x.npz", "secret/x.safetensors", "loop", "loop/x.npz", "loop.py", "missing/x.npz"),
+    *(".", "..", "/", "//", "", "~", "~root", "/dev/null", "/proc/self/mem", "run/checkpoints/7"),
+    *("run/*", "[", "[!", "*", "?", "**", "{a,b}", "x" * 300, "x" * 250 + ".npz", "a/" * 3000),
+    *("x" * 251 + ".safetensors", "x" * 90_000, "new\udcff.npz", "new\nline.npz", "\udcff.py"),
+    *("new\x1b[31m.safetensors", "\u202enew.npz", "ü/😀.npz", "new\r", ".npz", "..npz", "new.NPZ"),
+]
+VALUES = [
+    *("", " ", "0", "-0", "1", "-1", "3", "2.5", "-1e-3", "1e5", "1e999", "-1e999", "nan", "-nan"),
+    *("inf", "-inf", "infinity", "1e-320", "1.7e308", "1e300", "1e-300", "9" * 20, "-" + "9" * 40),
+    *("9" * 5000, "2147483648", "4294967295", "4294967296", "9223372036854775808", "0x10", "1_0"),
+    *("٣", "³", "½", "+3", "--1", ".5", "1.", "1e", "1,2", "(1,2)", "(1", "1)", "()", "(,)", ",,"),
+    *("((1))", "(1,2,)", "[1, 2]", "{}", "(1,1e999)", "(-1,2)", "(8,5)", "(nan,nan,nan)", "0,0,0"),
+    *("true", "True", "false", "none", "None", "null", "step", "tfds", "float16", "sign", "s3"),
+    *("'", '"', '"\'"', "\\", "`touch PWNED`", "$(touch PWNED)", ";", "%s", "%(prog)s", "%", "{0}"),
+    *("a\nb", "\n", "\t", "\x1b[31m", "\x7f", "\udcff", "ü", "😀", "\u202e", "\u2028", "e\u0301"),
+    *("x" * 1000, "x" * 100_000, "lr" * 50_000, "(" * 10_000, "," * 10_000, "1," * 10_000),
+    *("a=b", "=", "==", ":", ":=", "@text.txt", "-x", "--x", "resnet8", "shiftresnet20", "wrn-8"),
+    *(
+        "resnet21",
+        "resnet" + "8" * 5000,
+        "resnet-2",
+        "shiftnet_a",
+        "shiftnet_a8",
+        "v5e:4x4,",
+        "h200",
+    ),
+    *("localhost", "digits", "cifar10", "imagenet2012", "cifar", "expansion=3", "expansion=", "=3"),
+]
+
+RECIPE = """
+from shiftnet.config import apply_argument, default_config
+
+def get_config(argument=""):
+    config = default_config()
+    config.epochs = 7
+    config.model.arch = "shiftresnet8"
+    config.optimizer.lr = 0.05
+    config.schedule.boundaries = (3, 5)
+    apply_argument(config, argument, {"expansion": "model.expansion", "dtype": "model.dtype"})
+    return config
+"""
+# What a mutated recipe may use besides.
+PRELUDE = """
+import sys
+import numpy as np
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_dict
+class Bad:
+    def __repr__(self): raise RuntimeError("no repr")
+class BadError(Exception):
+    def __str__(self): raise RuntimeError("no text")
+"""
+STATEMENTS = [
+    *("pass", "return", "return None", "return 3", "return config.to_dict()", "return get_config"),
+    *("return ConfigDict()", "return FrozenConfigDict(config)", "return ConfigDict(config)"),
+    *("return type('C', (ConfigDict,), {})(config)", "return config, config", "yield config"),
+    *("raise RuntimeError", "raise RuntimeError('two\\nlines')", "raise BadError", "raise 3"),
+    *("raise SystemExit", "raise SystemExit(0)", "sys.exit('so\\nit is')", "exit(3)", "1 / 0"),
+    *("raise BaseException('base')", "raise GeneratorExit", "raise StopIteration", "assert False"),
+    *("raise FileNotFoundError(2, 'gone', 'x')", "open('missing')", "import nothing_like_it"),
+    *("raise MemoryError", "raise RecursionError", "get_config()", "raise UnicodeError('\\udcff')"),
+    *("raise ValueError('\\x1b[31m')", "raise ExceptionGroup('a', [ValueError('b')])", "del x"),
+    *("sys.path.clear()", "sys.path.pop(0)", "sys.path = []", "sys.path.append('x')", "config = ("),
+    *("print('printed')", "config.lock()", "config.unlock()", "config.x = config", "break", "  x"),
+    *("config.model = config", "config.model.model = config.model", "config['a.b'] = 1", "\tx"),
+    *("config['optimizer.lr'] = 1", "config[''] = 1", "config = config.to_dict()", "config = None"),
+    *(
+        "config.update({'epochs': 3})",
+        "config.epochs += 1",
+        "config.epochs /= 2",
+        "globals().clear()",
+    ),
+]
+NO_RECIPES = [
+    *("", "\n", "x = 1", "get_config = 3", "get_config = None", "def get_config(", "'", "\0"),
+    *("def get_config(a, b): pass", "class get_config: pass", "async def get_config(): pass"),
+    *("get_config = __import__('shiftnet.config').config.default_config", "return", "\x0c"),
+    *("def __getattr__(name): raise RuntimeError(name)", "from x import *", "# coding: nothing"),
+    *("\ufeff", "(" * 5000, f"x = {'-' * 50_000}1", "\udcff", "__import__('sys').exit('now')"),
+]
+PYTHON_VALUES = [
+    *("None", "True", "0", "1", "-1", "2.0", "10**30", "10**400", "10**5000", "-(10**5000)"),
+    *("float('nan')", "float('inf')", "1e308", "5e-324", "'x'", "''", "'x' * 100_000", "b'x'"),
+    *("'\\ud800'", "'\\0'", "'\\n'", "()", "(1,)", "(1, 2)", "(2, 1)", "(1, 'a')", "(0.5,) * 3"),
+    *("(10**5000,)", "(True,)", "((1, 2),)", "[1, 2]", "[]", "{}", "{'a': 1}", "{1: 2}", "set()"),
+    *(
+        "object()",
+        "Bad()",
+        "(Bad(),)",
+        "[Bad()]",
+        "lambda: 0",
+        "int",
+        "print",
+        "3j",
+        "ConfigDict()",
+    ),
+    *("ConfigDict({'lr': 1})", "np.float32(1)", "np.float64(1)", "np.int64(1)", "np.arange(3)"),
+    *("np.array(1.0)", "np.str_('resnet8')", "np.bool_(True)", "config_dict.placeholder(int)"),
+    *("config_dict.required_placeholder(int)", "config_dict.required_placeholder(str)"),
+    *("FieldReference(3)", "FieldReference(None, field_type=int)", "config", "config.model"),
+    *("list(range(100_000))", "type('S', (str,), {})('resnet8')", "type('I', (int,), {})(3)"),
+]
+JSON_VALUES = [
+    *(None, True, False, 0, 1, -1, 2.5, 10**30, 10**400, float("nan"), float("inf"), "", "x"),
+    *(
+        "\ud800",
+        "\0",
+        "a\nb",
+        "x" * 1000,
+        [],
+        [1],
+        [1, 2],
+        [2, 1],
+        ["a"],
+        [[1]],
+        {},
+        {"a": 1},
+        {"": 1},
+    ),
+    *([None], [0.5, 0.5, 0.5], [True], "resnet8", 1e308, 5e-324, {"lr": 1}),
+]
+
+
+class Case(NamedTuple):
+    """What a command is given."""
+
+    command: str
+    words: list[str]
+    recipe: str
+    note: str
+
+    @property
+    def of_recipe(self) -> bool:
+        """Whether nothing but the recipe can be wrong."""
+        return self.words in (["--config", "mutant.py"], ["--config", "mutant.py:expansion=2"])
+
+    def __str__(self) -> str:
+        shown = [word if len(word) < 80 else f"{word[:60]}… ({len(word)})" for word in self.words]
+        text = f"{self.command} {' '.join(shlex.quote(word) for word in shown)}"
+        text = text.encode("unicode_escape").decode()
+        if any("mutant" in word for word in self.words):
+            text += f"\n    mutant.py: {self.recipe!r}"
+        return text + ("" if self.note == GOOD_NOTE else f"\n    checkpoint: {self.note[:2000]!r}")
+
+
+GOOD_NOTE = config.to_json(config.default_config())
+
+
+def case(number: int) -> Case:
+    draw = random.Random(number)
+    command = draw.choice(["train", "train", "train", *COMMANDS])
+    words = draw.choice(LINES[command]).split()
+    if draw.random() < 0.35 and command == "train":
+        words = ["--config", draw.choice(["mutant.py", "mutant.py", "mutant.py:expansion=2"])]
+    elif draw.random() < 0.4 and command == "train":
+        words += _override(draw)
+    elif command == "train" or draw.random() < 0.7:
+        for _ in range(draw.choice([0, 1, 1, 1, 2, 3, 8])):
+            words = draw.choice(MUTATIONS)(draw, words, OPTIONS[command])
+    recipe = mutated_recipe(draw) if any("mutant" in word for word in words) else RECIPE
+    note = mutated_note(draw) if command != "train" and draw.random() < 0.4 else GOOD_NOTE
+    # The system passes no zero bytes, and no more than these.
+    words = [word.replace("\0", "")[:100_000] for word in words]
+    return Case(command, words, recipe, note)
+
+
+def _override(draw: random.Random) -> list[str]:
+    name = draw.choice(list(config.FIELDS))
+    if draw.random() < 0.2:
+        name = _scratched(draw, name)
+    value = draw.choice(VALUES)
+    return [f"--config.{name}={value}"] if draw.random() < 0.5 else [f"--config.{name}", value]
+
+
+def _scratched(draw: random.Random, text: str) -> str:
+    """One character or piece added, taken away or changed."""
+    at = draw.randrange(len(text) + 1)
+    end = min(len(text), at + draw.choice([0, 1, 1, 2, 10]))
+    junk = draw.choice([*"x.-=:,'\"()[]{}\\ \n\t#0_é%*", "\udcff", "", draw.choice(VALUES)])
+    return text[:at] + junk + text[end:]
+
+
+# Each takes a command line and gives it damaged.
+
+
+def _drop(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    at = draw.randrange(len(words) + 1)
+    return words[:at] + words[at + 1 :]
+
+
+def _double(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    at = draw.randrange(len(words) + 1)
+    return words[: at + 1] + words[at:]
+
+
+def _shuffle(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    return draw.sample(words, len(words))
+
+
+def _put(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    at = draw.randrange(len(words) + 1)
+    new = draw.choice([*options, *VALUES, *PATHS])
+    return [*words[:at], new, *words[at + draw.choice([0, 1]) :]]
+
+
+def _value(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    """Another value for an option, or for a positional argument."""
+    if not words:
+        return words
+    at = draw.randrange(len(words))
+    name, equals, _ = words[at].partition("=")
+    value = draw.choice([*VALUES, *PATHS])
+    if words[at].startswith("-") and not equals and draw.random() < 0.7:
+        return [*words[: at + 1], value, *words[at + 2 :]]
+    return [*words[:at], f"{name}={value}" if equals else value, *words[at + 1 :]]
+
+
+def _scratch(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    if not words:
+        return words
+    at = draw.randrange(len(words))
+    return [*words[:at], _scratched(draw, words[at]), *words[at + 1 :]]
+
+
+def _option(draw: random.Random, words: list[str], options: list[str]) -> list[str]:
+    option, value = draw.choice(options), draw.choice([*VALUES, *PATHS])
+    return [*words, f"{option}={value}"] if draw.random() < 0.5 else [*words, option, value]
+
+
+MUTATIONS = [_drop, _double, _shuffle, _put, _value, _value, _scratch, _option]
+
+
+def mutated_recipe(draw: random.Random) -> str:
+    """Another `get_config`, or another file altogether."""
+    kind = draw.random()
+    if kind < 0.1:  # no recipe at all
+        return draw.choice(NO_RECIPES)
+    lines = (PRELUDE + RECIPE).splitlines()
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        kind = draw.random()
+        at = draw.randrange(lines.index("    config = default_config()") + 1, len(lines) + 1)
+        if kind < 0.35:
+            name = draw.choice([*config.FIELDS, "model", "data", "other", "model.other"])
+            name = _scratched(draw, name) if draw.random() < 0.1 else name
+            value = draw.choice(PYTHON_VALUES)
+            # By the path's parts, so that ConfigDict's own check of the type is passed by.
+            group, _, last = name.rpartition(".")
+            holder = f"config[{group!r}]" if group else "config"
+            line = draw.choice(
+                [
+                    f"config.{name} = {value}",
+                    f"del config.{name}",
+                    f"{holder}._fields[{last!r}] = {value}",
+                    f"{holder}._fields[{last!r}] = {value}",
+                    f"{holder}._fields.pop({last!r})",
+                ]
+            )
+            lines.insert(at, "    " + line)
+        elif kind < 0.7:
+            lines.insert(at, "    " + draw.choice(STATEMENTS))
+        elif kind < 0.85:  # the rest shall still be Python, mostly
+            at = draw.randrange(len(lines))
+            lines[at : at + 1] = draw.choice([[], [lines[at]] * 2, [lines[at], draw.choice(lines)]])
+            if "    config = default_config()" not in lines:
+                break
+        else:
+            return _scratched(draw, "\n".join(lines))
+    return "\n".join(lines)
+
+
+def mutated_note(draw: random.Random) -> str:
+    """A checkpoint's recipe: fields changed, or its text."""
+    values = json.loads(GOOD_NOTE)
+    for _ in range(draw.choice([0, 1, 1, 2])):
+        name = draw.choice([*config.FIELDS, "model", "data", "other", "model.other", ""])
+        group, _, last = name.rpartition(".")
+        holder = values.get(group) if group else values
+        if isinstance(holder, dict):
+            if draw.random() < 0.2:
+                holder.pop(last, None)
+            else:
+                holder[draw.choice([last, last, name])] = draw.choice(JSON_VALUES)
+    text = json.dumps(values)
+    if draw.random() < 0.4:
+        text = draw.choice(
+            [
+                *(
+                    _scratched(draw, text),
+                    _scratched(draw, text),
+                    text[: draw.randrange(len(text))],
+                ),
+                *("", "null", "[]", "3", '"x"', "[" * 100_000, '{"a":' * 100_000, "{}", text * 2),
+                *(
+                    "\0",
+                    "\ufeff" + text,
+                    "[" + text + "]",
+                    '{"epochs": 1' + "0" * 5000 + "}",
+                    "NaN",
+                ),
+            ]
+        )
+    return text
+
+
+# In place of the work
+
+
+class Accepted(BaseException):
+    """All checks are passed; not an Exception, so that nothing on the way may catch it."""
+
+
+class Hang(BaseException):
+    """As `Accepted`."""
+
+
+def _raise(kind: type[BaseException]) -> Callable:
+    def stop(*_: object, **__: object) -> Any:
+        raise kind
+
+    return stop
+
+
+class Tiny(nnx.Module):
+    def __init__(self) -> None:
+        self.linear = Linear(2, 2, rngs=nnx.Rngs(0))
+
+
+NUMBERS = SimpleNamespace(
+    labels=[0],
+    top1=0.5,
+    top5=0.9,
+    loss=1.0,
+    skipped=(),
+    per_class=lambda length: np.full(length, 0.5),
+)
+
+
+class Stubs:
+    """In place of the commands' work: as little as their checks and last words need."""
+
+    def __init__(self) -> None:
+        self.note = GOOD_NOTE
+        self.real = False
+        self.trained = False
+        self.network = Tiny()
+        self.count_really = count._count
+        model = {**config.default_config().model, "arch": "resnet8", "weights": "s3"}
+        self.counts = count._count(model, SimpleNamespace(num_classes=10, image_size=32))
+
+    def patches(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for name, stub in {
+            "shiftnet.train.train": self.train,
+            "shiftnet.train.plan.plan": _raise(Accepted),
+            "shiftnet.train.use_compilation_cache": lambda: None,
+            "jax.distributed.initialize": _raise(Accepted),
+            "shiftnet.load": self.load,
+            "shiftnet.data.load": self.dataset,
+            "shiftnet.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
+            "shiftnet.count._count": self.count,
+            "shiftnet.convert_torch.fill": lambda found: (self.network, [], []),
+            "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
+            "shiftnet.export._converter": self.converter,
+            "shiftnet.export.stablehlo": lambda model, size: b"program",
+            "shiftnet.export.original": lambda model: {"x": np.zeros(2)},
+            "shiftnet.export.packed": lambda model: {"x": np.zeros(2)},
+        }.items():
+            stack.enter_context(mock.patch(name, stub))
+        return stack
+
+    def train(self, settings: Any, workdir: Path, *, init: Any, profile: bool) -> Summary:
+        self.trained = True
+        if config.from_json(config.to_json(settings)) != settings:
+            raise AssertionError("the recipe does not come back from its JSON")
+        models.parse_arch(settings.model.arch)
+        if self.real and _is_small(settings.model.arch):
+            models.check(settings.model)
+        return Summary(True, 7, 0.5, None, "test")
+
+    def load(self, path: str) -> Any:
+        return SimpleNamespace(
+            path=checkpoint.find(path),
+            config=config.from_json(self.note),
+            class_names=("a",) * 10,
+            mean=(0.5,) * 3,
+            std=(1.0,) * 3,
+            note={"config": self.note, "class_names": [], "mean": [], "std": [], "step": 0},
+            network=self.network,
+            graphdef=None,
+            params=None,
+            stats=None,
+        )
+
+    def dataset(self, name: str, *, source: str, data_dir: str) -> Any:
+        if source == "tfds":
+            data.normalization(name)  # knows the names
+        return SimpleNamespace(name=name, class_names=("a",) * 10, test=None)
+
+    def converter(self, ending: str) -> None:
+        if ending in (".onnx", ".pth"):
+            raise UserError("it is not installed")  # nor imported, which takes seconds
+
+    def count(self, model: Any, arguments: Any) -> Any:
+        if self.real and _is_small(model["arch"]):
+            return self.count_really(model, arguments)
+        return self.counts
+
+
+def _is_small(arch: str) -> bool:
+    depth = re.search(r"\d+", arch)
+    return depth is not None and len(depth[0]) <= 2 and int(depth[0]) <= 20
+
+
+# One case
+
+
+def furnish(here: Path) -> None:
+    """Makes the directory that the commands run in what it is before each case."""
+    for entry in here.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            entry.chmod(0o700)  # "secret" can be removed then
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (here / "recipe.py").write_text(RECIPE)
+    (here / "text.txt").write_text("some text\n")
+    (here / "loop").symlink_to("loop")
+    (here / "loop.py").symlink_to("loop.py")
+    for folder in ("folder", "folder.npz", "folder.safetensors", "secret"):
+        (here / folder).mkdir()
+    for series in ("checkpoints", "best"):
+        (here / "run" / series / "7").mkdir(parents=True)
+        (here / "run" / series / "7" / "_CHECKPOINT_METADATA").touch()
+        (here / "run" / series / "7" / checkpoint.DIGESTS).touch()
+    arrays = {"conv0": (16, 3, 3, 3), "group0.block0.conv0": (16, 16, 3, 3), "conv_last": (10, 64)}
+    shapes = {name: (*shape, 1, 1)[:4] for name, shape in arrays.items()}
+    np.savez(here / "wrn8.npz", **{name: np.ones(shape, "f4") for name, shape in shapes.items()})
+    (here / "secret.py").write_text(RECIPE)
+    (here / "secret.py").chmod(0)
+    (here / "secret").chmod(0)
+
+
+def contents(here: Path) -> dict[str, int]:
+    return {
+        os.path.join(folder, name): os.lstat(os.path.join(folder, name)).st_mtime_ns
+        for folder, folders, files in os.walk(here)
+        for name in (*folders, *files)
+    }
+
+
+def attempt(one: Case) -> tuple[str, str, float]:
+    """Runs a command: what came of it, what of that must not be, and the seconds it took."""
+    failure = ""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    path = list(sys.path)
+    begun = time.perf_counter()
+    signal.setitimer(signal.ITIMER_REAL, 2 * HANG)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = COMMANDS[one.command](one.words)
+    except Accepted:
+        code = 0
+    except SystemExit as error:  # argparse
+        code = error.code
+    except BaseException as error:
+        code, failure = -1, f"escaped: {type(error).__name__} {str(error)[:300]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        took = time.perf_counter() - begun
+        sys.path = path
+    err.flush()
+    said = err.buffer.getvalue().decode()
+    if not failure:
+        expected = r"error: [^\n]+\n" if code == 2 else ""
+        if code not in (0, 2):
+            failure = f"exit code {code}"
+        elif not re.fullmatch(expected, said) or not said.removesuffix("\n").isprintable():
+            failure = f"exit code {code} with {said[:300]!r}"
+    return f"{one.command} {'accepted' if code == 0 else reason(said)}", failure, took
+
+
+def reason(message: str) -> str:
+    """The message without what differs from case to case."""
+    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"", "'…'", message.strip().removeprefix("error: "))
+    return re.sub(r"\d+", "N", text)[:90]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="where to begin")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # a recipe's own
+    warnings.filterwarnings("ignore", "coroutine", category=RuntimeWarning)  # likewise
+    sys.dont_write_bytecode = True
+    outcomes: collections.Counter = collections.Counter()
+    failures = []
+    slowest = (0.0, "")
+    begun = time.perf_counter()
+    stubs = Stubs()
+    signal.signal(signal.SIGALRM, _raise(Hang))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), stubs.patches():
+        here = Path(folder)
+        furnish(here)
+        for number in range(options.first, options.first + options.cases):
+            one = case(number)
+            stubs.note, stubs.trained = one.note, False
+            stubs.real = random.Random(~number).random() < REAL
+            (here / "mutant.py").write_bytes(one.recipe.encode("utf-8", "surrogateescape"))
+            before = contents(here)
+            outcome, failure, took = attempt(one)
+            if one.of_recipe and not stubs.trained and "mutant.py" not in outcome:
+                failure = failure or f"does not name the recipe: {outcome}"
+            if took > HANG:
+                failure = f"{took:.1f} s"
+            if (after := contents(here)) != before:
+                if not outcome.endswith(" accepted"):
+                    failure = failure or f"left {set(after.items()) ^ set(before.items())}"
+                furnish(here)
+            if failure:
+                failures.append(f"{number}: {failure}\n    {one}")
+            outcomes[outcome] += 1
+            slowest = max(slowest, (took, f"{number}: {one}"))
+    count_ = sum(outcomes.values())
+    accepted = sum(n for outcome, n in outcomes.items() if outcome.endswith(" accepted"))
+    for outcome, n in outcomes.most_common(60):
+        print(f"{n:8d}  {outcome}")
+    rest = outcomes.most_common()[60:]
+    print(f"{sum(n for _, n in rest):8d}  {len(rest)} other outcomes")
+    print(f"slowest          {slowest[0]:.3f} s: {slowest[1]}")
+    for failure in failures[:20]:
+        print(f"  {failure}")
+    print(
+        f"command lines    {count_} in {time.perf_counter() - begun:.0f} s, {accepted} accepted, "
+        f"{count_ - accepted} refused, failures {len(failures)}"
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
