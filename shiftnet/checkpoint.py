@@ -34,11 +34,15 @@ from orbax.checkpoint import v1 as ocp
 
 from shiftnet.errors import RunFailed, UserError
 
-# Orbax logs the traceback of an error that it raises, too.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 LATEST, BEST = "checkpoints", "best"
 DIGESTS = "digests.json"
+# What a note says at least: enough to build the network and to feed it.
+NOTED = ("config", "class_names", "mean", "std")
+
+# Orbax also logs the traceback of an error that it raises.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +86,9 @@ def from_arrays(state: nnx.State, arrays: Mapping[str, jax.Array], source: Any) 
 class Series:
     """The checkpoints of one kind in one run, the newest few of them.
 
-    A checkpoint counts once it is sealed: once all its files, read back from the disk, have their
-    digests beside them. Only then are older ones deleted. In a job of several processes all call
-    each method; the first one decides and deletes.
+    A checkpoint is written as `<step>.unsealed`; once all its files, read back from the disk, have
+    their digests beside them, it becomes `<step>`. Only then are older ones deleted. In a job of
+    several processes all call each method; the first one decides and deletes.
 
     Args:
       directory: where they go, each under its step.
@@ -97,14 +101,14 @@ class Series:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         if jax.process_index() == 0:
-            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            for unfinished in self.directory.glob("*.unsealed*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
     def newest_good(self) -> tuple[int | None, list[str]]:
         """The step of the newest good checkpoint, None where there is none, and what was skipped.
 
         Raises:
-          UserError: where there are sealed checkpoints, but all of them are damaged.
+          UserError: where there are checkpoints, but all of them are damaged.
         """
         good, skipped = -1, []
         if jax.process_index() == 0:
@@ -114,7 +118,7 @@ class Series:
                     good = step
                     break
                 skipped.append(f"skipped {self.path(step)}: {reason}")
-            if good < 0 and any((self.path(step) / DIGESTS).exists() for step in self._steps()):
+            if good < 0 and skipped:
                 good = -2
         if jax.process_count() > 1:
             good = int(multihost_utils.broadcast_one_to_all(np.int32(good)))
@@ -174,6 +178,9 @@ class Series:
         finally:
             self._thread.shutdown()
 
+    def _unsealed(self, step: int) -> Path:
+        return self.directory / f"{step}.unsealed"
+
     def _steps(self) -> list[int]:
         entries = self.directory.glob("[0-9]*")
         return [int(entry.name) for entry in entries if entry.name.isdecimal()]
@@ -187,21 +194,24 @@ class Series:
     def _start(self, step: int, note: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         with self._explained(step):
             response = ocp.save_checkpointables_async(
-                self.path(step), dict(parts), overwrite=True, custom_metadata=dict(note)
+                self._unsealed(step), dict(parts), overwrite=True, custom_metadata=dict(note)
             )
         self._pending = self._thread.submit(self._seal, step, response)
 
     def _seal(self, step: int, response: Any) -> None:
         with self._explained(step):
             response.result()
-            if jax.process_index() == 0:
-                _seal(self.path(step))
-        if jax.process_index() == 0:
-            older = sorted(other for other in self._steps() if other < step)
-            # Those beyond are of a course that the run went back from: they were damaged.
-            beyond = [other for other in self._steps() if other > step]
-            for other in [*older[: max(len(older) + 1 - self._keep, 0)], *beyond]:
-                shutil.rmtree(self.path(other), ignore_errors=True)
+            if jax.process_index() != 0:
+                return
+            _seal(self._unsealed(step))
+            if self.path(step).exists():  # a damaged one
+                shutil.rmtree(self.path(step))
+            self._unsealed(step).replace(self.path(step))
+        older = sorted(other for other in self._steps() if other < step)
+        # Those beyond belong to a course that the run went back from.
+        beyond = [other for other in self._steps() if other > step]
+        for other in [*older[: max(len(older) + 1 - self._keep, 0)], *beyond]:
+            shutil.rmtree(self.path(other), ignore_errors=True)
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -224,7 +234,7 @@ def flaw(path: Path) -> str | None:
         digests = json.loads((path / DIGESTS).read_text())
         known = dict(digests["sha256"])
     except FileNotFoundError:
-        return f"it has no {DIGESTS}, so it was not written to its end"
+        return f"it has no {DIGESTS}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {DIGESTS} is damaged"
     for name, digest in known.items():
@@ -321,7 +331,7 @@ def read(path: str | os.PathLike[str], sharding: Sharding | None = None) -> Save
         raise UserError(f"checkpoint {path} is damaged: {reason}")
     metadata = ocp.checkpointables_metadata(path)
     note = metadata.custom_metadata
-    if not isinstance(note, dict) or "config" not in note or "model" not in metadata.metadata:
+    if not isinstance(note, dict) or "model" not in metadata.metadata or {*NOTED} - note.keys():
         raise UserError(f"{path} is an Orbax checkpoint, but not one of shiftnet's")
     if reason is not None:
         raise UserError(f"checkpoint {path} cannot be trusted: {reason}")

@@ -36,7 +36,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from shiftnet.checkpoint import BEST, DIGESTS, LATEST, find, flaw
+from shiftnet.checkpoint import BEST, LATEST, find, flaw
 from tests.data.image_files import write_folder
 from tests.training.small import epochs
 
@@ -81,11 +81,7 @@ def start(
 
 def writing(workdir: Path) -> bool:
     """Whether a checkpoint of the run is not complete at this moment."""
-    for series in (LATEST, BEST):
-        for entry in (workdir / series).glob("*"):
-            if "tmp" in entry.name or not (entry / DIGESTS).exists():
-                return True
-    return False
+    return any(any((workdir / series).glob("*.unsealed*")) for series in (LATEST, BEST))
 
 
 def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: random.Random) -> bool:

@@ -71,7 +71,10 @@ def parameters_sharded(tree: Any, mesh: Mesh) -> Any:
 def compiled(
     function: Callable[..., Any], mesh: Mesh, out_shardings: Any = None, **options: Any
 ) -> Any:
-    """`jax.jit` of a function as XLA does it best there; its results go whole to every device."""
+    """`jax.jit` of a function as XLA does it best there.
+
+    Its results go whole to every device where `out_shardings` does not say otherwise.
+    """
     return jax.jit(
         function,
         out_shardings=replicated(mesh) if out_shardings is None else out_shardings,

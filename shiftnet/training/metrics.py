@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from shiftnet.errors import RunFailed
+
 FILE = "metrics.jsonl"
 
 
@@ -43,11 +45,17 @@ class MetricsLog:
 
         In TensorBoard, names inside names are joined by `/`, and the shares of levels that
         `low_bit` gives become a histogram.
+
+        Raises:
+          RunFailed: where it cannot be written, as on a full disk.
         """
         if not self._on:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(dict(metrics)) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(dict(metrics)) + "\n")
+        except OSError as error:
+            raise RunFailed(f"cannot write {self._path}: {error.strerror}") from error
         if self._writer:
             self._draw("", metrics, metrics["step"])
             self._writer.flush()

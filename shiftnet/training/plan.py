@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -480,7 +480,8 @@ def _devices(name: str) -> tuple[Chip, Sequence[jax.Device]]:
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
     """Keeps what is compiled out of JAX's cache: without such a device it cannot be read back."""
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    flags: Any = jax.config  # older versions of JAX do not declare what it holds
+    seconds = flags.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     try:
         yield

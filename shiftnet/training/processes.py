@@ -15,6 +15,9 @@ from shiftnet.errors import UserError
 # How long after a process went silent the others are stopped, in seconds (JAX's default is 100).
 HEARTBEAT_TIMEOUT = 60
 
+# Older versions of JAX do not declare what the configuration holds.
+_flags: Any = jax.config
+
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins the processes of a job: those of the arguments, or those that the launcher names.
@@ -67,7 +70,7 @@ def _launched() -> bool:
     # A TPU's chips, as its virtual machine shows them; there JAX asks who the others are. A process
     # that is told to use another platform does not take part.
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and (jax.config.jax_platforms or "tpu").split(",")[0] == "tpu"
+    return bool(chips) and (_flags.jax_platforms or "tpu").split(",")[0] == "tpu"
 
 
 def leaving(main: Callable[..., int]) -> Callable[..., int]:
@@ -94,6 +97,6 @@ def use_compilation_cache() -> None:
     A run that starts again then need not wait for the compiler. `JAX_COMPILATION_CACHE_DIR` names
     another place, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if _flags.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "shiftnet" / "compiled"))

@@ -26,15 +26,11 @@ class Profile:
             results.block_until_ready()
             jax.profiler.start_trace(self._directory)
         elif self._calls == SKIPPED + TRACED:
-            self._stop(results)
+            results.block_until_ready()
+            jax.profiler.stop_trace()
 
-    def close(self, results: jax.Array | None = None) -> None:
-        """Ends a trace of a run that is shorter."""
+    def close(self) -> None:
+        """Ends the trace of a run that is shorter."""
         if SKIPPED <= self._calls < SKIPPED + TRACED:
             self._calls = SKIPPED + TRACED
-            self._stop(results)
-
-    def _stop(self, results: jax.Array | None) -> None:
-        if results is not None:
-            results.block_until_ready()
-        jax.profiler.stop_trace()
+            jax.profiler.stop_trace()

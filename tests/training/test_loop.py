@@ -236,6 +236,14 @@ def test_lines_of_steps_that_were_lost_are_dropped_on_resuming(tmp_path):
     assert metrics.read(tmp_path) == [*rows[:2], {"step": 30, "a": 4.0}]
 
 
+def test_a_disk_that_is_full_for_the_log_is_a_sentence(tmp_path):
+    log = metrics.MetricsLog(tmp_path, step=0, tensorboard=False)
+    (tmp_path / metrics.FILE).unlink()
+    (tmp_path / metrics.FILE).symlink_to("/dev/full")
+    with pytest.raises(RunFailed, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        log.write({"step": 1})
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"), [(390, 39), (22, 22), (50, 50), (101, 1), (5004, 36), (1, 1)]
 )
