@@ -1,5 +1,6 @@
 # make quickstart   set up, train on real handwritten digits, evaluate (no download but packages)
-# make test         linters, type checker, import order, all tests
+# make test         linters, type checker, import order, the tests
+# make test-slow    the tests that take longest: more of what others show (3 minutes)
 # make compile-check   the kernels and whole networks for TPUs and an H200, without one (4.4 GB of
 #                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs alone)
 # make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none
@@ -16,7 +17,7 @@ CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test compile-check compile-tpu compile-gpu fuzz torture clean
+.PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu fuzz torture clean
 
 quickstart: $(VENV)/base
 	rm -rf $(WORKDIR)
@@ -34,7 +35,10 @@ test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 # Kernels and whole networks through the compilers for devices that are not here.
 compile-check: compile-tpu compile-gpu

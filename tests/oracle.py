@@ -71,6 +71,7 @@ def every_case(
     *groups: str,
     only: Callable[[Mapping[str, Any]], bool] = lambda hyper: True,
     core: Iterable[str] = (),
+    slow: Iterable[str] = (),
 ) -> pytest.MarkDecorator:
     """Runs a test for every case of a group, or skips it once.
 
@@ -80,6 +81,7 @@ def every_case(
       groups: as in the manifest.
       only: leaves out the cases whose hyper-parameters it does not hold for.
       core: the names of those that get the mark `core`.
+      slow: likewise.
     """
     arguments = ("group", "name")[-min(len(groups), 2) :]
     if not FOLDER.is_dir():
@@ -91,14 +93,15 @@ def every_case(
         if case["group"] in groups and only(case["hyper"])
     ]
     assert {group for group, _ in cases} == set(groups), f"the oracle lacks one of {groups}"
-    assert set(core) <= {name for _, name in cases}
+    marks = {"core": set(core), "slow": set(slow)}
+    assert set().union(*marks.values()) <= {name for _, name in cases}
     return pytest.mark.parametrize(
         arguments,
         [
             pytest.param(
                 *case[-len(arguments) :],
                 id="-".join(case[-len(arguments) :]),
-                marks=pytest.mark.core if case[1] in core else (),
+                marks=[getattr(pytest.mark, m) for m, names in marks.items() if case[1] in names],
             )
             for case in cases
         ],

@@ -8,7 +8,7 @@ held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -141,6 +141,20 @@ def load(
         held_out = Split(train.images[chosen], train.labels[chosen])
         train = Split(train.images[~chosen], train.labels[~chosen])
     return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std)
+
+
+def of_recipe(data: Any) -> Dataset:
+    """The data set that a recipe's `config.data` names, see `load`."""
+    return load(
+        data.name,
+        source=data.source,
+        data_dir=data.dir,
+        validation=data.validation,
+        mean=data.mean,
+        std=data.std,
+        url=data.url,
+        sha256=data.sha256,
+    )
 
 
 def _image_files(

@@ -52,6 +52,12 @@ class Evaluation:
         hits = np.bincount(self.labels[self.predictions == self.labels], minlength=classes)
         return np.divide(hits, counts, out=np.full(classes, np.nan), where=counts > 0)
 
+    def confusion(self) -> list[list[int]]:
+        """`[label, prediction, images]` of every pair that occurs, in order."""
+        pairs = np.stack([self.labels, self.predictions], axis=1)
+        found, counts = np.unique(pairs, axis=0, return_counts=True)
+        return np.column_stack([found, counts]).tolist()
+
 
 class Evaluator(Protocol):
     """Evaluates networks on one set of images: `evaluator(params, stats)`."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from shiftnet.data import Source, Split
 from shiftnet.training.mesh import replicate, shard_batch
-from shiftnet.training.step import Program, TrainState, steps_per_dispatch
+from shiftnet.training.step import Program, StackedProgram, TrainState, steps_per_dispatch
 from shiftnet.training.times import Times
 
 # A state, and for each step taken its loss and number of correctly classified images.
@@ -51,17 +51,30 @@ def make_feed(
     What it waits for is counted in `times`.
     """
     if isinstance(part, Split):
-        return ResidentFeed(config, program, part, steps_per_epoch, mesh)
+        return ResidentFeed(np.uint32(config.seed), program, part, steps_per_epoch, mesh)
     return FileFeed(config, program, part, steps_per_epoch, mesh, state, times)
 
 
 class ResidentFeed:
-    """Batches drawn on the devices, which hold all images; see `Program.train`."""
+    """Batches drawn on the devices, which hold all images; see `Program.steps`.
+
+    Args:
+      seed: uint32 []; or `[runs]`, for a stacked program.
+      program: what trains.
+      part: the training set.
+      steps_per_epoch: full batches in it.
+      mesh: from `make_mesh`.
+    """
 
     def __init__(
-        self, config: Any, program: Program, part: Split, steps_per_epoch: int, mesh: Mesh
+        self,
+        seed: np.ndarray | np.uint32,
+        program: Program | StackedProgram,
+        part: Split,
+        steps_per_epoch: int,
+        mesh: Mesh,
     ):
-        self._seed = np.uint32(config.seed)
+        self._seed = seed
         self._program = program
         self._images = replicate(part.images, mesh)
         self._labels = replicate(part.labels, mesh)

@@ -93,16 +93,7 @@ def _train(
 ) -> Summary:
     shiftnet.models.check(config.model)  # before a data set is downloaded for it
     mesh = make_mesh(config.batch_size)
-    dataset = shiftnet.data.load(
-        config.data.name,
-        source=config.data.source,
-        data_dir=config.data.dir,
-        validation=config.data.validation,
-        mean=config.data.mean,
-        std=config.data.std,
-        url=config.data.url,
-        sha256=config.data.sha256,
-    )
+    dataset = shiftnet.data.of_recipe(config.data)
     num_examples = len(dataset.train)
     steps_per_epoch = num_examples // config.batch_size
     if not steps_per_epoch:
@@ -215,6 +206,10 @@ def _train(
                             evaluation = evaluator(state.params, state.stats)
                         metrics |= evaluation.metrics(name)
                         report_skipped(progress, name, evaluation.skipped)
+                        if name == "test":
+                            metrics_log.write_confusion(
+                                step, epoch, dataset.class_names, evaluation.confusion()
+                            )
                     accuracy = metrics[f"{chosen_on}_accuracy"]
                     note["final"] = metrics["test_accuracy"] if step == total_steps else None
                     if note["best"] is None or accuracy > note["best"]["accuracy"]:

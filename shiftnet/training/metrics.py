@@ -1,8 +1,8 @@
-"""The numbers a run leaves behind: `metrics.jsonl`, and TensorBoard events beside it."""
+"""The numbers a run leaves behind: `metrics.jsonl`, TensorBoard events and `confusion.json`."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from shiftnet.errors import RunFailed
 
 FILE = "metrics.jsonl"
+CONFUSION = "confusion.json"
 
 
 class MetricsLog:
@@ -59,6 +60,36 @@ class MetricsLog:
         if self._writer:
             self._draw("", metrics, metrics["step"])
             self._writer.flush()
+
+    def write_confusion(
+        self, step: int, epoch: int, class_names: Sequence[str], confusion: Sequence[Sequence[int]]
+    ) -> None:
+        """Replaces `confusion.json`, what the last evaluation took each class for.
+
+        Args:
+          step: of the evaluation.
+          epoch: likewise.
+          class_names: by label.
+          confusion: from `Evaluation.confusion`.
+
+        Raises:
+          RunFailed: where it cannot be written.
+        """
+        if not self._on:
+            return
+        path = self._path.with_name(CONFUSION)
+        temporary = path.with_suffix(".tmp")
+        content = {
+            "step": step,
+            "epoch": epoch,
+            "class_names": list(class_names),
+            "confusion": confusion,
+        }
+        try:
+            temporary.write_text(json.dumps(content) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise RunFailed(f"cannot write {path}: {error.strerror}") from error
 
     def _draw(self, prefix: str, metrics: Mapping[str, Any], step: int) -> None:
         assert self._writer is not None

@@ -37,6 +37,7 @@ class Chip(NamedTuple):
     """A kind of device, by its maker's figures.
 
     Attributes:
+      kind: as JAX calls such a device (`device_kind`).
       platform: as JAX lowers for it.
       kernels: as `implementations.lowered_for` calls it.
       memory: bytes.
@@ -47,6 +48,7 @@ class Chip(NamedTuple):
       install: what its compiler is in, as a module and as pip calls it.
     """
 
+    kind: str
     platform: str
     kernels: str
     memory: float
@@ -70,6 +72,7 @@ _LIBTPU = ("libtpu", "jax[tpu]")
 # JAX multiplies float32 there in TF32.
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(
+        kind="TPU v5 lite",
         platform="tpu",
         kernels="tpu",
         memory=16e9,
@@ -80,6 +83,7 @@ CHIPS: Mapping[str, Chip] = {
         install=_LIBTPU,
     ),
     "v6e": Chip(
+        kind="TPU v6 lite",
         platform="tpu",
         kernels="tpu",
         memory=32e9,
@@ -90,6 +94,7 @@ CHIPS: Mapping[str, Chip] = {
         install=_LIBTPU,
     ),
     "h200": Chip(
+        kind="NVIDIA H200",
         platform="cuda",
         kernels="gpu",
         memory=141e9,

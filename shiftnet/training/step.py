@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -56,9 +56,8 @@ class Program:
       graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
       order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
         `augment.epoch_order`.
-      init: `init(seed)` draws a `TrainState`.
-      train: `train(state, seed, images, labels, order, length=n)` takes n steps on data that the
-        devices hold; see `_train`. Donates the state.
+      init: `draw`, compiled.
+      train: `steps`, compiled; donates the state.
       train_batch: `train_batch(state, seed, images, labels)` takes one step on a batch; see
         `_train_batch`. Donates the state.
     """
@@ -81,21 +80,21 @@ class Program:
         self._optimizer = make_optimizer(config, steps_per_epoch)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
         everywhere = replicated(mesh)
-        state = jax.eval_shape(self._init, np.uint32(0))
+        state = jax.eval_shape(self.draw, np.uint32(0))
         self.shardings = (
             parameters_sharded(state, mesh)
             if config.parallel.fsdp
             else jax.tree.map(lambda _: everywhere, state)
         )
         self.order = jax.jit(augment.epoch_order, static_argnums=2, out_shardings=everywhere)
-        self.init = jax.jit(self._init, out_shardings=self.shardings)
+        self.init = jax.jit(self.draw, out_shardings=self.shardings)
         step = functools.partial(
             compiled,
             mesh=mesh,
             out_shardings=(self.shardings, everywhere, everywhere),
             donate_argnums=0,
         )
-        self.train = step(self._train, static_argnames="length")
+        self.train = step(self.steps, static_argnames="length")
         self.train_batch = step(self._train_batch)
 
     def _build(self, seed: jax.Array | int) -> nnx.Module:
@@ -103,7 +102,8 @@ class Program:
             self._config.model, self._num_classes, rngs=nnx.Rngs(jax.random.key(seed))
         )
 
-    def _init(self, seed: jax.Array) -> TrainState:
+    def draw(self, seed: jax.Array) -> TrainState:
+        """The state that training starts from; `seed` is uint32 []."""
         _, *states = nnx.split(self._build(seed), nnx.Param, nnx.BatchStat)
         params, stats = states
         return TrainState(jnp.zeros((), jnp.int32), params, stats, self._optimizer.init(params))
@@ -171,7 +171,7 @@ class Program:
         images = augment.cutout(key, images, self._config.data.cutout)
         return self.update(state, augment.normalize(images, self._mean, self._std, dtype), labels)
 
-    def _train(
+    def steps(
         self,
         state: TrainState,
         seed: jax.Array,
@@ -217,6 +217,67 @@ class Program:
             return state, loss[None], correct[None]
         state, (losses, corrects) = jax.lax.scan(one, state, length=length)
         return state, losses, corrects
+
+
+class StackedProgram:
+    """A program over several runs at once, of one recipe and different seeds.
+
+    All arrays of their states have a first axis, the runs. Run for run the numbers are those that
+    the program gives alone: for one run to the bit, for several up to the rounding of sums, since
+    XLA then computes with other shapes. Several take no kernel of ours, which know one network.
+
+    Args:
+      program: of the recipe, on one device.
+      runs: how many.
+
+    Attributes:
+      mesh: the program's.
+      init: `init(seeds)`, uint32 `[runs]`, draws the states.
+      order: `order(seeds, epoch, num_examples)`, int32 `[runs, num_examples]`.
+      train: `train(states, seeds, images, labels, orders, length=n)`, see `Program.steps`; losses
+        and numbers of correctly classified images are `[runs, n]`. Donates the states.
+    """
+
+    def __init__(self, program: Program, runs: int):
+        self.mesh = program.mesh
+        everywhere = replicated(self.mesh)
+        if runs == 1:  # the program itself, as XLA compiles it alone
+            self.init = _alone(program.init, "r")
+            self.order = _alone(program.order, "r--")
+            self.train = _alone(program.train, "rr--r")
+            return
+
+        def steps(states, seeds, images, labels, orders, *, length):
+            with only_xla():
+                take = jax.vmap(
+                    functools.partial(program.steps, length=length), in_axes=(0, 0, None, None, 0)
+                )
+                return take(states, seeds, images, labels, orders)
+
+        order = jax.vmap(augment.epoch_order, in_axes=(0, None, None))
+        self.init = jax.jit(jax.vmap(program.draw), out_shardings=everywhere)
+        self.order = jax.jit(order, static_argnums=2, out_shardings=everywhere)
+        self.train = compiled(steps, self.mesh, donate_argnums=0, static_argnames="length")
+
+
+def _alone(function: Callable[..., Any], axes: str) -> Callable[..., Any]:
+    """The function of one run with a first axis: of those arguments that `axes` has an r for."""
+
+    def alone(*arguments: Any, **options: Any) -> Any:
+        pairs = zip(axes, arguments, strict=True)
+        own = [_first(value) if axis == "r" else value for axis, value in pairs]
+        return _stack(function(*own, **options))
+
+    return alone
+
+
+def run_of(stacked: Any, run: int | jax.Array) -> Any:
+    """One run's arrays of a tree of stacked ones."""
+    return jax.tree.map(lambda leaf: leaf[run], stacked)
+
+
+_first = jax.jit(functools.partial(run_of, run=0))
+_stack = jax.jit(functools.partial(jax.tree.map, lambda leaf: leaf[None]))
 
 
 def steps_per_dispatch(steps_per_epoch: int, platform: str) -> int:

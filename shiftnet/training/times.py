@@ -41,12 +41,17 @@ class Times:
     @contextlib.contextmanager
     def on(self, what: str) -> Iterator[None]:
         """Counts the time within as spent on `what`."""
-        began, compiled = time.monotonic(), self._seconds["compilation"]
+        began, compiled = time.monotonic(), self.compiling
         try:
             yield
         finally:
-            seconds = time.monotonic() - began - (self._seconds["compilation"] - compiled)
+            seconds = time.monotonic() - began - (self.compiling - compiled)
             self._seconds[what] += max(seconds, 0.0)
+
+    @property
+    def compiling(self) -> float:
+        """Seconds spent on compilation so far."""
+        return self._seconds["compilation"]
 
     def fractions(self) -> dict[str, float]:
         """The share of each in the time since this was made; the rest went into steps."""

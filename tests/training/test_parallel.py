@@ -64,6 +64,7 @@ def test_two_processes_learn_what_one_process_of_as_many_devices_learns(one_devi
     _assert_same(two, single)
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_slurm_step_find_each_other(one_device, tmp_path):
     job = {
         "SLURM_JOB_ID": str(os.getpid()),  # JAX takes the port from it

@@ -52,7 +52,17 @@ def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
     return losses, nnx.merge(program.graphdef, params, stats)
 
 
-@oracle.every_case("net", "wrn", "s3net", only=lambda hyper: "sgd" in hyper)
+# Each of them takes up to half a minute to compile.
+SLOW = [
+    "cifar_d20_c10",
+    "resnet20_block2.8_c100",
+    "resnet20_c10",
+    "resnet20_net2.8_c10",
+    "shiftresnet20_e1_c10",
+]
+
+
+@oracle.every_case("net", "wrn", "s3net", only=lambda hyper: "sgd" in hyper, slow=SLOW)
 @pytest.mark.usefixtures("float64")
 def test_five_steps_of_training_are_the_originals(group, name, subtests):
     case = oracle.case(group, name)

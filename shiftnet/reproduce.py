@@ -1,0 +1,435 @@
+"""Trains the rows of the results' tables, several seeds at a time, and keeps what came out.
+
+Without --only and --next it lists the rows and trains nothing. A row that was stopped, by --budget
+or Ctrl-C, goes on exactly where it was when it is chosen again.
+"""
+
+import dataclasses
+import datetime
+import fnmatch
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import shiftnet.data
+from shiftnet import config as config_lib
+from shiftnet import models, packing, results, tables
+from shiftnet.checkpoint import LATEST
+from shiftnet.data import Dataset
+from shiftnet.errors import UserError, reported
+from shiftnet.inference import Classifier
+from shiftnet.training import metrics
+from shiftnet.training.evaluation import make_evaluator
+from shiftnet.training.mesh import make_mesh
+from shiftnet.training.plan import CHIPS, TRAINING_IMAGES
+from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.together import Deadline, Outcome, train_together
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# The dtype of what is not low-bit in the networks that are kept.
+REST = "float16"
+SHORT = "short"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A row and what is left to do of it.
+
+    Attributes:
+      row: as in its table.
+      epoch: its table's, the `"best"` or the `"final"`.
+      config: the row's recipe, shortened where that was asked for.
+      full_epochs: that the recipe has when it is not.
+      folder: where its result goes.
+      result: what there is of it, as `shiftnet.results` has it, or None.
+      groups: the seeds that are missing, those together that are trained together, and where.
+    """
+
+    row: results.Row
+    epoch: str
+    config: Any
+    full_epochs: int
+    folder: Path
+    result: dict[str, Any] | None
+    groups: Sequence[tuple[list[int], Path]]
+
+    @property
+    def cost(self) -> float:
+        """Multiply-adds of training the missing seeds, three times the forward passes'."""
+        seeds = sum(len(group) for group, _ in self.groups)
+        return seeds * _images(self.config) * 3.0 * self.row.multiply_adds
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that the first of the missing seeds have behind them."""
+        for seeds, workdir in self.groups[:1]:
+            for line in metrics.read(workdir / f"seed{seeds[0]}")[-1:]:
+                return line["epoch"]
+        return 0
+
+
+@reported
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the command line names; returns the exit code."""
+    arguments = _arguments(argv)
+    use_compilation_cache()
+    works = list(_works(arguments))
+    if arguments.list or not (arguments.only or arguments.next):
+        print(_list(works, arguments.seeds))
+        if not arguments.list:
+            print("\nto train some of them: --only PATTERN or --next, see --help")
+        return 0
+    missing = [work for work in works if work.groups]
+    if arguments.next:
+        missing.sort(key=lambda work: work.cost)
+    deadline = Deadline(arguments.budget)
+    for work in missing:
+        seconds = _estimate(work, works)
+        if arguments.next and seconds is not None and seconds > deadline.left:
+            print(f"{work.row.name} would take about {_duration(seconds)}: it does not fit")
+            break
+        for seeds, workdir in work.groups:
+            outcome = _train(work, seeds, workdir, arguments.data_dir, deadline)
+            if not outcome.finished:
+                print(
+                    f"{work.row.name}: stopped after step {outcome.step}, saved in {workdir}; "
+                    "the same command goes on"
+                )
+                return 128 + outcome.signal if outcome.signal else 0
+        works = list(_works(arguments))
+    if not missing:
+        print("nothing is missing of what was asked for")
+    return 0
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a time like `"90s"`, `"9m"` or `"2h"`.
+
+    Raises:
+      UserError: for another form.
+    """
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smh])", text)
+    if not match or not float(match[1]):
+        raise UserError(f"--budget must be a time such as 90s, 9m or 2h, found {text!r}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def shorten(config: Any, epochs: int) -> None:
+    """Shortens a recipe's schedule: steps of the learning rate move along, restarts stay."""
+    full, config.epochs = config.epochs, min(epochs, config.epochs)
+    boundaries = config.schedule.boundaries
+    if config.schedule.name == "step":
+        boundaries = [round(boundary * config.epochs / full) for boundary in boundaries]
+    inside = {boundary for boundary in boundaries if 0 < boundary < config.epochs}
+    config.schedule.boundaries = tuple(sorted(inside))
+    config_lib.validate(config)
+
+
+def _arguments(argv: Sequence[str] | None) -> Any:
+    parser = config_lib.Parser(prog="python -m shiftnet.reproduce", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="list the rows, train nothing")
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="the rows or tables of that name, e.g. 'shiftresnet20_*'"
+    )
+    parser.add_argument(
+        "--next", action="store_true", help="the cheapest missing rows, while they fit the budget"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="of a row (default: 1)")
+    parser.add_argument(
+        "--together",
+        metavar="N",
+        type=int,
+        help="seeds to train in one program (default: all; on a CPU, which gains nothing, 1)",
+    )
+    parser.add_argument("--budget", metavar="TIME", help="stop and save within 90s, 9m, 2h, ...")
+    parser.add_argument(
+        "--epochs", metavar="N", type=int, help=f"shorten schedules; results go into {SHORT}/"
+    )
+    parser.add_argument("--results", metavar="DIR", default="results", help="default: results")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        default="runs/reproduce",
+        help="for what is not finished (default: runs/reproduce)",
+    )
+    parser.add_argument("--data-dir", metavar="DIR", default="", help="default: as in training")
+    arguments = parser.parse_args(argv)
+    for name in ("seeds", "together", "epochs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, found {value}")
+    if arguments.only and arguments.next:
+        raise UserError("--only and --next exclude each other")
+    if arguments.budget is not None:
+        arguments.budget = seconds_of(arguments.budget)
+    if arguments.together is None:
+        arguments.together = 1 if jax.default_backend() == "cpu" else arguments.seeds
+    return arguments
+
+
+def _works(arguments: Any) -> Iterator[Work]:
+    folder, pattern = Path(arguments.results), arguments.only or "*"
+    chosen = [
+        (table, row)
+        for table in results.tables(folder)
+        for row in table.rows
+        if any(fnmatch.fnmatchcase(name, pattern) for name in (row.name, table.name))
+    ]
+    if not chosen:
+        raise UserError(f"no row and no table of {folder / results.TABLE} matches {pattern!r}")
+    for table, row in chosen:
+        config = config_lib.load(row.recipe)
+        full_epochs = config.epochs
+        if arguments.epochs is not None:
+            shorten(config, arguments.epochs)
+        apart = SHORT if config.epochs < full_epochs else ""
+        result = results.read(folder / apart, row.name)
+        if result is not None:
+            before = config_lib.from_json(json.dumps(result["config"]))
+            ignored = ("data.dir", "seed", *config_lib.RESUMABLE)
+            if changed := config_lib.differences(before, config, ignore=ignored):
+                raise UserError(
+                    f"{results.path_of(folder / apart, row.name)} is of another recipe, with "
+                    f"{'; '.join(changed)}: move it away to train the row anew"
+                )
+        done = [run["seed"] for run in result["runs"]] if result else []
+        seeds = [seed for seed in range(arguments.seeds) if seed not in done]
+        size = arguments.together
+        groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+        yield Work(
+            row,
+            table.epoch,
+            config,
+            full_epochs,
+            folder / apart,
+            result,
+            [(group, Path(arguments.workdir, apart, _place(row, group))) for group in groups],
+        )
+
+
+def _place(row: results.Row, seeds: Sequence[int]) -> str:
+    return f"{row.name}_seeds{'-'.join(map(str, seeds))}"
+
+
+def _images(config: Any) -> float:
+    """Images that a whole training sees; infinite where the size of the set is not known."""
+    return config.epochs * TRAINING_IMAGES.get(config.data.name, math.inf)
+
+
+def _train(
+    work: Work, seeds: Sequence[int], workdir: Path, data_dir: str, deadline: Deadline
+) -> Outcome:
+    """Trains some seeds of a row, or goes on doing so; keeps the result if they are finished."""
+    work.config.data.dir = data_dir
+    dataset = shiftnet.data.of_recipe(work.config.data)
+    print(f"{work.row.name}, seeds {', '.join(map(str, seeds))}, in {workdir}", flush=True)
+    outcome = train_together(
+        work.config, seeds, dataset, workdir, keep=work.epoch, deadline=deadline
+    )
+    if outcome.finished:
+        # Other seeds of the row may have been finished since it was looked up.
+        before = results.read(work.folder, work.row.name)
+        result = _result(work, before, seeds, outcome, dataset)
+        results.write(work.folder, result)
+        shutil.rmtree(workdir / LATEST)  # what it is good for is in the results
+        print(_told(work, result), flush=True)
+    return outcome
+
+
+def _result(
+    work: Work,
+    before: Mapping[str, Any] | None,
+    seeds: Sequence[int],
+    outcome: Outcome,
+    dataset: Dataset,
+) -> dict[str, Any]:
+    """A row's result: what there was before, and the runs that have just finished."""
+    made = {
+        "together": len(seeds),
+        "seconds": round(outcome.seconds, 1),
+        "images_per_second": round(outcome.images_per_second, 1),
+        "fraction_of_peak": _fraction_of_peak(work, outcome.images_per_second),
+        "device": _device(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    runs = [
+        {
+            "seed": seed,
+            "final_accuracy": lines[-1]["test_accuracy"],
+            "best_accuracy": best["accuracy"],
+            "best_epoch": best["epoch"],
+            **made,
+            "epochs": lines,
+        }
+        for seed, lines, best in zip(seeds, outcome.lines, outcome.best, strict=True)
+    ]
+    work.config.data.dir = ""  # of this machine alone
+    old = before or {"runs": [], "checkpoint": None}
+    return {
+        "row": work.row.name,
+        "config": work.config.to_dict(),
+        "class_names": dataset.class_names,
+        "epochs": work.config.epochs,
+        "full_epochs": work.full_epochs,
+        "parameters": work.row.parameters,
+        "multiply_adds": work.row.multiply_adds,
+        "bytes": work.row.bytes,
+        "runs": sorted([*old["runs"], *runs], key=lambda run: run["seed"]),
+        "checkpoint": old["checkpoint"] or _keep(work, seeds[0], outcome, dataset),
+    }
+
+
+def _keep(work: Work, seed: int, outcome: Outcome, dataset: Dataset) -> dict[str, Any]:
+    """Writes the first seed's network beside the result, and evaluates what was written."""
+    path = work.folder / f"{work.row.name}.safetensors"
+    epoch = outcome.best[0]["epoch"] if work.epoch == "best" else work.config.epochs
+    steps_per_epoch = outcome.step // work.config.epochs
+    recipe = config_lib.from_json(outcome.note["config"])
+    recipe.seed, recipe.data.dir = seed, ""
+    note = {
+        **outcome.note,
+        "config": config_lib.to_json(recipe),
+        "step": epoch * steps_per_epoch,
+    }
+    assert outcome.kept is not None
+    work.folder.mkdir(parents=True, exist_ok=True)
+    packing.write(path, outcome.kept, note, REST)
+    model = Classifier.load(path)
+    evaluation = make_evaluator(
+        model.graphdef,
+        dataset.test,
+        recipe.data,
+        mean=model.mean,
+        std=model.std,
+        batch_size=recipe.eval.batch_size,
+        mesh=make_mesh(devices=jax.local_devices()[:1]),
+    )(model.params, model.stats)
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "seed": seed,
+        "epoch": epoch,
+        "test_accuracy": evaluation.top1,
+        "confusion": evaluation.confusion(),
+    }
+
+
+def _device() -> str:
+    kind = jax.local_devices()[0].device_kind
+    if kind != "cpu":
+        return kind
+    return f"CPU, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
+
+
+def _fraction_of_peak(work: Work, images_per_second: float) -> float | None:
+    chip = next((c for c in CHIPS.values() if c.kind == jax.local_devices()[0].device_kind), None)
+    if chip is None:
+        return None
+    flops = 2 * 3 * work.row.multiply_adds * images_per_second
+    return round(flops / chip.flops[work.config.model.dtype], 4)
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where files that git knows differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changes = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("-dirty" if changes.strip() else "")
+
+
+def _estimate(work: Work, works: Sequence[Work]) -> float | None:
+    """Seconds that the missing seeds would take, by the results of this device.
+
+    By those of the same family of networks where there are any, or else by the slowest; None where
+    there are none at all.
+    """
+    rates: dict[str, list[float]] = {}  # multiply-adds a second, by family
+    for other in works:
+        for run in other.result["runs"] if other.result else ():
+            if run["device"] == _device():
+                cost = 3.0 * other.row.multiply_adds * _images(other.config) * run["together"]
+                rates.setdefault(_family(other), []).append(cost / run["seconds"])
+    if not rates:
+        return None
+    slowest = min(min(values) for values in rates.values())
+    left = 1 - work.epochs_done / work.config.epochs
+    return left * work.cost / min(rates.get(_family(work), [slowest]))
+
+
+def _family(work: Work) -> str:
+    return f"{models.parse_arch(work.config.model.arch)[0]} {work.config.model.weights}"
+
+
+def _list(works: Sequence[Work], seeds: int) -> str:
+    rows: list[tuple[object, ...]] = [
+        ("row", "parameters", "reported", "ours", "seeds", "state", "to do")
+    ]
+    for work in works:
+        values = results.accuracies(work.result, work.epoch) if work.result else []
+        seconds = _estimate(work, works) if work.groups else None
+        rows.append(
+            (
+                work.row.name,
+                work.row.parameters,
+                "" if work.row.reported is None else f"{work.row.reported:.2f}",
+                results.mean_and_spread(values) if values else "",
+                f"{len(values)} of {max(seeds, len(values))}",
+                _state(work),
+                "" if seconds is None else f"about {_duration(seconds)}",
+            )
+        )
+    return tables.aligned(rows)
+
+
+def _state(work: Work) -> str:
+    if not work.groups:
+        return "done"
+    if work.epochs_done:
+        return f"running, {work.epochs_done} of {work.config.epochs} epochs"
+    return "missing"
+
+
+def _told(work: Work, result: Mapping[str, Any]) -> str:
+    """What a row came to, in a line."""
+    values = results.accuracies(result, work.epoch)
+    parts = [
+        f"{work.row.name}: {results.mean_and_spread(values)} % ({work.epoch} epoch, "
+        f"{len(values)} seeds)"
+    ]
+    if result["epochs"] < result["full_epochs"]:
+        parts.append(f"on {result['epochs']} of {result['full_epochs']} epochs")
+    elif work.row.reported is not None:
+        parts.append(f"reported {work.row.reported:.2f} %")
+    kept = result["checkpoint"]
+    parts.append(
+        f"{work.folder / kept['file']} has {kept['test_accuracy']:.2%} in {kept['bytes']:,} bytes"
+    )
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

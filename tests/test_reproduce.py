@@ -1,0 +1,255 @@
+"""The rows of the results: from the table to a file that `evaluate.py` takes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shiftnet import config, evaluate, reproduce, results
+from shiftnet.errors import UserError
+from shiftnet.models import build
+from shiftnet.models.counting import count
+
+ROOT = Path(__file__).parents[1]
+
+RECIPE = """
+from shiftnet.config import apply_argument, default_config
+
+
+def get_config(argument=""):
+    config = default_config()
+    config.epochs = 2
+    config.model.arch = "shiftresnet8"
+    config.data.name = "digits"
+    config.data.flip = False
+    config.schedule.boundaries = (1,)
+    apply_argument(config, argument, {"weights": "model.weights"})
+    return config
+"""
+
+TABLE = """
+[[tables]]
+name = "digits"
+title = "Networks on digits"
+source = "nothing"
+epoch = "best"
+note = ""
+
+[[tables.rows]]
+name = "dear"
+recipe = "RECIPE:weights=sign"
+parameters = 2
+multiply_adds = 2000
+bytes = 8
+
+[[tables.rows]]
+name = "cheap"
+recipe = "RECIPE"
+parameters = 1
+multiply_adds = 1000
+bytes = 4
+reported = 50.0
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "results").mkdir()
+    table = TABLE.replace("RECIPE", str(tmp_path / "recipe.py"))
+    (tmp_path / "results" / results.TABLE).write_text(table)
+    return tmp_path
+
+
+def run(place, *arguments):
+    folders = ("--results", str(place / "results"), "--workdir", str(place / "runs"))
+    return reproduce.main([*arguments, *folders])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    place = tmp_path_factory.mktemp("reproduce")
+    (place / "recipe.py").write_text(RECIPE)
+    (place / "results").mkdir()
+    table = TABLE.replace("RECIPE", str(place / "recipe.py"))
+    (place / "results" / results.TABLE).write_text(table)
+    assert run(place, "--only", "cheap", "--seeds", "2", "--together", "1") == 0
+    return place
+
+
+def test_a_finished_row_is_a_file_with_all_there_is_to_know(trained):
+    result = results.read(trained / "results", "cheap")
+    assert [one["seed"] for one in result["runs"]] == [0, 1]
+    assert result["epochs"] == result["full_epochs"] == 2
+    assert result["config"]["model"]["arch"] == "shiftresnet8"
+    assert result["config"]["data"]["dir"] == ""
+    for one in result["runs"]:
+        accuracies = [line["test_accuracy"] for line in one["epochs"]]
+        assert one["final_accuracy"] == accuracies[-1]
+        assert one["best_accuracy"] == max(accuracies)
+        assert accuracies[one["best_epoch"] - 1] == max(accuracies)
+        assert one["seconds"] > 0
+        assert one["images_per_second"] > 0
+        assert one["together"] == 1
+        assert one["versions"]["jax"]
+        assert one["fraction_of_peak"] is None
+    assert sum(images for _, _, images in result["checkpoint"]["confusion"]) == 355
+    assert not list((trained / "results").glob("*.tmp"))
+    assert not list((trained / "runs").glob("*/checkpoints"))
+
+
+def test_evaluate_prints_the_number_of_the_kept_network(trained, capsys):
+    result = results.read(trained / "results", "cheap")
+    kept = result["checkpoint"]
+    path = trained / "results" / kept["file"]
+    assert path.stat().st_size == kept["bytes"]
+    assert evaluate.main(["--ckpt", str(path), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["top1"] == kept["test_accuracy"]
+    assert row["step"] == kept["epoch"] * (1442 // 128)
+    # Numbers of 16 bits: a few images near a border may fall to the other side.
+    assert abs(row["top1"] - result["runs"][0]["best_accuracy"]) < 0.01
+
+
+def test_the_list_says_what_is_done(trained, capsys):
+    assert run(trained, "--list", "--seeds", "2") == 0
+    table = capsys.readouterr().out
+    cheap, dear = (
+        next(line for line in table.splitlines() if line.startswith(name))
+        for name in ("cheap", "dear")
+    )
+    assert "50.00" in cheap
+    assert "±" in cheap
+    assert "2 of 2" in cheap
+    assert "done" in cheap
+    assert "0 of 2" in dear
+    assert "missing" in dear
+    assert "about" in dear  # by what the other took here
+
+
+def test_what_is_done_is_not_done_again(trained, capsys):
+    before = results.path_of(trained / "results", "cheap").read_bytes()
+    assert run(trained, "--only", "cheap", "--seeds", "2") == 0
+    assert "nothing is missing" in capsys.readouterr().out
+    assert results.path_of(trained / "results", "cheap").read_bytes() == before
+
+
+def test_a_result_of_another_recipe_is_refused(trained, tmp_path, capsys):
+    place = tmp_path / "copy"
+    shutil.copytree(trained, place)
+    path = results.path_of(place / "results", "cheap")
+    path.write_text(path.read_text().replace('"lr": 0.1', '"lr": 0.2', 1))
+    assert run(place, "--only", "cheap") == 2
+    assert "is of another recipe, with optimizer.lr: 0.2 -> 0.1" in capsys.readouterr().err
+
+
+def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monkeypatch):
+    class Short(reproduce.Deadline):
+        def __init__(self, seconds):
+            assert seconds == 540
+            self.questions = 4
+
+        def worked(self, seconds): ...
+        def saved(self, seconds): ...
+
+        @property
+        def left(self):
+            self.questions -= 1
+            return self.questions
+
+    monkeypatch.setattr(reproduce, "Deadline", Short)
+    assert run(place, "--next", "--budget", "9m") == 0
+    assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
+    assert results.read(place / "results", "cheap") is None
+    monkeypatch.undo()
+    assert run(place, "--only", "cheap") == 0
+    assert "dear" not in capsys.readouterr().out
+    assert len(results.read(place / "results", "cheap")["runs"]) == 1
+
+
+def test_a_short_schedule_is_kept_apart(place, capsys):
+    assert run(place, "--only", "dear", "--epochs", "1") == 0
+    assert "on 1 of 2 epochs" in capsys.readouterr().out
+    assert results.read(place / "results", "dear") is None
+    result = results.read(place / "results" / "short", "dear")
+    assert (result["epochs"], result["full_epochs"]) == (1, 2)
+    assert result["config"]["schedule"]["boundaries"] == []
+    assert "weights" in result["runs"][0]["epochs"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "boundaries", "expected"),
+    [("step", (82, 123), (4, 5)), ("sgdr", (2, 4, 8, 16), (2, 4)), ("cosine", (), ())],
+)
+def test_a_shortened_schedule_keeps_its_form(name, boundaries, expected):
+    recipe = config.default_config()
+    recipe.schedule.name, recipe.schedule.boundaries = name, boundaries
+    recipe.epochs = 164
+    reproduce.shorten(recipe, 7)
+    assert (recipe.epochs, recipe.schedule.boundaries) == (7, expected)
+    reproduce.shorten(recipe, 100)
+    assert recipe.epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nosuch*"], "no row and no table of"),
+        (["--budget", "9"], "--budget must be a time such as 90s, 9m or 2h, found '9'"),
+        (["--budget", "0m"], "--budget must be a time"),
+        (["--seeds", "0"], "--seeds must be at least 1, found 0"),
+        (["--only", "cheap", "--next"], "--only and --next exclude each other"),
+    ],
+)
+def test_bad_input_is_a_sentence(place, arguments, message, capsys):
+    before = sorted(place.rglob("*"))
+    assert run(place, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("[[tables", "is damaged"),
+        (TABLE.replace('"best"', '"worst"'), "epoch must be best or final, found 'worst'"),
+        (TABLE.replace('"dear"', '"cheap"'), "two rows named cheap"),
+        (TABLE.replace("bytes = 8", "byte = 8"), "is damaged"),
+    ],
+)
+def test_a_damaged_table_is_a_sentence(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / results.TABLE).write_text(content)
+    with pytest.raises(UserError, match=message):
+        results.tables(tmp_path)
+
+
+def test_a_damaged_result_is_a_sentence(tmp_path):
+    for content in ("{", "[]", '{"row": "other", "runs": [1]}'):
+        results.path_of(tmp_path, "row").write_text(content)
+        with pytest.raises(UserError, match=r"cannot read|is not the result of row row"):
+            results.read(tmp_path, "row")
+
+
+ROWS = [row for table in results.tables(ROOT / "results") for row in table.rows]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_table_is_of_the_recipes_that_it_names(row, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = config.load(row.recipe)
+    file = Path(row.recipe.partition(":")[0])
+    if row.reported is not None:
+        assert f"{row.reported:.2f}".rstrip("0").rstrip(".") in file.read_text()
+    assert ("c100" in row.name) == (recipe.data.name == "cifar100")
+    if not row.name.startswith(("resnet110", "resnet56", "shiftresnet110", "depthwiseresnet110")):
+        classes = 100 if recipe.data.name == "cifar100" else 10
+        from flax import nnx
+
+        network = nnx.eval_shape(lambda: build(recipe.model, classes, rngs=nnx.Rngs(0)))
+        counts = count(network)
+        assert row.parameters == counts.parameters
+        assert row.multiply_adds == counts.multiply_adds
+        assert row.bytes == counts.weight_bytes
