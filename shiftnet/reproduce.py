@@ -97,9 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for work in missing:
         seconds = _estimate(work, works)
         if arguments.next and seconds is not None and seconds > deadline.left:
-            print(f"{work.row.name} would take about {_duration(seconds)}: it does not fit")
+            print(f"{work.row.name} would take about {tables.duration(seconds)}: it does not fit")
             break
         for seeds, workdir in work.groups:
+            if deadline.left <= 0:
+                print("no time is left")
+                return 0
             outcome = _train(work, seeds, workdir, arguments.data_dir, deadline)
             if not outcome.finished:
                 print(
@@ -394,7 +397,7 @@ def _list(works: Sequence[Work], seeds: int) -> str:
                 results.mean_and_spread(values) if values else "",
                 f"{len(values)} of {max(seeds, len(values))}",
                 _state(work),
-                "" if seconds is None else f"about {_duration(seconds)}",
+                "" if seconds is None else f"about {tables.duration(seconds)}",
             )
         )
     return tables.aligned(rows)
@@ -424,11 +427,6 @@ def _told(work: Work, result: Mapping[str, Any]) -> str:
         f"{work.folder / kept['file']} has {kept['test_accuracy']:.2%} in {kept['bytes']:,} bytes"
     )
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 if __name__ == "__main__":

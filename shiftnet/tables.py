@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Tables and times in plain text."""
 
 from collections.abc import Sequence
 
@@ -18,3 +18,11 @@ def aligned(rows: Sequence[Sequence[object]]) -> str:
         )
         for first, *rest in texts
     )
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as `"2 h 5 min"`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

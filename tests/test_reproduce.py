@@ -148,7 +148,7 @@ def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monke
     class Short(reproduce.Deadline):
         def __init__(self, seconds):
             assert seconds == 540
-            self.questions = 4
+            self.questions = 5
 
         def worked(self, seconds): ...
         def saved(self, seconds): ...

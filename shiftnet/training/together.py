@@ -306,7 +306,7 @@ class _Runs:
             for tally in tallies:
                 tally.settle()
             self._check(tallies)
-            if step > self._note["step"] or not step:
+            if step > self._note["step"]:
                 save()
 
         for log in self._logs:

@@ -1,0 +1,346 @@
+"""Reads what is reported on: working directories of runs, and folders of results."""
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+import shiftnet.config
+import shiftnet.data
+from shiftnet import models, results
+from shiftnet.errors import UserError
+from shiftnet.models.counting import count
+from shiftnet.training import metrics
+from shiftnet.training.workdir import RECIPE
+
+Line = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """One seed's: the lines of its `metrics.jsonl`, one an epoch."""
+
+    seed: int
+    lines: Sequence[Line]
+
+
+class Confusion(NamedTuple):
+    """How many images of a class were taken for which.
+
+    Attributes:
+      class_names: by label, no two the same.
+      counts: (label, prediction, images) for what occurs.
+      of: the network that was asked, in words.
+    """
+
+    class_names: Sequence[str]
+    counts: Sequence[tuple[int, int, int]]
+    of: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A recipe and the runs of it.
+
+    Attributes:
+      name: of the working directory, or of the row.
+      epochs: how many the recipe has.
+      full_epochs: how many the row's own has; as many where that is not known.
+      parameters: of the network; None where it could not be counted, as the next two.
+      multiply_adds: an image.
+      bytes: of all parameters, low-bit weights packed.
+      runs: one a seed.
+      confusion: None where none was written.
+    """
+
+    name: str
+    epochs: int
+    full_epochs: int
+    parameters: int | None
+    multiply_adds: int | None
+    bytes: int | None
+    runs: Sequence[Run]
+    confusion: Confusion | None
+
+    @property
+    def epochs_done(self) -> int:
+        """Of the run that has come farthest."""
+        return max((line["epoch"] for run in self.runs for line in run.lines), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a row.
+
+    Attributes:
+      training: the runs.
+      final, best: top-1 on the test set in per cent, of each seed.
+      images_per_second: of all seeds that were trained together, the median over the programs.
+      fraction_of_peak: likewise; None where the device's limit is not known.
+      seconds: of all seeds.
+      device: what they were trained on.
+    """
+
+    training: Training
+    final: Sequence[float]
+    best: Sequence[float]
+    images_per_second: float
+    fraction_of_peak: float | None
+    seconds: float
+    device: str
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the schedule was shortened, so that no full one compares with it."""
+        return self.training.epochs < self.training.full_epochs
+
+
+class Filled(NamedTuple):
+    """A table, and by row what came of it on the full schedule and on a shortened one."""
+
+    table: results.Table
+    full: Mapping[str, Outcome]
+    short: Mapping[str, Outcome]
+    whole: bool  # whether rows that were not trained are shown too
+
+
+class Found(NamedTuple):
+    """All there is to report on."""
+
+    tables: Sequence[Filled]
+    trainings: Sequence[Training]  # of working directories
+
+
+def find(paths: Sequence[Path]) -> Found:
+    """Reads every path: a run's working directory, or a folder of results.
+
+    A folder of results without a table of its own takes its parent's, and shows only the rows that
+    it has. Runs whose recipes differ by nothing but the seed are put together.
+
+    Raises:
+      UserError: for a path that is neither, or a file in it that is damaged.
+    """
+    workdirs = []
+    folders: dict[Path, list[Path]] = {}  # of results, by the folder that has their table
+    for path in dict.fromkeys(paths):
+        if (path / RECIPE).is_file():
+            workdirs.append(path)
+        elif (path / results.TABLE).is_file():
+            folders.setdefault(path.resolve(), []).append(path)
+        elif path.is_dir() and (path.resolve().parent / results.TABLE).is_file():
+            folders.setdefault(path.resolve().parent, []).append(path)
+        else:
+            raise UserError(
+                f"{path} is neither a run's working directory, which has {RECIPE}, "
+                f"nor a folder of results, which has {results.TABLE} or lies beside it"
+            )
+    tables = [table for owner, inside in folders.items() for table in _filled(owner, inside)]
+    return Found(tables, _trainings(workdirs))
+
+
+def family(row: str) -> str:
+    """The family of a row or a run by its name: `"wrn_1bit"` of `"wrn20_10_1bit_c100"`.
+
+    What stands before the depth, and the form of the weights where it is named after it.
+    """
+    match = re.match(r"((?:s3_)?[a-z_]+)\d", row)
+    if match is None:
+        return row
+    forms = re.findall(r"_(\dbit|s3|denseshift)(?=_|$)", row[match.end() :])
+    return "_".join([match[1], *forms])
+
+
+def number(line: Line, name: str) -> float | None:
+    """A number of a line; None where it has none, or one that is not finite."""
+    value = line.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def evaluated(run: Run) -> list[Line]:
+    """The lines of the epochs after which the run was evaluated."""
+    return [line for line in run.lines if number(line, "test_accuracy") is not None]
+
+
+def best(run: Run) -> Line | None:
+    """The line of the best epoch: on the held-out images where there are any."""
+    lines = evaluated(run)
+    return max(
+        lines,
+        key=lambda line: line.get("validation_accuracy", line["test_accuracy"]),
+        default=None,
+    )
+
+
+def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
+    """The tables of a folder with what the folders hold."""
+    filled = []
+    whole = any(folder.resolve() == owner for folder in folders)
+    for table in results.tables(owner):
+        outcomes = [
+            outcome
+            for row in table.rows
+            for folder in folders
+            if (outcome := _outcome(folder, row.name))
+        ]
+        if whole or outcomes:
+            full = {o.training.name: o for o in outcomes if not o.is_short}
+            short = {o.training.name: o for o in outcomes if o.is_short}
+            filled.append(Filled(table, full, short, whole))
+    return filled
+
+
+def _outcome(folder: Path, row: str) -> Outcome | None:
+    result = results.read(folder, row)
+    if result is None:
+        return None
+    path = results.path_of(folder, row)
+    try:
+        runs = result["runs"]
+        confusion = None
+        if kept := result["checkpoint"]:
+            confusion = _confusion(
+                kept["confusion"],
+                result["class_names"],
+                f"seed {kept['seed']}, epoch {kept['epoch']}",
+            )
+        peaks = [float(peak) for run in runs if (peak := run["fraction_of_peak"]) is not None]
+        return Outcome(
+            training=Training(
+                name=row,
+                epochs=int(result["epochs"]),
+                full_epochs=int(result["full_epochs"]),
+                parameters=int(result["parameters"]),
+                multiply_adds=int(result["multiply_adds"]),
+                bytes=int(result["bytes"]),
+                runs=[Run(run["seed"], _checked(run["epochs"])) for run in runs],
+                confusion=confusion,
+            ),
+            final=[float(accuracy) for accuracy in results.accuracies(result, "final")],
+            best=[float(accuracy) for accuracy in results.accuracies(result, "best")],
+            images_per_second=statistics.median(float(run["images_per_second"]) for run in runs),
+            fraction_of_peak=statistics.median(peaks) if peaks else None,
+            # Every one of the seeds trained together carries the seconds of them all.
+            seconds=sum(run["seconds"] / run["together"] for run in runs),
+            device=", ".join(dict.fromkeys(run["device"] for run in runs)),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _trainings(workdirs: Sequence[Path]) -> list[Training]:
+    """Of working directories; the seeds of one recipe together."""
+    groups: dict[str, list[tuple[Path, ConfigDict]]] = {}
+    for workdir in workdirs:
+        config = _config(workdir)
+        recipe = {**config.to_dict(), "seed": 0, "data": {**config.data.to_dict(), "dir": ""}}
+        groups.setdefault(json.dumps(recipe), []).append((workdir, config))
+    return [_training(members) for members in groups.values()]
+
+
+def _training(members: Sequence[tuple[Path, ConfigDict]]) -> Training:
+    """Of working directories of one recipe, and that recipe."""
+    workdir, config = members[0]
+    runs = [Run(config.seed, _lines(workdir)) for workdir, config in members]
+    confusion = next((c for workdir, config in members if (c := _of(workdir, config))), None)
+    costs = _count(config, confusion)
+    name = workdir.resolve().name
+    return Training(
+        name=f"{name} and {len(members) - 1} more" if len(members) > 1 else name,
+        epochs=config.epochs,
+        full_epochs=config.epochs,
+        parameters=costs and costs.parameters,
+        multiply_adds=costs and costs.multiply_adds,
+        bytes=costs and costs.weight_bytes,
+        runs=runs,
+        confusion=confusion,
+    )
+
+
+def _config(workdir: Path) -> ConfigDict:
+    """A run's recipe; fields that did not exist yet when it was written have their defaults."""
+    path = workdir / RECIPE
+    try:
+        config = shiftnet.config.default_config()
+        config.update(json.loads(path.read_text()))
+        return shiftnet.config.from_json(shiftnet.config.to_json(config))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _lines(workdir: Path) -> list[Line]:
+    path = workdir / metrics.FILE
+    try:
+        return _checked(metrics.read(workdir))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _checked(lines: Sequence[Any]) -> list[Line]:
+    """Lines as far as what is drawn depends on them.
+
+    Raises:
+      KeyError, TypeError, ValueError, AttributeError: for what is not the line of an epoch.
+    """
+    for line in lines:
+        if not isinstance(line["epoch"], int):
+            raise TypeError(f"epoch {line['epoch']!r} is not a whole number")
+        for layer in line.get("weights", {}).values():
+            _ = [int(level) for level in layer["levels"]]
+    return list(lines)
+
+
+def _of(workdir: Path, config: ConfigDict) -> Confusion | None:
+    """What a run wrote beside its metrics, if it did."""
+    path = workdir / metrics.CONFUSION
+    try:
+        found = json.loads(path.read_text())
+        words = f"seed {config.seed}, epoch {found['epoch']}"
+        return _confusion(found["confusion"], found["class_names"], words)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _confusion(counts: Any, class_names: Sequence[str], of: str) -> Confusion:
+    """As the files have it, checked.
+
+    Raises:
+      TypeError, ValueError: where it is not what it should be.
+    """
+    names = [str(name) for name in class_names]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    checked = []
+    for label, prediction, images in counts:
+        if not (0 <= label < len(names) and 0 <= prediction < len(names) and images > 0):
+            raise ValueError(f"[{label}, {prediction}, {images}] is not of {len(names)} classes")
+        checked.append((int(label), int(prediction), int(images)))
+    return Confusion(names, checked, of)
+
+
+def _count(config: ConfigDict, confusion: Confusion | None):
+    """The costs of a recipe's network; None where the number of its classes is not known."""
+    if config.data.source == "tfds" and config.data.name in shiftnet.data.IN_MEMORY:
+        classes, side = len(shiftnet.data.class_names(config.data.name)), 32
+    elif confusion:
+        classes, side = len(confusion.class_names), config.data.size
+    else:
+        return None
+    network = nnx.eval_shape(lambda: models.build(config.model, classes, rngs=nnx.Rngs(0)))
+    return count(network, (side, side, 3))
+
+
+def _words(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
