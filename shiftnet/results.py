@@ -129,7 +129,7 @@ def read(folder: Path, row: str) -> dict[str, Any] | None:
         result = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(result, dict) or result.get("row") != row or not result.get("runs"):
         raise UserError(f"{path} is not the result of row {row}")

@@ -48,10 +48,12 @@ from shiftnet import (
     export,
     models,
     pack,
+    reproduce,
     train,
 )
 from shiftnet.errors import UserError
 from shiftnet.layers import Linear
+from shiftnet.report.__main__ import main as report
 from shiftnet.training.loop import Summary
 
 HANG = 2.0  # seconds
@@ -64,6 +66,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert_torch": convert_torch.main,
     "pack": pack.main,
     "export": export.main,
+    "reproduce": reproduce.main,
+    "report": report,
 }
 # What people write; every case starts from one of these.
 LINES = {
@@ -104,6 +108,13 @@ LINES = {
         "run new.onnx",
         "run new.pth",
     ],
+    "reproduce": [
+        "",
+        "--list --seeds 3 --results results",
+        "--only row* --epochs 3 --budget 9m --workdir new --data-dir folder",
+        "--next --budget=90s --together 2 --seeds=2",
+    ],
+    "report": ["run --out new.html", "results --out new.md --brief", "run results --out=text.md"],
 }
 OPTIONS = {
     command: [
@@ -260,6 +271,18 @@ class Case(NamedTuple):
         return text + ("" if self.note == GOOD_NOTE else f"\n    checkpoint: {self.note[:2000]!r}")
 
 
+TABLE = """
+[[tables]]
+name = "table"
+title = "Networks"
+source = "nothing"
+epoch = "best"
+note = ""
+rows = [
+  { name = "row", recipe = "recipe.py", parameters = 1, multiply_adds = 1, bytes = 4 },
+  { name = "row3", recipe = "mutant.py", parameters = 2, multiply_adds = 2, bytes = 8 },
+]
+"""
 GOOD_NOTE = config.to_json(config.default_config())
 
 
@@ -477,6 +500,10 @@ class Stubs:
             "shiftnet.count._count": self.count,
             "shiftnet.convert_torch.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
+            "shiftnet.reproduce.use_compilation_cache": lambda: None,
+            "shiftnet.reproduce._train": lambda *_: SimpleNamespace(finished=True),
+            "shiftnet.report.page.render": lambda found: "page",
+            "shiftnet.report.sources._count": lambda *_: None,
             "shiftnet.export._converter": self.converter,
             "shiftnet.export.stablehlo": lambda model, size: b"program",
             "shiftnet.export.original": lambda model: {"x": np.zeros(2)},
@@ -541,6 +568,9 @@ def furnish(here: Path) -> None:
             entry.unlink()
     (here / "recipe.py").write_text(RECIPE)
     (here / "text.txt").write_text("some text\n")
+    (here / "text.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    (here / "results").mkdir()
+    (here / "results" / "table.toml").write_text(TABLE)
     (here / "loop").symlink_to("loop")
     (here / "loop.py").symlink_to("loop.py")
     for folder in ("folder", "folder.npz", "folder.safetensors", "secret"):
@@ -625,6 +655,7 @@ def main() -> int:
             stubs.note, stubs.trained = one.note, False
             stubs.real = random.Random(~number).random() < REAL
             (here / "mutant.py").write_bytes(one.recipe.encode("utf-8", "surrogateescape"))
+            (here / "run" / "config.json").write_bytes(one.note.encode("utf-8", "surrogateescape"))
             before = contents(here)
             outcome, failure, took = attempt(one)
             if one.of_recipe and not stubs.trained and "mutant.py" not in outcome:

@@ -271,7 +271,7 @@ def _config(workdir: Path) -> ConfigDict:
         return shiftnet.config.from_json(shiftnet.config.to_json(config))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -281,7 +281,7 @@ def _lines(workdir: Path) -> list[Line]:
         return _checked(metrics.read(workdir))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {_words(error)}") from error
 
 
@@ -310,7 +310,7 @@ def _of(workdir: Path, config: ConfigDict) -> Confusion | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {_words(error)}") from error
 
 
