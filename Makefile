@@ -6,6 +6,7 @@
 # make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none
 #                   of which may crash, hang or leave a file behind (4 to 7 minutes)
 # make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
+# make results      the tables in docs/results.md and README.md anew, from what lies in results/
 # make clean        forget the environment and the quickstart's run
 
 # The first of these that runs and is new enough; another: make test PYTHON=/path/to/python
@@ -17,7 +18,7 @@ CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu fuzz torture clean
+.PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu fuzz results torture clean
 
 quickstart: $(VENV)/base
 	rm -rf $(WORKDIR)
@@ -53,6 +54,10 @@ compile-gpu: $(CUDA_VENV)/cuda
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands
 	$(BIN)/python -m tests.foreign.fuzz
+
+results: $(VENV)/dev
+	$(BIN)/python -m shiftnet.report results results/short --out docs/results.md
+	$(BIN)/python -m shiftnet.report results --brief --out README.md
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.torture

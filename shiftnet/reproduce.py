@@ -416,7 +416,7 @@ def _told(work: Work, result: Mapping[str, Any]) -> str:
     values = results.accuracies(result, work.epoch)
     parts = [
         f"{work.row.name}: {results.mean_and_spread(values)} % ({work.epoch} epoch, "
-        f"{len(values)} seeds)"
+        f"{len(values)} seed{'s' if len(values) > 1 else ''})"
     ]
     if result["epochs"] < result["full_epochs"]:
         parts.append(f"on {result['epochs']} of {result['full_epochs']} epochs")

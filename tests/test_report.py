@@ -213,7 +213,7 @@ def test_the_brief_table_lists_what_was_trained(folder, tmp_path):
     ]
     assert "| resnet20" not in text
     assert "| wrn20" not in text
-    assert "Of 3 rows 2 are not trained yet" in text
+    assert "2 of 3 rows have not been trained" in text
     assert text.startswith("Ours.\n\n<!-- results -->\n### ")
     assert text.endswith("\n<!-- /results -->\nAfter.\n")
     assert "former" not in text
@@ -507,3 +507,14 @@ def test_the_browser_would_notice(tab, tmp_path):
 def test_outside_a_command_errors_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="neither"):
         sources.find([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("file", "folders", "brief"),
+    [("docs/results.md", ["results", "results/short"], False), ("README.md", ["results"], True)],
+)
+def test_the_tables_in_the_docs_are_those_of_the_results(file, folders, brief):
+    root = Path(__file__).parents[1]
+    found = sources.find([root / folder for folder in folders])
+    words = (root / file).read_text(encoding="utf-8")
+    assert markdown.into(root / file, markdown.render(found, brief=brief)) == words, "make results"

@@ -29,7 +29,7 @@ def render(found: Found, *, brief: bool = False) -> str:
     if brief:
         missing = sum(grids.missing(filled) for filled in found.tables)
         rows = sum(len(filled.table.rows) for filled in found.tables)
-        parts.append(f"Of {rows} rows {missing} are not trained yet on their full schedule.")
+        parts.append(f"{missing} of {rows} rows have not been trained on their full schedule yet.")
         return "\n\n".join(parts)
     short = [filled for filled in found.tables if filled.short]
     if short:
