@@ -25,7 +25,6 @@ import jax
 import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import models, packing, results, tables
-from shiftnet.checkpoint import LATEST
 from shiftnet.data import Dataset
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
@@ -95,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing.sort(key=lambda work: work.cost)
     deadline = Deadline(arguments.budget)
     for work in missing:
-        seconds = _estimate(work, works)
-        if arguments.next and seconds is not None and seconds > deadline.left:
+        seconds = _estimate(work, works) if arguments.next else None
+        if seconds is not None and seconds > deadline.left:
             print(f"{work.row.name} would take about {tables.duration(seconds)}: it does not fit")
             break
         for seeds, workdir in work.groups:
@@ -200,8 +199,8 @@ def _works(arguments: Any) -> Iterator[Work]:
         result = results.read(folder / apart, row.name)
         if result is not None:
             before = config_lib.from_json(json.dumps(result["config"]))
-            ignored = ("data.dir", "seed", *config_lib.RESUMABLE)
-            if changed := config_lib.differences(before, config, ignore=ignored):
+            ignored = {"seed", *config_lib.RESUMABLE} - {"epochs"}
+            if changed := config_lib.differences(before, config, ignore=sorted(ignored)):
                 raise UserError(
                     f"{results.path_of(folder / apart, row.name)} is of another recipe, with "
                     f"{'; '.join(changed)}: move it away to train the row anew"
@@ -245,7 +244,7 @@ def _train(
         before = results.read(work.folder, work.row.name)
         result = _result(work, before, seeds, outcome, dataset)
         results.write(work.folder, result)
-        shutil.rmtree(workdir / LATEST)  # what it is good for is in the results
+        shutil.rmtree(workdir)  # all that it is good for is in the results
         print(_told(work, result), flush=True)
     return outcome
 

@@ -1,5 +1,6 @@
 """How every test runs: on the CPU as two devices, and with nothing that JAX would guess."""
 
+import gc
 import os
 import tempfile
 
@@ -21,9 +22,23 @@ jax.config.update("jax_num_cpu_devices", 2)
 # A product of float32 and bfloat16, or float32 and int32, is an error unless it is written out.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Most of what tests allocate lives as long as they run: looking for garbage at the usual rate takes
+# a tenth of their time.
+gc.set_threshold(100_000, 20, 100)
+
 # The same examples everywhere, so that a failure is everyone's; compiling makes any deadline wrong.
 settings.register_profile("shiftnet", derandomize=True, deadline=None)
 settings.load_profile("shiftnet")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share a fixture of their file, mostly a trained run, share a process too."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        shared = sorted(name for name, found in fixtures.items() if found[-1].scope == "module")
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {' '.join(shared)}"))
 
 
 @pytest.fixture

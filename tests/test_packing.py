@@ -64,7 +64,9 @@ def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same
         # The page's 3.5 MiB; what is asked for S3.
         ("wrn20", {"width": 10.0, "weights": "sign"}, 100, "float32", 3.70),
         ("wrn20", {"width": 10.0, "weights": "sign"}, 100, "float16", 3.53),
-        ("imagenet_resnet18", {"weights": "s3"}, 1000, "float32", 6.5),
+        pytest.param(
+            *("imagenet_resnet18", {"weights": "s3"}, 1000, "float32", 6.5), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_files_are_as_small_as_promised(arch, fields, classes, rest, most, tmp_path):

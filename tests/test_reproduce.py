@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from shiftnet import config, evaluate, reproduce, results
 from shiftnet.errors import UserError
@@ -96,7 +97,7 @@ def test_a_finished_row_is_a_file_with_all_there_is_to_know(trained):
         assert one["fraction_of_peak"] is None
     assert sum(images for _, _, images in result["checkpoint"]["confusion"]) == 355
     assert not list((trained / "results").glob("*.tmp"))
-    assert not list((trained / "runs").glob("*/checkpoints"))
+    assert not list((trained / "runs").iterdir())
 
 
 def test_evaluate_prints_the_number_of_the_kept_network(trained, capsys):
@@ -244,10 +245,8 @@ def test_the_table_is_of_the_recipes_that_it_names(row, monkeypatch):
     if row.reported is not None:
         assert f"{row.reported:.2f}".rstrip("0").rstrip(".") in file.read_text()
     assert ("c100" in row.name) == (recipe.data.name == "cifar100")
-    if not row.name.startswith(("resnet110", "resnet56", "shiftresnet110", "depthwiseresnet110")):
+    if "20" in row.name:  # the deeper ones differ in depth alone
         classes = 100 if recipe.data.name == "cifar100" else 10
-        from flax import nnx
-
         network = nnx.eval_shape(lambda: build(recipe.model, classes, rngs=nnx.Rngs(0)))
         counts = count(network)
         assert row.parameters == counts.parameters

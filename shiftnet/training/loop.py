@@ -79,7 +79,12 @@ def train(
       RunFailed: where the loss is not finite, the device's memory is too small, a checkpoint
         cannot be written, or another process of the job is gone.
     """
-    with explained(config.batch_size), Times() as times, contextlib.ExitStack() as stack:
+    smaller = f"--config.batch_size={max(config.batch_size // 2, 1)}"
+    with (
+        explained(f"at batch_size {config.batch_size}", smaller),
+        Times() as times,
+        contextlib.ExitStack() as stack,
+    ):
         return _train(config, Path(workdir), init, profile, times, stack)
 
 
@@ -405,8 +410,13 @@ def diverged(tally: Tally, lr: float, series: Series) -> str:
 
 
 @contextlib.contextmanager
-def explained(batch_size: int) -> Iterator[None]:
-    """Turns JAX's errors for too little memory, and for a lost process, into sentences."""
+def explained(load: str, smaller: str) -> Iterator[None]:
+    """Turns JAX's errors for too little memory, and for a lost process, into sentences.
+
+    Args:
+      load: what the device holds.
+      smaller: the option that makes that less.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -418,7 +428,4 @@ def explained(batch_size: int) -> Iterator[None]:
                 f"({str(error).splitlines()[0][:200]}); "
                 "start the job again to continue from its last checkpoint"
             ) from error
-        raise RunFailed(
-            f"the device ran out of memory at batch_size {batch_size}; "
-            f"try --config.batch_size={max(batch_size // 2, 1)}"
-        ) from error
+        raise RunFailed(f"the device ran out of memory {load}; try {smaller}") from error

@@ -122,9 +122,15 @@ def train_together(
         this way.
       RunFailed: as `train` raises it.
     """
-    with explained(config.batch_size), Times() as times, contextlib.ExitStack() as stack:
-        runs = _Runs(config, seeds, dataset, Path(workdir), keep, times, stack)
-        return runs.train(deadline or Deadline(None))
+    runs = len(seeds)
+    load = f"at batch_size {config.batch_size} with {runs} seeds"
+    with (
+        explained(load, f"--together={max(runs // 2, 1)}"),
+        Times() as times,
+        contextlib.ExitStack() as stack,
+    ):
+        training = _Runs(config, seeds, dataset, Path(workdir), keep, times, stack)
+        return training.train(deadline or Deadline(None))
 
 
 class _Runs:
@@ -139,7 +145,9 @@ class _Runs:
         stack: contextlib.ExitStack,
     ):
         if not isinstance(dataset.train, Split) or not isinstance(dataset.test, Split):
-            raise UserError(f"{dataset.name} is read from files: its seeds are trained one by one")
+            raise UserError(
+                f"{dataset.name} is read from files: train.py trains on it, a seed at a time"
+            )
         if config.parallel.fsdp or config.data.validation:
             raise UserError("seeds are not trained together with parallel.fsdp or data.validation")
         self._config, self._seeds, self._keep, self._times = config, list(seeds), keep, times

@@ -158,6 +158,7 @@ def _door(folder, tmp_path) -> list[str]:
     return ["--config", str(file), "--workdir", str(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_an_imagenet_shaped_set_of_1000_classes_trains_a_low_bit_network(tmp_path):
     root = write_folder(tmp_path / "images", (1,) * 1000, (1,) * 1000)
     settings = files(

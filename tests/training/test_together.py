@@ -56,6 +56,7 @@ def widened(tree):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_each_of_several_runs_takes_the_steps_that_it_takes_alone(digits):
     part = digits.train
@@ -92,22 +93,18 @@ def test_each_of_several_runs_takes_the_steps_that_it_takes_alone(digits):
 
 
 def test_visits_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
-    settings = recipe(model__weights="sign", batch_size=256)
+    settings = recipe(model__weights="sign", batch_size=512)
     whole = train_together(settings, SEEDS, digits, tmp_path / "whole", keep="best")
     assert whole.finished
-    visits = 0
-    while True:
+    place = tmp_path / "visits"
+    for questions, step in ((4, 3), (100, 4)):  # in the middle of the second epoch, and the end
         outcome = train_together(
-            settings, SEEDS, digits, tmp_path / "visits", keep="best", deadline=StopsAfter(4)
+            settings, SEEDS, digits, place, keep="best", deadline=StopsAfter(questions)
         )
-        visits += 1
-        if outcome.finished:
-            break
-        assert outcome.kept is None
-        assert visits < 10
-    assert visits == 4  # three steps each; two epochs have ten
+        assert outcome.step == step
+        assert outcome.finished == (step == 4) == (outcome.kept is not None)
     for seed in SEEDS:
-        assert epochs(tmp_path / "visits" / f"seed{seed}") == epochs(tmp_path / f"whole/seed{seed}")
+        assert epochs(place / f"seed{seed}") == epochs(tmp_path / f"whole/seed{seed}")
     assert outcome.best == whole.best
     ours, theirs = (jax.tree.leaves(one.note["best"]) for one in (outcome, whole))
     assert ours == theirs

@@ -55,6 +55,7 @@ def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
 # Each of them takes up to half a minute to compile.
 SLOW = [
     "cifar_d20_c10",
+    "recipe_d14_c10",
     "resnet20_block2.8_c100",
     "resnet20_c10",
     "resnet20_net2.8_c10",
