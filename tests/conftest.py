@@ -31,16 +31,6 @@ settings.register_profile("shiftnet", derandomize=True, deadline=None)
 settings.load_profile("shiftnet")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests that share a fixture of their file, mostly a trained run, share a process too."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs
-        shared = sorted(name for name, found in fixtures.items() if found[-1].scope == "module")
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {' '.join(shared)}"))
-
-
 @pytest.fixture
 def float64():
     """Turns 64-bit types on for one test; elsewhere they are off, as they are for users."""
