@@ -311,6 +311,9 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The configuration that `to_json` wrote, tuples as tuples; locked, as from `load`.
 
+    Fields that did not exist yet when it was written have their defaults, so that what was saved
+    once can always be loaded.
+
     Raises:
       UserError: if the text is not JSON, or not a valid configuration.
     """
@@ -320,9 +323,11 @@ def from_json(text: str) -> ConfigDict:
             raise TypeError(f"found {type(loaded).__name__}")
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"the configuration is not a JSON object: {error}") from error
-    values = _flat(loaded)
-    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return _typed(tuples)
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in _flat(loaded).items()
+    }
+    return _typed(_flat(default_config()) | values)
 
 
 def load(recipe: str) -> ConfigDict:
