@@ -260,6 +260,30 @@ def compiler_params() -> Any:
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
+def launch(
+    kernel: Any, out_type: Any, *, blocks: int, warpgroups: int, interpret: bool, **options: Any
+) -> Any:
+    """The function of arrays that runs a kernel: axis `"block"` of the grid, `"wg"` inside one."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="wg",
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        **options,
+    )
+
+
+def total(sums: jax.Array, shares: int, chunks: int) -> jax.Array:
+    """`[chunks, ...]` of the sums of each warpgroup `[shares * chunks or more, ...]`."""
+    return sums[: shares * chunks].reshape(shares, chunks, *sums.shape[1:]).sum(0)
+
+
 def padded(block: jax.Array, size: int) -> Any:
     """The channels from the first on, more than there are: copies fill or drop the rest.
 

@@ -268,18 +268,15 @@ def _kernel(plan: _Plan, size: tuple[int, int], x: jax.Array, interpret: bool) -
 
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return gpu.launch(
         body,
-        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_types=[
             plgpu.SMEM((warpgroups, _SLOTS, plan.pixels, plan.pitch), x.dtype),
             plgpu.SMEM((warpgroups, tile, plan.pitch), x.dtype),
             plgpu.Barrier(num_arrivals=len(copies), num_barriers=warpgroups * _SLOTS),
         ],
-        compiler_params=gpu.compiler_params(),
-        interpret=gpu.interpret_params(interpret),
+        blocks=blocks,
+        warpgroups=warpgroups,
+        interpret=interpret,
     )(x)

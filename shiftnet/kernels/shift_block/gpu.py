@@ -537,15 +537,12 @@ def _kernel(
             lambda *scratch: body(gmem, out_gmem, *scratch), *scratch, collective_axes="wg"
         )
 
-    return plgpu.kernel(
+    return gpu.launch(
         shift_block,
-        out_type=out_type,
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        compiler_params=gpu.compiler_params(),
-        interpret=gpu.interpret_params(interpret),
+        out_type,
+        blocks=blocks,
+        warpgroups=warpgroups,
+        interpret=interpret,
     )(*operands.values())
 
 
@@ -708,19 +705,14 @@ def _sums(
         )
 
     shapes = ((_ROWS, channels), (_ROWS,), (_ROWS, each * outputs))
-    sums = plgpu.kernel(
+    sums = gpu.launch(
         shift_block_sums,
-        out_type=tuple(jax.ShapeDtypeStruct((workers, *shape), jnp.float32) for shape in shapes),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        compiler_params=gpu.compiler_params(),
-        interpret=gpu.interpret_params(interpret),
+        tuple(jax.ShapeDtypeStruct((workers, *shape), jnp.float32) for shape in shapes),
+        blocks=blocks,
+        warpgroups=warpgroups,
+        interpret=interpret,
     )(*operands.values())
-    dw1, db1, dw2 = (
-        value[: shares * chunks].reshape(shares, chunks, *value.shape[1:]).sum(0) for value in sums
-    )
+    dw1, db1, dw2 = (gpu.total(value, shares, chunks) for value in sums)
     of_tap = _places(plan.chunks, _ROWS)[1][..., None] == np.arange(each)
     dw2 = dw2.reshape(chunks, _ROWS, each, outputs)
     return dw1, db1, jnp.where(of_tap[..., None], dw2, np.float32(0)).sum(2)

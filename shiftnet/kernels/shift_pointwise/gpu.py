@@ -474,22 +474,17 @@ def _gradients(
 
     shapes = ((_ROWS, each * outputs), (_ROWS,), (_ROWS,))
     x = operands["x"]
-    dx, *sums = plgpu.kernel(
+    dx, *sums = gpu.launch(
         shift_pointwise_gradients,
-        out_type=(
+        (
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             *(jax.ShapeDtypeStruct((workers, *shape), jnp.float32) for shape in shapes),
         ),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        compiler_params=gpu.compiler_params(),
-        interpret=gpu.interpret_params(interpret),
+        blocks=blocks,
+        warpgroups=warpgroups,
+        interpret=interpret,
     )(*operands.values())
-    dw, dscale, dbias = (
-        value[: shares * chunks].reshape(shares, chunks, *value.shape[1:]).sum(0) for value in sums
-    )
+    dw, dscale, dbias = (gpu.total(value, shares, chunks) for value in sums)
     return dx, dw, dscale, dbias
 
 
@@ -667,13 +662,10 @@ def _kernel(
             lambda *scratch: body(gmem, out_gmem, *scratch), *scratch, collective_axes="wg"
         )
 
-    return plgpu.kernel(
+    return gpu.launch(
         shift_pointwise,
-        out_type=out_type,
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        compiler_params=gpu.compiler_params(),
-        interpret=gpu.interpret_params(interpret),
+        out_type,
+        blocks=blocks,
+        warpgroups=warpgroups,
+        interpret=interpret,
     )(*operands.values())
