@@ -1,6 +1,6 @@
 # make quickstart   set up, train on real handwritten digits, evaluate (no download but packages)
 # make test         linters, type checker, import order, the tests
-# make test-slow    the tests that take longest: more of what others show (5 minutes)
+# make test-slow    the tests that take longest: more of what others show (3 minutes)
 # make compile-check   the kernels and whole networks for TPUs and an H200, without one (4.4 GB of
 #                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs alone)
 # make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none

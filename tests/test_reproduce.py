@@ -54,13 +54,17 @@ reported = 50.0
 """
 
 
+def furnished(place):
+    (place / "recipe.py").write_text(RECIPE)
+    (place / "results").mkdir()
+    table = TABLE.replace("RECIPE", str(place / "recipe.py"))
+    (place / "results" / results.TABLE).write_text(table)
+    return place
+
+
 @pytest.fixture
 def place(tmp_path):
-    (tmp_path / "recipe.py").write_text(RECIPE)
-    (tmp_path / "results").mkdir()
-    table = TABLE.replace("RECIPE", str(tmp_path / "recipe.py"))
-    (tmp_path / "results" / results.TABLE).write_text(table)
-    return tmp_path
+    return furnished(tmp_path)
 
 
 def run(place, *arguments):
@@ -70,11 +74,7 @@ def run(place, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    place = tmp_path_factory.mktemp("reproduce")
-    (place / "recipe.py").write_text(RECIPE)
-    (place / "results").mkdir()
-    table = TABLE.replace("RECIPE", str(place / "recipe.py"))
-    (place / "results" / results.TABLE).write_text(table)
+    place = furnished(tmp_path_factory.mktemp("reproduce"))
     assert run(place, "--only", "cheap", "--seeds", "2", "--together", "1") == 0
     return place
 
