@@ -7,9 +7,12 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from shiftnet.kernels.layouts import CHANNELS, Layout, affine, per_channel, product, wide_dtype
+from shiftnet.kernels.layouts import Layout, affine, per_channel, wide_dtype
+from shiftnet.layers import moments
+from shiftnet.layers.moments import other_axes, pixels
 
 EPSILON = 1e-5  # PyTorch's default, which the originals use
 MOMENTUM = 0.1  # weight of the new value in the running statistics; likewise
@@ -67,12 +70,12 @@ class BatchNorm(nnx.Module):
         shares = _shares.get()
         if shares == 1:
             y, mean, var = _normalize(x, *self._affine(wide), layout)
-            self._update(mean, var, _count(x, layout))
+            self._update(mean, var, pixels(x, layout))
             return y
         parts = x.reshape(shares, -1, *x.shape[1:])
         normalize = jax.vmap(lambda part: _normalize(part, *self._affine(wide), layout))
         y, mean, var = normalize(parts)
-        self._update(mean[0], var[0], _count(x, layout) // shares)
+        self._update(mean[0], var[0], pixels(x, layout) // shares)
         return y.reshape(x.shape)
 
     def scale_and_bias(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +85,13 @@ class BatchNorm(nnx.Module):
         return scale, bias - self.mean[...].astype(dtype) * scale
 
     def through(
-        self, x: jax.Array, kernel: jax.Array, *, train: bool = False, layout: Layout = "NHWC"
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        *,
+        train: bool = False,
+        layout: Layout = "NHWC",
+        offsets: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The kernel and bias of the one product that does `self(x @ kernel)`.
 
@@ -95,6 +104,8 @@ class BatchNorm(nnx.Module):
           kernel: `[C, features]`.
           train: as of calling it; updates the running statistics likewise.
           layout: of `x`.
+          offsets: of `shift`, `(dh, dw)`, int `[features]` each, for `self(shift(x @ kernel))`,
+            whose bias is added after the shift; `x` is `[N, H, W, C]` or in HWCN.
 
         Returns:
           `[C, features]` in the dtype of `x`, and `[features]` in float32 or wider.
@@ -102,10 +113,11 @@ class BatchNorm(nnx.Module):
         wide = wide_dtype(x.dtype)
         kernel = kernel.astype(wide)
         if train:
-            mean, covariance = _moments(x, layout)
-            mean = mean @ kernel
-            var = (kernel * (covariance @ kernel)).sum(0)
-            self._update(mean, var, _count(x, layout))
+            if offsets is None:
+                mean, var = moments.of_product(x, kernel, layout)
+            else:
+                mean, var = moments.of_shifted_product(x, kernel, *offsets, layout)
+            self._update(mean, var, pixels(x, layout))
             scale, bias = self._affine(wide)
             scale = scale * jax.lax.rsqrt(var + EPSILON)
             bias = bias - mean * scale
@@ -125,18 +137,6 @@ class BatchNorm(nnx.Module):
         self.var[...] = _average(self.var[...], unbiased)
 
 
-def _count(x: jax.Array, layout: Layout) -> int:
-    return x.size // x.shape[_channels(x, layout)]
-
-
-def _channels(x: jax.Array, layout: Layout) -> int:
-    return x.ndim - 1 if layout == "NHWC" else CHANNELS[layout]
-
-
-def _others(x: jax.Array, layout: Layout) -> tuple[int, ...]:
-    return tuple(axis for axis in range(x.ndim) if axis != _channels(x, layout))
-
-
 def _average(old: jax.Array, new: jax.Array) -> jax.Array:
     return (1 - MOMENTUM) * old + MOMENTUM * new.astype(old.dtype)
 
@@ -154,7 +154,7 @@ def _normalize(
 
 
 def _normalize_forward(x, scale, bias, layout):
-    axes = _others(x, layout)
+    axes = other_axes(x, layout)
     wide = x.astype(scale.dtype)
     mean = wide.mean(axes)
     var = jnp.square(wide - per_channel(mean, layout)).mean(axes)
@@ -165,8 +165,8 @@ def _normalize_forward(x, scale, bias, layout):
 
 def _normalize_backward(layout, residuals, cotangents):
     x, mean, inverse, scale = residuals
-    axes = _others(x, layout)
-    count = _count(x, layout)
+    axes = other_axes(x, layout)
+    count = pixels(x, layout)
     dy = cotangents[0].astype(scale.dtype)
     wide = x.astype(scale.dtype)
     # Without the barrier XLA finds `wide - mean` in the forward pass and keeps it until now, which
@@ -184,36 +184,3 @@ def _normalize_backward(layout, residuals, cotangents):
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _moments(x: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
-    """Mean `[C]` and covariance `[C, C]` of the channels, in float32 or wider."""
-    wide = x.astype(wide_dtype(x.dtype))
-    mean = wide.mean(_others(x, layout))
-    centred = wide - per_channel(mean, layout)
-    if layout == "NHWC":
-        centred = centred.reshape(
-            -1, centred.shape[-1]
-        )  # what XLA's CPU backend need not transpose
-    axes = _others(centred, layout)
-    # In full precision: rounded factors would show in variances much smaller than the largest.
-    products = jnp.tensordot(centred, centred, (axes, axes), precision=jax.lax.Precision.HIGHEST)
-    return mean, products / _count(x, layout)
-
-
-def _moments_forward(x, layout):
-    mean, covariance = _moments(x, layout)
-    return (mean, covariance), (x, mean)
-
-
-def _moments_backward(layout, residuals, cotangents):
-    x, mean = residuals
-    dmean, dcovariance = (cotangent / _count(x, layout) for cotangent in cotangents)
-    # (x - mean) @ kernel + dmean; that the mean depends on x adds nothing, as x - mean averages 0.
-    kernel = dcovariance + dcovariance.T
-    rest = (dmean - mean @ kernel).astype(x.dtype)
-    return (product(x, kernel.astype(x.dtype), layout) + per_channel(rest, layout),)
-
-
-_moments.defvjp(_moments_forward, _moments_backward)

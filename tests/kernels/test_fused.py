@@ -40,10 +40,14 @@ def pointwise_by_layers(k, d, stride, relu, out_relu, a):
     return (jnp.maximum(y, 0) if out_relu else y) + a["residual"]
 
 
-def block_by_layers(k, d, stride, out_relu, a):
+def block_by_layers(k, d, stride, out_relu, a, shift_first=False):
     """What the docstring of `shift_block` says, in its order."""
-    y = jnp.maximum(jnp.einsum("nhwc,ce->nhwe", a["x"], a["w1"]) + a["b1"], 0)
-    y = shift(y, k, d, implementation="gather")[:, ::stride, ::stride]
+    y = jnp.einsum("nhwc,ce->nhwe", a["x"], a["w1"])
+    if shift_first:
+        y = jnp.maximum(shift(y, k, d, implementation="gather") + a["b1"], 0)
+    else:
+        y = shift(jnp.maximum(y + a["b1"], 0), k, d, implementation="gather")
+    y = y[:, ::stride, ::stride]
     y = jnp.einsum("nhwe,ek->nhwk", y, a["w2"]) + a["out_bias"]
     return (jnp.maximum(y, 0) if out_relu else y) + a["residual"]
 
@@ -117,7 +121,8 @@ def test_shift_pointwise_is_its_layers(shape, layout, relu):
 @shapes
 @layouts
 @relus
-def test_shift_block_is_its_layers(shape, layout, relu):
+@pytest.mark.parametrize("shift_first", [False, True])
+def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
     batch, height, width, channels, outputs, k, d, stride = shape
     inputs = 3
     out = (batch, -(-height // stride), -(-width // stride), outputs)
@@ -134,10 +139,11 @@ def test_shift_block_is_its_layers(shape, layout, relu):
     def ours(a):
         a = images_in(layout, a)
         operands = [a.pop(name) for name in ("x", "w1", "b1", "w2")]
-        y = shift_block(*operands, k, d, stride=stride, out_relu=relu, layout=layout, **a)
-        return to_nhwc(y, layout)
+        how = {"stride": stride, "out_relu": relu, "layout": layout, "shift_first": shift_first}
+        return to_nhwc(shift_block(*operands, k, d, **how, **a), layout)
 
-    assert_same(ours, functools.partial(block_by_layers, k, d, stride, relu), a)
+    by_layers = functools.partial(block_by_layers, k, d, stride, relu, shift_first=shift_first)
+    assert_same(ours, by_layers, a)
 
 
 @pytest.mark.parametrize("images", [1, 2, 6])

@@ -4,9 +4,11 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from shiftnet.kernels import implementations
-from shiftnet.kernels.layouts import BATCH, CHANNELS, Layout
+from shiftnet.kernels.layouts import BATCH, CHANNELS, ROWS, Layout, wide_dtype
 from shiftnet.kernels.shift.offsets import channel_offsets
 from shiftnet.kernels.shift_block import cpu, gpu, tpu, xla
 from shiftnet.kernels.shift_pointwise.xla import epilogue as finish
@@ -25,6 +27,7 @@ def shift_block(
     dilation: int = 1,
     *,
     stride: int = 1,
+    shift_first: bool = False,
     out_bias: jax.Array | None = None,
     out_relu: bool = False,
     residual: jax.Array | None = None,
@@ -45,6 +48,8 @@ def shift_block(
       w2: `[E, K]`, in the dtype of `x`.
       kernel_size, dilation: of the shift; see `shiftnet.kernels.shift.shift`.
       stride: of the second convolution, in pixels, both ways.
+      shift_first: whether the bias comes after the shift, `relu(shift(x @ w1) + b1) @ w2`, so that
+        what the shift brings in is `relu(b1)` and not 0.
       out_bias: `[K]`, floating.
       out_relu: whether negative results become 0.
       residual: of the result's shape, added last.
@@ -76,7 +81,35 @@ def shift_block(
             f"got {kernel_size}, {dilation} and {stride}"
         )
     setting = _Setting(kernel_size, dilation, stride, out_relu, layout, implementation)
-    return _fused(setting, x, w1, b1, w2, out_bias, residual)
+    if not shift_first:
+        return _fused(setting, x, w1, b1, w2, out_bias, residual)
+    y = _fused(setting._replace(out_relu=False), x, w1, b1, w2, None, None)
+    rows = ROWS[layout]
+    border = _border(b1, w2, x.shape[rows : rows + 2], **setting.core(len(w2))).astype(y.dtype)
+    y = y + (border if layout == "NHWC" else border[..., None])
+    return finish(y, None, out_bias, residual, relu=out_relu, layout=layout)
+
+
+def _border(
+    b1: jax.Array,
+    w2: jax.Array,
+    size: tuple[int, ...],
+    *,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+) -> jax.Array:
+    """What `relu(b1)` adds to each image's result where a shift brings it in, `[H', W', K]`."""
+    wide = wide_dtype(w2.dtype)
+    inside, places = [], []
+    for length, offsets in zip(size, (dh, dw), strict=True):
+        read = np.arange(0, length, stride)[:, None] + offsets
+        # All rows, or columns, but those near the border are the same.
+        kinds, of = np.unique((read >= 0) & (read < length), axis=0, return_inverse=True)
+        inside.append(jnp.asarray(kinds))
+        places.append(of.ravel())
+    brought = jnp.where(inside[0][:, None] & inside[1], 0, jax.nn.relu(b1.astype(wide)))
+    return (brought @ w2.astype(wide))[places[0]][:, places[1]]
 
 
 class _Setting(NamedTuple):
@@ -95,10 +128,11 @@ class _Setting(NamedTuple):
     def run(self, calls: dict[str, Any], x: jax.Array, w1: jax.Array, *rest: Any) -> Any:
         """Runs one of `calls`; `rest` begins with `b1` and `w2`."""
         arguments = {"x": x, "w1": w1, "w2": rest[1], **self.core(w1.shape[1])}
-        modules = {"cpu": cpu, "tpu": tpu, "gpu": gpu}
+        # Forward kernels take some arguments that backward ones do not.
         unsupported: dict[str, implementations.Reason] = {
-            name: functools.partial(module.unsupported, **arguments)
-            for name, module in modules.items()
+            "cpu": functools.partial(cpu.unsupported, **arguments),
+            "tpu": functools.partial(tpu.unsupported, **arguments, backward=False),
+            "gpu": functools.partial(gpu.unsupported, **arguments),
         }
         if self.layout == "HWCN":
             unsupported |= dict.fromkeys(("cpu", "gpu"), implementations.needs_nhwc)
@@ -155,13 +189,15 @@ def _backward(setting, residuals, dout):
         forward = functools.partial(xla.forward, **core, layout=setting.layout)
         return jax.vjp(forward, x, w1, b1, w2)[1](dy)
 
-    # The GPU's forward kernel takes some arguments that its backward one does not.
-    lacking = gpu.unsupported(x, w1, w2, **core, backward=True)
+    def kernel(module):
+        lacking = module.unsupported(x, w1, w2, **core, backward=True)
+        return plain if lacking else functools.partial(module.backward, **core)
+
     calls = {
         "xla": plain,
         "cpu": functools.partial(cpu.backward, **core),
-        "tpu": functools.partial(tpu.backward, **core),
-        "gpu": plain if lacking else functools.partial(gpu.backward, **core),
+        "tpu": kernel(tpu),
+        "gpu": kernel(gpu),
     }
     batch = BATCH[setting.layout]
     gradients = implementations.on_shares(

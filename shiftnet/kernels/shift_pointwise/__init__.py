@@ -96,8 +96,9 @@ class _Setting(NamedTuple):
         arguments = {"x": x, "w": w, **self.core(len(w))}
         unsupported: dict[str, implementations.Reason]
         unsupported = {"tpu": implementations.needs_hwcn, "gpu": implementations.needs_nhwc}
+        # Forward kernels take some arguments that backward ones do not.
         if self.layout == "HWCN":
-            unsupported["tpu"] = functools.partial(tpu.unsupported, **arguments)
+            unsupported["tpu"] = functools.partial(tpu.unsupported, **arguments, backward=False)
         else:
             unsupported["gpu"] = functools.partial(gpu.unsupported, **arguments)
         return implementations.run(
@@ -158,13 +159,11 @@ def _backward(setting, residuals, dout):
         forward = functools.partial(xla.forward, **core, layout=setting.layout)
         return jax.vjp(forward, x, w, scale, bias)[1](dy)
 
-    # The GPU's forward kernel takes some arguments that its backward one does not.
-    lacking = gpu.unsupported(x, w, **core, backward=True)
-    calls = {
-        "xla": plain,
-        "tpu": functools.partial(tpu.backward, **core),
-        "gpu": plain if lacking else functools.partial(gpu.backward, **core),
-    }
+    def kernel(module):
+        lacking = module.unsupported(x, w, **core, backward=True)
+        return plain if lacking else functools.partial(module.backward, **core)
+
+    calls = {"xla": plain, "tpu": kernel(tpu), "gpu": kernel(gpu)}
     batch = BATCH[setting.layout]
     gradients = implementations.on_shares(
         functools.partial(setting.run, calls),
