@@ -3,9 +3,13 @@
 The expanded tensor of a whole batch goes to memory and back several times, and each time into pages
 that the system must first hand out. Of a few images it fits the second-level cache, and the same
 pages serve all of them. The backward pass computes it again, which is cheaper than fetching it.
+
+With a stride s, a channel is read at every s-th row and column only, from one that its offset says:
+all channels of one such phase are expanded together, at those pixels.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +36,12 @@ def forward(
     residual: jax.Array | None = None,
 ) -> jax.Array:
     """As `shift_block`, in NHWC."""
+    phases, _ = _phases(x.shape, w1, b1, w2, dh, dw, stride)
 
     def some(images: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         x, residual = images
-        shifted = _shifted(_expanded(x, w1, b1), dh, dw, stride)
-        y = product(shifted, w2, "NHWC")
+        products = [product(phase.shifted(phase.expanded(x)), phase.w2, "NHWC") for phase in phases]
+        y = functools.reduce(jnp.add, products)
         return epilogue(y, None, out_bias, residual, relu=out_relu, layout="NHWC")
 
     count = _images(x, w1)
@@ -55,50 +60,114 @@ def backward(
     stride: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The gradients of `x`, `w1`, `b1` and `w2`, given that of the second product."""
+    phases, order = _phases(x.shape, w1, b1, w2, dh, dw, stride)
     xs, douts = _split((x, dout), _images(x, w1))
     in_place = xs.shape == douts.shape  # then each share of dx takes the place of its dout
 
     def some(i: int, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         sums, dxs = carry
         x, dout = xs[i], (dxs if in_place else douts)[i]
-        # Without the barrier XLA adds the bias and takes the ReLU again in each of its uses, which
-        # read it value by value: an eighth of the time.
-        expanded = jax.lax.optimization_barrier(_expanded(x, w1, b1))
-        dw2 = _outer(_shifted(expanded, dh, dw, stride), dout)
-        dshifted = product(dout, w2.T, "NHWC")
-        if stride > 1:
-            gaps = [
-                (0, size - (out - 1) * stride - 1, stride - 1)
-                for size, out in zip(x.shape[1:3], dout.shape[1:3], strict=True)
-            ]
-            zero = jnp.zeros((), dshifted.dtype)
-            dshifted = jax.lax.pad(dshifted, zero, [(0, 0, 0), *gaps, (0, 0, 0)])
-        dexpanded = jnp.where(expanded > 0, shift.gather(dshifted, -dh, -dw), 0)
-        db1 = dexpanded.sum((0, 1, 2), dtype=wide_dtype(x.dtype))
-        here = (_outer(x, dexpanded), db1, dw2)
-        dx = product(dexpanded, w1.T, "NHWC")
-        return jax.tree.map(jnp.add, sums, here), dxs.at[i].set(dx)
+        here, dx = [], []
+        for phase in phases:
+            # Without the barrier XLA adds the bias and takes the ReLU again in each of its uses,
+            # which read it value by value: an eighth of the time.
+            expanded = jax.lax.optimization_barrier(phase.expanded(x))
+            dw2 = _outer(phase.shifted(expanded), dout)
+            dshifted = phase.shifted_back(product(dout, phase.w2.T, "NHWC"), expanded)
+            dexpanded = jnp.where(expanded > 0, dshifted, 0)
+            db1 = dexpanded.sum((0, 1, 2), dtype=wide_dtype(x.dtype))
+            here.append((_outer(phase.pixels(x), dexpanded), db1, dw2))
+            dx.append(phase.spread(product(dexpanded, phase.w1.T, "NHWC"), x.shape))
+        sums = jax.tree.map(jnp.add, sums, here)
+        return sums, dxs.at[i].set(functools.reduce(jnp.add, dx))
 
-    weights = (w1, b1, w2)
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(x.dtype)), weights)
+    wide = wide_dtype(x.dtype)
+    zeros = [
+        tuple(jnp.zeros(w.shape, wide) for w in (phase.w1, phase.b1, phase.w2)) for phase in phases
+    ]
     start = (zeros, douts if in_place else jnp.zeros_like(xs))
     sums, dxs = jax.lax.fori_loop(0, len(xs), some, start)
-    return _join(dxs), *(total.astype(w.dtype) for total, w in zip(sums, weights, strict=True))
+    back = np.argsort(order)
+    dw1, db1, dw2 = (
+        jnp.concatenate(parts, axis).take(back, axis).astype(w.dtype)
+        for parts, axis, w in zip(zip(*sums, strict=True), (1, 0, 0), (w1, b1, w2), strict=True)
+    )
+    return _join(dxs), dw1, db1, dw2
 
 
-def unsupported(x: jax.Array, w1: jax.Array, **_: Any) -> str | None:
+def unsupported(x: jax.Array, w1: jax.Array, *, stride: int, **_: Any) -> str | None:
     """Why it does not take these arguments; None when it does."""
     if _images(x, w1) == len(x):
         return "the expanded tensor of all images fits the cache"
+    if stride > min(x.shape[1:3]):
+        return f"the images have fewer rows or columns than the stride, {stride}"
     return None
 
 
-def _expanded(x: jax.Array, w1: jax.Array, b1: jax.Array) -> jax.Array:
-    return jax.nn.relu(affine(product(x, w1, "NHWC"), None, b1, "NHWC"))
+class _Phase(NamedTuple):
+    """The channels that are read from rows `row`, `row + stride` ..., and columns likewise.
+
+    Attributes:
+      row, column, stride: which pixels.
+      w1, b1, w2: the weights of these channels.
+      dh, dw: their offsets, in pixels of the phase.
+      size: rows and columns of the result.
+    """
+
+    row: int
+    column: int
+    stride: int
+    w1: jax.Array
+    b1: jax.Array
+    w2: jax.Array
+    dh: np.ndarray
+    dw: np.ndarray
+    size: tuple[int, int]
+
+    def pixels(self, x: jax.Array) -> jax.Array:
+        return x[:, self.row :: self.stride, self.column :: self.stride]
+
+    def expanded(self, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(affine(product(self.pixels(x), self.w1, "NHWC"), None, self.b1, "NHWC"))
+
+    def shifted(self, expanded: jax.Array) -> jax.Array:
+        # Where an odd size leaves the phase a row or column less, zeros take its place.
+        gaps = [(0, n - m) for n, m in zip(self.size, expanded.shape[1:3], strict=True)]
+        return shift.gather(jnp.pad(expanded, [(0, 0), *gaps, (0, 0)]), self.dh, self.dw)
+
+    def shifted_back(self, dshifted: jax.Array, like: jax.Array) -> jax.Array:
+        moved = shift.gather(dshifted, -self.dh, -self.dw)
+        return moved[:, : like.shape[1], : like.shape[2]]
+
+    def spread(self, dx: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The phase's pixels in their places, among zeros."""
+        gaps = [
+            (first, n - first - (m - 1) * self.stride - 1, self.stride - 1)
+            for first, n, m in zip((self.row, self.column), shape[1:3], dx.shape[1:3], strict=True)
+        ]
+        return jax.lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
 
 
-def _shifted(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> jax.Array:
-    return shift.gather(x, dh, dw)[:, ::stride, ::stride]
+def _phases(
+    shape: tuple[int, ...],
+    w1: jax.Array,
+    b1: jax.Array,
+    w2: jax.Array,
+    dh: np.ndarray,
+    dw: np.ndarray,
+    stride: int,
+) -> tuple[list[_Phase], np.ndarray]:
+    """The phases that have channels, and these channels, one phase's after the other's."""
+    size = (-(-shape[1] // stride), -(-shape[2] // stride))
+    found, order = [], []
+    for row, column in np.ndindex(stride, stride):
+        channels = np.flatnonzero((dh % stride == row) & (dw % stride == column))
+        if len(channels):
+            weights = w1[:, channels], b1[channels], w2[channels]
+            offsets = dh[channels] // stride, dw[channels] // stride
+            found.append(_Phase(row, column, stride, *weights, *offsets, size))
+            order.append(channels)
+    return found, np.concatenate(order)
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
