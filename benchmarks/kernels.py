@@ -73,6 +73,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
     parser.add_argument("--plot", metavar="OUT", type=Path, help="draw the fractions (png or svg)")
+    parser.add_argument(
+        "--measured", metavar="JSON", type=Path, help="draw this --json of an earlier run instead"
+    )
     return parser.parse_args(argv)
 
 
@@ -183,8 +186,8 @@ def judge(row: Row, result: dict[str, Any], ceilings: Ceilings, dtype: str) -> N
         of_xla = timed["xla"]["error"]
         if of_xla > WORST_XLA * tolerance:
             failures.append(f"plain XLA is off by {of_xla:.1e}, more than {tolerance:.1e}")
-        # No further from exact than plain XLA is, or than it may be.
-        allowed = max(tolerance, of_xla)
+        # No further from exact than it may be, or than plain XLA is, which rounding moves a bit.
+        allowed = max(tolerance, 1.1 * of_xla)
         failures += [
             f"{name} is off by {timed[name]['error']:.1e}, more than {allowed:.1e}"
             for name in ("expand first", "ours")
@@ -402,26 +405,30 @@ def summary(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def plot(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def plot(report: dict[str, Any], path: Path) -> None:
     """Draws the fraction of the floor that each side reached, by row."""
-    from matplotlib.figure import Figure
+    import altair as alt
 
-    shown = [result for result in results if "reached" in result][::-1]
-    figure = Figure(figsize=(11, 1.5 + 0.2 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(shown))
-    axes.barh(places, [r["reached"] for r in shown], color="#4477aa", label="ours")
-    for name, label, mark in (("xla", "plain XLA", "|"), ("peer", "PyTorch", "x")):
-        there = [i for i in places if name in shown[i]["ratios"]]
-        values = [shown[i]["reached"] / shown[i]["ratios"][name] for i in there]
-        axes.plot(values, there, mark, color="#222222" if name == "xla" else "#cc3311", label=label)
-    axes.set_yticks(places, [r["key"] for r in shown], fontsize=7)
-    axes.set_ylim(-1, len(shown))
-    axes.set_xlim(0, max([1.0, *(r["reached"] for r in shown)]) * 1.02)
-    axes.set_xlabel("floor (each byte once at copy speed, or arithmetic) / time")
-    axes.set_title(title)
-    axes.legend()
-    figure.savefig(path)
+    fractions = []
+    for result in report["rows"]:
+        if "reached" in result:
+            sides = {"ours": 1.0, **result["ratios"]}
+            fractions += [
+                {"row": result["key"], "side": label, "reached": result["reached"] / sides[name]}
+                for name, label in (("ours", "ours"), ("xla", "plain XLA"), ("peer", "PyTorch"))
+                if name in sides
+            ]
+    chart = alt.Chart(alt.Data(values=fractions)).encode(
+        alt.X("reached:Q").title("floor (each byte once at copy speed, or arithmetic) / time"),
+        alt.Y("row:N").sort(None).title(None).axis(labelLimit=400),
+        alt.Color("side:N")
+        .title(None)
+        .scale(domain=["ours", "plain XLA", "PyTorch"], range=["#4477aa", "#222222", "#cc3311"]),
+    )
+    ours = chart.mark_bar().transform_filter("datum.side == 'ours'")
+    others = chart.mark_point(filled=True).transform_filter("datum.side != 'ours'")
+    title = f"{report['ours']['device']}, {report['dtype']}"
+    alt.layer(ours, others).properties(title=title, width=600).save(path)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -584,16 +591,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(row.key)
         return 0
     try:
-        report = run(options)
+        report = json.loads(options.measured.read_text()) if options.measured else run(options)
         save(report, options)
-    except (Refused, WorkerError, OSError) as error:
+    except (Refused, WorkerError, OSError, ValueError) as error:
         print(f"benchmarks.kernels: {error}", file=sys.stderr)
         return 2
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed")
+    if options.plot and importlib.util.find_spec("altair") is None:
+        print('no plot: altair is not installed (pip install "shiftnet[report]"); --measured draws')
     elif options.plot:
-        device, dtype = report["ours"]["device"], report["dtype"]
-        plot(report["rows"], options.plot, f"{device}, {dtype}")
+        plot(report, options.plot)
     return int(any("failed" in result for result in report["rows"]))
 
 
