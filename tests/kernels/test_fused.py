@@ -158,7 +158,7 @@ def test_a_few_images_at_a_time_give_the_same(images, stride, monkeypatch):
         operands = [a.pop(name) for name in ("x", "w1", "b1", "w2")]
         return shift_block(*operands, stride=stride, out_relu=True, implementation="cpu", **a)
 
-    if images == 6:
+    if images == 6 and stride == 1:
         with pytest.raises(ValueError, match="no 'cpu' for this: the expanded tensor of all"):
             ours(a)
     else:

@@ -97,7 +97,10 @@ def backward(
 
 def unsupported(x: jax.Array, w1: jax.Array, *, stride: int, **_: Any) -> str | None:
     """Why it does not take these arguments; None when it does."""
-    if _images(x, w1) == len(x):
+    # With a stride, phases are faster all the same, but with few channels to expand to: 0.9 ms in
+    # place of 0.6 ms for 16 images of 32x32 and 16 to 32 channels, 1.3 in place of 1.5 for 96.
+    inputs, expanded = w1.shape
+    if _images(x, w1) == len(x) and (stride == 1 or expanded < 4 * inputs):
         return "the expanded tensor of all images fits the cache"
     if stride > min(x.shape[1:3]):
         return f"the images have fewer rows or columns than the stride, {stride}"
