@@ -76,6 +76,7 @@ def of_shifted_product(
 
 
 def pixels(x: jax.Array, layout: Layout) -> int:
+    """How many, of all images."""
     return x.size // x.shape[_channels(x, layout)]
 
 
@@ -84,6 +85,7 @@ def _channels(x: jax.Array, layout: Layout) -> int:
 
 
 def other_axes(x: jax.Array, layout: Layout) -> tuple[int, ...]:
+    """All but the channels'."""
     return tuple(axis for axis in range(x.ndim) if axis != _channels(x, layout))
 
 
