@@ -583,6 +583,20 @@ def save(report: dict[str, Any], options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What `save` wrote.
+
+    Raises:
+      Refused: for anything else.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        _ = report["rows"], report["ours"]["device"], report["dtype"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refused(f"--measured {path} is not what --json writes: {error}") from error
+    return report
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 1 where a row failed, 2 where nothing was measured."""
     options = parse(argv)
@@ -591,9 +605,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(row.key)
         return 0
     try:
-        report = json.loads(options.measured.read_text()) if options.measured else run(options)
+        report = _read(options.measured) if options.measured else run(options)
         save(report, options)
-    except (Refused, WorkerError, OSError, ValueError) as error:
+    except (Refused, WorkerError, OSError) as error:
         print(f"benchmarks.kernels: {error}", file=sys.stderr)
         return 2
     if options.plot and importlib.util.find_spec("altair") is None:

@@ -5,7 +5,7 @@
 Compiles inference and a training step of networks for one v5e or v6e by libtpu, and prints the
 bytes that each moves: the compiler's count, and with it what the kernels' grids move, which the
 compiler does not count. Exits with 1 where a program does not compile or moves more than it should.
-`--all` does every combination, and the same in plain XLA (a quarter of an hour).
+`--all` does every combination, and the same in plain XLA (very long).
 """
 
 import functools
