@@ -8,7 +8,7 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, evaluate, models, pack, packing, weights
+from shiftnet import checkpoint, evaluate, inference, models, pack, packing, weights
 from shiftnet import config as config_lib
 from shiftnet.errors import UserError
 from tests import networks
@@ -39,10 +39,12 @@ def images(size=12):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("constant_bytes", [0, inference.CONSTANT_BYTES])
 @pytest.mark.parametrize(("form", "bits"), FORMS)
 def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same(
-    form, bits, tmp_path
+    form, bits, constant_bytes, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(inference, "CONSTANT_BYTES", constant_bytes)
     network, recipe = small(form, bits)
     before = {name: np.asarray(w()) for name, w in weights.of_layers(network).items()}
     logits = networks.evaluate(network, np.moveaxis(images(), -1, 1))

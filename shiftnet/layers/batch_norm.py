@@ -122,7 +122,8 @@ class BatchNorm(nnx.Module):
             scale = scale * jax.lax.rsqrt(var + EPSILON)
             bias = bias - mean * scale
         else:
-            scale, bias = self.scale_and_bias(wide)
+            # Without the barrier XLA computes the bias again for every value that it is added to.
+            scale, bias = jax.lax.optimization_barrier(self.scale_and_bias(wide))
         return (kernel * scale).astype(x.dtype), bias
 
     def _affine(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

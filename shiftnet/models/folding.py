@@ -1,11 +1,12 @@
-"""Networks after training, without running statistics."""
+"""Networks after training, without running statistics or latents."""
 
 from collections.abc import Callable
 
 from flax import nnx
 
-from shiftnet.layers import BatchNorm
+from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.affine import Affine
+from shiftnet.weights import Float, LowBitWeight
 
 
 def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = Affine.of) -> None:
@@ -23,3 +24,19 @@ def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = 
         for name, child in list(vars(parent).items()):
             if isinstance(child, BatchNorm):
                 setattr(parent, name, fold(child))
+
+
+def fix_weights(network: nnx.Module) -> None:
+    """Puts a `Float` in the place of every low-bit weight; the network can no longer be trained.
+
+    Args:
+      network: changed in place.
+    """
+    layers = [
+        layer
+        for _, layer in nnx.iter_modules(network)
+        if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight)
+    ]
+    values = nnx.jit(lambda layers: [layer.weight() for layer in layers])(layers)
+    for layer, value in zip(layers, values, strict=True):
+        layer.weight = Float(value.shape, init=lambda *_, value=value: value, rngs=nnx.Rngs(0))

@@ -79,6 +79,7 @@ SHAPES = [
     (3, 1, 2, 9, 1, 3, 2, 1),
     (2, 6, 7, 8, 4, 3, 1, 3),
     (1, 4, 3, 27, 2, 5, 1, 2),
+    (2, 6, 7, 50, 2, 5, 1, 1),
     (2, 3, 3, 5, 2, 2, 2, 1),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -158,12 +159,8 @@ def test_a_few_images_at_a_time_give_the_same(images, stride, monkeypatch):
         operands = [a.pop(name) for name in ("x", "w1", "b1", "w2")]
         return shift_block(*operands, stride=stride, out_relu=True, implementation="cpu", **a)
 
-    if images == 6 and stride == 1:
-        with pytest.raises(ValueError, match="no 'cpu' for this: the expanded tensor of all"):
-            ours(a)
-    else:
-        assert_same(ours, functools.partial(block_by_layers, 3, 1, stride, True), a)
-        assert str(jax.make_jaxpr(ours)(a)).count("scan[") == 1
+    assert_same(ours, functools.partial(block_by_layers, 3, 1, stride, True), a)
+    assert ("scan[" in str(jax.make_jaxpr(ours)(a))) == (images < 6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -225,7 +222,7 @@ def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
 
 def test_only_xla_takes_no_kernel():
     # A whole batch of which a CPU takes a few images at a time.
-    x, w = jnp.ones((64, 32, 32, 16)), jnp.ones((16, 16))
+    x, w = jnp.ones((128, 32, 32, 16)), jnp.ones((16, 16))
 
     def program():
         return str(jax.make_jaxpr(lambda x: shift_block(x, w, w[0], w))(x))

@@ -1,8 +1,13 @@
-"""The shift in plain XLA, twice: compilers differ in which one they do well."""
+"""The shift in plain XLA, three times: compilers differ in which one they do well."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# `Stretches` that are no slower than `gather`.
+MOST_STRETCHES = 9
 
 
 def gather(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
@@ -11,15 +16,96 @@ def gather(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
     XLA fuses the table into a single loop over the output: on a CPU this runs at the speed of a
     copy, where padding, slicing and concatenating takes several times that.
     """
-    *batch, height, width, channels = x.shape
+    *_, height, width, _ = x.shape
+    values = _read(x, dh, dw)
+    return jnp.where(inside(dh, dw, (height, width)), values, jnp.zeros((), x.dtype))
+
+
+def inside(
+    dh: np.ndarray, dw: np.ndarray, size: tuple[int, int], filled: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Which values of an image come from inside of it, bool `[H, W, C]`.
+
+    Args:
+      dh, dw: offsets, `[C]` each.
+      size: rows and columns of the image.
+      filled: rows and columns, from the first, that count as inside; all of them without it.
+    """
+    height, width = size
     h = np.arange(height)[:, None, None] + dh
     w = np.arange(width)[:, None] + dw
-    inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-    # Outside positions read any value that exists; the mask then drops it.
-    position = (h.clip(0, height - 1) * width + w.clip(0, width - 1)) * channels
-    position = (position + np.arange(channels)).astype(np.int32)
-    values = x.reshape(*batch, position.size)[..., position.ravel()].reshape(x.shape)
-    return jnp.where(inside, values, jnp.zeros((), x.dtype))
+    rows, columns = filled or size
+    return (h >= 0) & (h < rows) & (w >= 0) & (w < columns)
+
+
+def _read(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
+    """What `gather` reads; from outside, any value that exists."""
+    *batch, height, width, channels = x.shape
+    h = (np.arange(height)[:, None, None] + dh).clip(0, height - 1)
+    w = (np.arange(width)[:, None] + dw).clip(0, width - 1)
+    position = ((h * width + w) * channels + np.arange(channels)).astype(np.int32)
+    return x.reshape(*batch, position.size)[..., position.ravel()].reshape(x.shape)
+
+
+class Stretches(NamedTuple):
+    """The shift between two products, as a choice among stretches of memory, for a CPU.
+
+    With its pixels in one line and some more before the first and after the last, an image holds
+    each of its shifted images as one stretch of that line, but for what should be zeros from
+    outside. Choosing for each channel among as many stretches as there are offsets takes 0.5 to 0.9
+    of the time of `gather` (9 offsets). The line is made of the narrow operand of the product
+    before, which then computes what lies before and after too.
+
+    Attributes:
+      dh, dw: offsets, int32 `[C]` each.
+      size: rows and columns of the images.
+    """
+
+    dh: np.ndarray
+    dw: np.ndarray
+    size: tuple[int, int]
+
+    @property
+    def _distances(self) -> np.ndarray:
+        """How far on in the line each channel reads, `[C]`; 0 where it all is outside."""
+        height, width = self.size
+        reads = (abs(self.dh) < height) & (abs(self.dw) < width)
+        return np.where(reads, self.dh * width + self.dw, 0)
+
+    @property
+    def _few(self) -> bool:
+        return len(np.unique(self._distances)) <= MOST_STRETCHES
+
+    @property
+    def _margins(self) -> tuple[int, int]:
+        distances = self._distances
+        return (max(-distances.min(), 0), max(distances.max(), 0)) if self._few else (0, 0)
+
+    def line(self, x: jax.Array) -> jax.Array:
+        """The pixels of `[N, H, W, K]` in one line, zeros before and after, `[N, pixels, K]`."""
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        return jnp.pad(flat, [(0, 0), self._margins, (0, 0)])
+
+    def unmoved(self, line: jax.Array) -> jax.Array:
+        """The pixels of `[N, pixels, C]` in their places, `[N, H, W, C]`."""
+        return self._stretch(line, 0)
+
+    def moved(self, line: jax.Array) -> jax.Array:
+        """The same, shifted; any value where zeros should be."""
+        if not self._few:
+            return _read(self.unmoved(line), self.dh, self.dw)
+        distances = self._distances
+        first, *others = np.unique(distances)
+        moved = self._stretch(line, first)
+        for distance in others:
+            moved = jnp.where(distances == distance, self._stretch(line, distance), moved)
+        return moved
+
+    def _stretch(self, line: jax.Array, distance: int) -> jax.Array:
+        height, width = self.size
+        start = self._margins[0] + distance
+        stretch = jax.lax.slice_in_dim(line, start, start + height * width, axis=1)
+        return stretch.reshape(len(line), height, width, line.shape[-1])
 
 
 def select(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
