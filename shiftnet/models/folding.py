@@ -27,7 +27,7 @@ def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = 
 
 
 def fix_weights(network: nnx.Module) -> None:
-    """Puts a `Float` in the place of every low-bit weight; the network can no longer be trained.
+    """Puts a `Float` of the same value in the place of every low-bit weight.
 
     Args:
       network: changed in place.

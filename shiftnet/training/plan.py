@@ -379,14 +379,16 @@ def largest(
 
 
 def _images_at(limit: float, known: Mapping[int, Step | None]) -> int:
-    """How many images take `limit` bytes, on the line through the two largest steps known."""
-    points = sorted((batch, step.memory) for batch, step in known.items() if step)[-2:]
+    """How many images take `limit` bytes, on the line through the largest step and another."""
+    points = sorted((batch, step.memory) for batch, step in known.items() if step)
     if not points:
         return min(known) // 2
-    batch, held = points[-1]
-    if len(points) == 2:
-        each = (held.total - points[0][1].total) / (batch - points[0][0])
-        return max(0, int(batch + (limit - held.total) / each)) if each > 0 else 2 * batch
+    batch, held = points.pop()
+    # Of two steps that are close the difference is mostly in what the compiler chose.
+    for smaller, less in reversed(points):
+        if smaller <= 0.8 * batch:
+            each = (held.total - less.total) / (batch - smaller)
+            return max(0, int(batch + (limit - held.total) / each)) if each > 0 else 2 * batch
     # Of one point: as if all temporaries were the images'. That gives too few, so if it does not go
     # far, it is no second point for the line.
     guess = int(batch + (limit - held.total) * batch / max(held.temporaries, 1))

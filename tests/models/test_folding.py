@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from shiftnet.layers import BatchNorm
-from shiftnet.models.folding import fold_batch_norms
+from shiftnet.models.folding import fix_weights, fold_batch_norms
+from shiftnet.weights import Float, of_layers
 from tests import networks
 from tests.models.test_build import config
 
@@ -22,3 +23,14 @@ def test_folding_changes_no_logits(arch):
     np.testing.assert_allclose(networks.evaluate(model, x), before, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="cannot be trained"):
         model(np.moveaxis(x, 1, -1), train=True)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("form", ["sign", "s3", "denseshift"])
+def test_fixing_weights_changes_no_logits(form):
+    model = networks.random(config("shiftresnet8", weights=form), 10)
+    x = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    before = networks.evaluate(model, x)
+    fix_weights(model)
+    assert {type(weight) for weight in of_layers(model).values()} == {Float}
+    np.testing.assert_allclose(networks.evaluate(model, x), before, rtol=1e-5, atol=1e-5)

@@ -104,15 +104,20 @@ def step_of(batch: int, total: int, **fields) -> plan.Step:
 
 
 class Compiler:
-    """Steps that hold `fixed + each * images` bytes, and whether it ran out at `breaks`."""
+    """Steps that hold `fixed + each * images` bytes, and whether it ran out at `breaks`.
 
-    def __init__(self, each, fixed=0, breaks=math.inf):
-        self.each, self.fixed, self.breaks = each, fixed, breaks
+    From each of the batches in `saves` on, it finds a way to hold so much less.
+    """
+
+    def __init__(self, each, fixed=0, breaks=math.inf, saves=()):
+        self.each, self.fixed, self.breaks, self.saves = each, fixed, breaks, saves
         self.tried = []
 
     def __call__(self, batch):
         self.tried.append(batch)
-        return step_of(batch, self.fixed + self.each * batch) if batch < self.breaks else None
+        saved = sum(less for start, less in self.saves if batch >= start)
+        held = self.fixed + self.each * batch - saved
+        return step_of(batch, held) if batch < self.breaks else None
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,7 @@ class Compiler:
         (Compiler(each=10, breaks=100), 16, 1_300, 10**6, 96),
         (Compiler(each=10, breaks=100), 400, 10**6, 10**6, 96),
         (Compiler(each=10, fixed=5000), 16, 4_000, 10**6, 0),
+        (Compiler(each=10, saves=[(900, 1500), (1100, 1400)]), 16, 10_000, 10**6, 1280),
         (Compiler(each=0, breaks=0), 16, 10**6, 10**6, 0),
     ],
 )

@@ -74,8 +74,9 @@ def backward(
             dshifted = product(phase.back.line(dout), phase.w2.T, "NHWC")
             dexpanded = phase.shifted_back(dshifted, expanded)
             db1 = dexpanded.sum((0, 1, 2), dtype=wide_dtype(x.dtype))
-            dw2 = _outer(phase.shifted(expanded), dout)
-            weights.append((_outer(phase.pixels(x), dexpanded), db1, dw2))
+            # A wide result takes XLA's library half as long as a tall one.
+            transposed_dw2 = _outer(dout, phase.shifted(expanded))
+            weights.append((_outer(phase.pixels(x), dexpanded), db1, transposed_dw2))
             dx.append(phase.spread(product(dexpanded, phase.w1.T, "NHWC"), x.shape))
         return weights, functools.reduce(jnp.add, dx)
 
@@ -85,11 +86,11 @@ def backward(
     else:
         sums, dx = _loop(gradients, *_split((x, dout), count))
     back = np.argsort(order)
-    dw1, db1, dw2 = (
-        jnp.concatenate(parts, axis).take(back, axis).astype(w.dtype)
-        for parts, axis, w in zip(zip(*sums, strict=True), (1, 0, 0), (w1, b1, w2), strict=True)
+    dw1, db1, transposed_dw2 = (
+        jnp.concatenate(parts, -1).take(back, -1) for parts in zip(*sums, strict=True)
     )
-    return dx, dw1, db1, dw2
+    dw2 = jax.lax.optimization_barrier(transposed_dw2).T  # or XLA transposes the product
+    return dx, dw1.astype(w1.dtype), db1.astype(b1.dtype), dw2.astype(w2.dtype)
 
 
 def _loop(
