@@ -253,7 +253,7 @@ def _print_end(report: dict[str, Any]) -> None:
 
 
 def targets(results: list[dict[str, Any]], device: str) -> list[str]:
-    """For each of the issue's targets of inference, a sentence: met, missed or unmeasured."""
+    """For each of the project's targets of inference, a sentence: met, missed or unmeasured."""
     lines = []
     for name, least in (("peer", TARGET_PEER), ("plain XLA", TARGET_XLA)):
         found = {

@@ -320,7 +320,7 @@ class Peer:
 
 
 class Target(NamedTuple):
-    """One of the issue's targets, over rows.
+    """One of the project's targets, over rows.
 
     Attributes:
       text: what must hold.
@@ -611,7 +611,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.kernels: {error}", file=sys.stderr)
         return 2
     if options.plot and importlib.util.find_spec("altair") is None:
-        print('no plot: altair is not installed (pip install "shiftnet[report]"); --measured draws')
+        print('no plot: altair is not installed (pip install -e ".[report]"); --measured draws')
     elif options.plot:
         plot(report, options.plot)
     return int(any("failed" in result for result in report["rows"]))

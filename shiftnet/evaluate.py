@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="checkpoints: a run's working directory (its last), its best/, one step, or a glob",
+        help="checkpoints: a run's working directory (its last), its best/, one step, a converted "
+        "one, a packed .safetensors file, or a glob",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: what each was trained on")
     parser.add_argument("--data-dir", metavar="DIR", help="default: as in training")

@@ -38,10 +38,9 @@ from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.kernels.shift import Implementation
-from shiftnet.layers import Conv, Linear, Shift
+from shiftnet.layers import Shift
 from shiftnet.models import FAMILIES, parse_arch, torch_names
-from shiftnet.models.folding import fold_batch_norms
-from shiftnet.weights import LowBitWeight
+from shiftnet.models.folding import fix_weights, fold_batch_norms
 from shiftnet.weights.levels import Levels
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -117,10 +116,9 @@ def program(
     """
     network = model.network
     fold_batch_norms(network)
+    fix_weights(network, Levels)
     for _, layer in nnx.iter_modules(network):
-        if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight):
-            layer.weight = Levels(layer.weight)
-        elif isinstance(layer, Shift):
+        if isinstance(layer, Shift):
             layer.implementation = shift
 
     def logits(images: jax.Array) -> jax.Array:

@@ -18,7 +18,8 @@ from shiftnet.data import RGB, augment
 from shiftnet.kernels.implementations import compiler_options
 from shiftnet.models.folding import fix_weights
 
-# Of a network's arrays, up to which they are constants of its program; so are all ShiftNets'.
+# Of a network's arrays, up to which they are constants of its programs, each of which then holds
+# them. ShiftNet-A in float32 (16 MiB) and any network for CIFAR but the widest are below it.
 CONSTANT_BYTES = 32 << 20
 
 
@@ -38,7 +39,7 @@ class Predictions:
 
 
 class Classifier:
-    """A trained network.
+    """A trained network. Its first call fixes the numbers that all calls compute with.
 
     Attributes:
       config: the recipe it was trained by.
@@ -94,19 +95,27 @@ class Classifier:
                 "expected normalised floating [N, H, W, 3] "
                 f"(predict takes uint8), got {x.dtype} {x.shape}"
             )
-        return self._logits(x)
+        if isinstance(x, jax.core.Tracer):  # JAX takes no options of a program within another
+            return nnx.merge(*self._fixed)(x)
+        return self._compiled(x)
 
     @functools.cached_property
-    def _logits(self) -> Callable[[jax.Array], jax.Array]:
-        """What a call compiles: of a network without latents, whose arrays XLA may compute with.
+    def _fixed(self) -> tuple[nnx.GraphDef[nnx.Module], nnx.State]:
+        """The network without latents."""
+        with jax.ensure_compile_time_eval():  # the first call may be traced
+            network = self.network
+            fix_weights(network)
+            return nnx.split(network)
 
-        Where these are few it folds, once, what depends on them alone. One image on 2 cores took
-        ShiftResNet20 e=9 2.9 ms before and takes 1.7 ms, 1-bit WRN-20-10 77 and 52 ms, 3-bit
-        ResNet-18 of 224x224 47 and 25 ms.
+    @functools.cached_property
+    def _compiled(self) -> Callable[[jax.Array], jax.Array]:
+        """What is compiled for each shape and dtype.
+
+        Where the network's arrays are few they are constants: XLA folds, once, what depends on them
+        alone. One image on 2 cores took ShiftResNet20 e=9 2.9 ms before and takes 1.7 ms, 1-bit
+        WRN-20-10 77 and 52 ms, 3-bit ResNet-18 of 224x224 47 and 25 ms.
         """
-        network = self.network
-        fix_weights(network)
-        graphdef, state = nnx.split(network)
+        graphdef, state = self._fixed
 
         def logits(state: nnx.State, x: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, state)(x)

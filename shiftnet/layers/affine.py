@@ -45,10 +45,16 @@ class Affine(nnx.Module):
         return self.scale[...].astype(dtype), self.bias[...].astype(dtype)
 
     def through(
-        self, x: jax.Array, kernel: jax.Array, *, train: bool = False, layout: Layout = "NHWC"
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        *,
+        train: bool = False,
+        layout: Layout = "NHWC",
+        offsets: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """As `BatchNorm.through`."""
-        del layout
+        del layout, offsets
         _refuse(train)
         scale, bias = self.scale_and_bias(wide_dtype(x.dtype))
         return (kernel.astype(scale.dtype) * scale).astype(x.dtype), bias

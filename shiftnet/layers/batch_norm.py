@@ -122,8 +122,10 @@ class BatchNorm(nnx.Module):
             scale = scale * jax.lax.rsqrt(var + EPSILON)
             bias = bias - mean * scale
         else:
+            scale, bias = self.scale_and_bias(wide)
             # Without the barrier XLA computes the bias again for every value that it is added to.
-            scale, bias = jax.lax.optimization_barrier(self.scale_and_bias(wide))
+            # The scale has none: where the kernel is a constant XLA multiplies them once.
+            bias = jax.lax.optimization_barrier(bias)
         return (kernel * scale).astype(x.dtype), bias
 
     def _affine(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

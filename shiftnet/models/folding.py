@@ -6,7 +6,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.affine import Affine
-from shiftnet.weights import Float, LowBitWeight
+from shiftnet.weights import Float, LowBitWeight, Weight
 
 
 def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = Affine.of) -> None:
@@ -26,17 +26,13 @@ def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = 
                 setattr(parent, name, fold(child))
 
 
-def fix_weights(network: nnx.Module) -> None:
-    """Puts a `Float` of the same value in the place of every low-bit weight.
+def fix_weights(network: nnx.Module, fix: Callable[[LowBitWeight], Weight] = Float.of) -> None:
+    """Puts a weight of the same value, without latents, in the place of every low-bit one.
 
     Args:
       network: changed in place.
+      fix: makes the one of the other.
     """
-    layers = [
-        layer
-        for _, layer in nnx.iter_modules(network)
-        if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight)
-    ]
-    values = nnx.jit(lambda layers: [layer.weight() for layer in layers])(layers)
-    for layer, value in zip(layers, values, strict=True):
-        layer.weight = Float(value.shape, init=lambda *_, value=value: value, rngs=nnx.Rngs(0))
+    for _, layer in list(nnx.iter_modules(network)):
+        if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight):
+            layer.weight = fix(layer.weight)

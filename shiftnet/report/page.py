@@ -30,7 +30,7 @@ def render(found: Found) -> str:
     except ImportError as error:
         raise UserError(
             f"the page needs {error.name}, which is not installed: "
-            'pip install "shiftnet[report]", or pip install altair jinja2 vl-convert-python'
+            "pip install altair jinja2 vl-convert-python"
         ) from error
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     template = (importlib.resources.files(__package__) / "page.html").read_text(encoding="utf-8")

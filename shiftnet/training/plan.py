@@ -389,8 +389,8 @@ def _images_at(limit: float, known: Mapping[int, Step | None]) -> int:
         if smaller <= 0.8 * batch:
             each = (held.total - less.total) / (batch - smaller)
             return max(0, int(batch + (limit - held.total) / each)) if each > 0 else 2 * batch
-    # Of one point: as if all temporaries were the images'. That gives too few, so if it does not go
-    # far, it is no second point for the line.
+    # Of one point, or of close ones: as if all temporaries were the images'. That gives too few, so
+    # if it does not go far, it is no second point for the line.
     guess = int(batch + (limit - held.total) * batch / max(held.temporaries, 1))
     return 2 * batch if batch <= guess < 1.25 * batch else max(0, guess)
 

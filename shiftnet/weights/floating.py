@@ -28,5 +28,15 @@ class Float(Weight):
         super().__init__(shape)
         self.value = nnx.Param(init(rngs.params(), self.shape))
 
+    @classmethod
+    def of(cls, weight: Weight) -> "Float":
+        """What `weight` is now, without its latents."""
+        return cls(weight.shape, init=lambda *_: _value(weight), rngs=nnx.Rngs(0))
+
     def __call__(self) -> jax.Array:
         return self.value[...]
+
+
+@nnx.jit
+def _value(weight: Weight) -> jax.Array:
+    return weight()

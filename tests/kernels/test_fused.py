@@ -148,11 +148,11 @@ def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
 
 
 @pytest.mark.parametrize("images", [1, 2, 6])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-def test_a_few_images_at_a_time_give_the_same(images, stride, monkeypatch):
+@pytest.mark.parametrize(("stride", "features"), [(1, 2), (1, 3), (2, 2), (3, 2)])
+def test_a_few_images_at_a_time_give_the_same(images, stride, features, monkeypatch):
     monkeypatch.setattr(cpu, "EXPANDED_BYTES", images * 5 * 4 * 20 * 8)
-    out = (6, -(-5 // stride), -(-4 // stride), 2)
-    a = arrays(0, x=(6, 5, 4, 3), w1=(3, 20), b1=(20,), w2=(20, 2), out_bias=(2,), residual=out)
+    w2, bias, out = (20, features), (features,), (6, -(-5 // stride), -(-4 // stride), features)
+    a = arrays(0, x=(6, 5, 4, 3), w1=(3, 20), b1=(20,), w2=w2, out_bias=bias, residual=out)
 
     def ours(a):
         a = dict(a)
@@ -161,6 +161,17 @@ def test_a_few_images_at_a_time_give_the_same(images, stride, monkeypatch):
 
     assert_same(ours, functools.partial(block_by_layers, 3, 1, stride, True), a)
     assert ("scan[" in str(jax.make_jaxpr(ours)(a))) == (images < 6)
+
+
+@pytest.mark.parametrize(
+    ("x", "expanded", "reason"),
+    [((2, 8, 8, 16), 32, "few channels"), ((2, 1, 8, 16), 144, "fewer rows or columns")],
+)
+def test_what_a_cpu_leaves_to_xla(x, expanded, reason):
+    a = arrays(0, x=x, w1=(16, expanded), b1=(expanded,), w2=(expanded, 32))
+    with pytest.raises(ValueError, match=reason):
+        shift_block(*a.values(), stride=2, implementation="cpu")
+    assert shift_block(*a.values(), stride=2).shape == (2, -(-x[1] // 2), 4, 32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

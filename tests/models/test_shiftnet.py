@@ -10,6 +10,7 @@ from flax import nnx
 
 from shiftnet.kernels.implementations import lowered_for, only_xla
 from shiftnet.kernels.layouts import from_nhwc, to_nhwc
+from shiftnet.models.folding import fold_batch_norms
 from shiftnet.models.shiftnet import CSCBlock, ShiftNet
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -72,3 +73,13 @@ def test_a_network_is_its_layers(train):
         learned(net, x, train=train, only_layers=only_layers) for only_layers in (False, True)
     )
     assert_close(found, expected)
+
+
+def test_a_folded_network_runs_its_blocks_too():
+    net = randomized(ShiftNet(3, width=0.125, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 45, 32, 3)))
+    before = np.asarray(net(x))
+    fold_batch_norms(net)
+    with lowered_for("gpu"):
+        after = nnx.jit(lambda net, x: net(x))(net, x)
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())

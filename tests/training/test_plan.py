@@ -131,7 +131,7 @@ class Compiler:
         (Compiler(each=10, breaks=100), 16, 1_300, 10**6, 96),
         (Compiler(each=10, breaks=100), 400, 10**6, 10**6, 96),
         (Compiler(each=10, fixed=5000), 16, 4_000, 10**6, 0),
-        (Compiler(each=10, saves=[(900, 1500), (1100, 1400)]), 16, 10_000, 10**6, 1280),
+        (Compiler(10, breaks=2000, saves=[(900, 1500), (1100, 1400)]), 16, 10_000, 10**6, 1280),
         (Compiler(each=0, breaks=0), 16, 10**6, 10**6, 0),
     ],
 )

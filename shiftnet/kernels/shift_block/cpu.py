@@ -1,8 +1,9 @@
-"""The shift block on a CPU: a few images at a time, whose expanded tensor stays in the cache.
+"""The shift block on a CPU: a few images at a time, whose expanded tensor stays in the caches.
 
 The expanded tensor of a whole batch goes to memory and back several times, and each time into pages
-that the system must first hand out. Of a few images it fits the second-level cache, and the same
-pages serve all of them. The backward pass computes it again, which is cheaper than fetching it.
+that the system must first hand out. Of a few images it fits the caches, and the same pages serve
+all of them; a small batch is taken whole. The backward pass computes it again, which is cheaper
+than fetching it.
 
 With a stride s, a channel is read at every s-th row and column only, from one that its offset says:
 all channels of one such phase are expanded together, at those pixels.
@@ -20,8 +21,8 @@ from shiftnet.kernels.layouts import affine, product, wide_dtype
 from shiftnet.kernels.shift.xla import Stretches, inside
 from shiftnet.kernels.shift_pointwise.xla import epilogue
 
-# Of the images taken at a time; 6 to 12 MiB are as fast on a Xeon, 3 MiB takes 1.03 to 1.25 times
-# as long, 24 MiB up to 1.15 times.
+# Of the images taken at a time, without the margins of their lines; 6 to 12 MiB are as fast on a
+# Xeon, 3 MiB takes 1.03 to 1.25 times as long, 24 MiB up to 1.15 times.
 EXPANDED_BYTES = 9 << 20
 
 
