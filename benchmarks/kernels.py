@@ -100,13 +100,14 @@ class Ours:
     def __init__(self, dtype: str | None):
         self._stack = contextlib.ExitStack()
         self._start()
-        self.described = self._worker.ask("describe")
         self.platform: str = self.described["platform"]
         self.dtype = dtype or ("float32" if self.platform == "cpu" else "bfloat16")
 
     def _start(self) -> None:
         self._stack.close()
-        self._worker = self._stack.enter_context(Worker(sys.executable, OURS, patience=PATIENCE))
+        self._worker = self._stack.enter_context(Worker(sys.executable, OURS))
+        self.described = self._worker.ask("describe")  # which tests the kernels, and may wait
+        self._worker.patience = PATIENCE
 
     def close(self) -> None:
         """Ends the worker."""

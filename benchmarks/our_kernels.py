@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import ImageRow, MatrixRow, Row
+from benchmarks.ours import left_out
 from benchmarks.protocol import serve
 from shiftnet.kernels.implementations import best_layout, compiler_options
 from shiftnet.kernels.layouts import Layout, from_nhwc, product, to_nhwc
@@ -28,6 +29,7 @@ from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift.offsets import ChannelOrder
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
+from shiftnet.training.processes import use_compilation_cache
 
 Operation = Callable[..., Any]
 Operands = dict[str, Any]
@@ -316,17 +318,19 @@ def plan(*, row: dict[str, Any], dtype: str) -> dict[str, Any]:
         "layout": layout_of(found),
         "channel_order": channel_order_of(found),
     }
+    why = left_out()
     try:
         jax.eval_shape(operation(found, PLATFORM), **operands(found, "ours", dtype))
     except ValueError as error:
-        result["programs"].remove("ours")
         why = str(error)
         if why.startswith("unknown implementation"):
             why = f"{found.operation} has none for a {PLATFORM}"
-        return result | {"implementation": "xla", "why": why}
     except Exception:  # the kernel takes these arguments; what is wrong shows when it is compiled
         pass
-    return result | {"implementation": PLATFORM}
+    if why is None:
+        return result | {"implementation": PLATFORM}
+    result["programs"].remove("ours")
+    return result | {"implementation": "xla", "why": why}
 
 
 def prepare(*, rows: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
@@ -488,8 +492,10 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "device": "cpu" if device.platform == "cpu" else device.device_kind,
         "platform": PLATFORM,
+        "left_out": left_out(),
     }
 
 
 if __name__ == "__main__":
+    use_compilation_cache()
     serve(Program, describe=describe, ceilings=ceilings, plan=plan, prepare=prepare)

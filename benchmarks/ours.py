@@ -22,10 +22,12 @@ import shiftnet.data
 from benchmarks.protocol import Measurement, serve
 from shiftnet import checkpoint, models
 from shiftnet.inference import Classifier
+from shiftnet.kernels import selftest
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.models import torch_names
 from shiftnet.training import loop
 from shiftnet.training.mesh import BATCH_AXIS, compiled
+from shiftnet.training.processes import use_compilation_cache
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
 
 CIFAR_TRAINING_IMAGES = 50_000  # our loop's steps a call follow from the size of the data set
@@ -256,7 +258,14 @@ def describe() -> dict[str, Any]:
             **{name: version(name) for name in packages},
         },
         "device": "cpu" if device.platform == "cpu" else device.device_kind,
+        "left_out": left_out(),
     }
+
+
+def left_out() -> str | None:
+    """Why this device's kernels are not used; None where they are, and on a CPU."""
+    platform = jax.default_backend()
+    return None if platform == "cpu" else selftest.failure(platform)
 
 
 def open_measurement(*, task: str, **arguments: Any) -> Measurement:
@@ -280,4 +289,5 @@ def open_measurement(*, task: str, **arguments: Any) -> Measurement:
 
 
 if __name__ == "__main__":
+    use_compilation_cache()
     serve(open_measurement, describe=describe, export=export)

@@ -46,7 +46,7 @@ class Worker:
         environment: Mapping[str, str] | None = None,
         patience: float | None = None,
     ):
-        self._patience = patience
+        self.patience = patience
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, "-m", module],
@@ -79,12 +79,12 @@ class Worker:
         assert self._process.stdout is not None
         try:
             print(json.dumps({"do": request, **arguments}), file=self._process.stdin, flush=True)
-            if self._patience is not None:
-                answered, _, _ = select.select([self._process.stdout], [], [], self._patience)
+            if self.patience is not None:
+                answered, _, _ = select.select([self._process.stdout], [], [], self.patience)
                 if not answered:
                     self._process.kill()
                     self._process.wait()
-                    raise WorkerError(f"no answer within {self._patience:g} s")
+                    raise WorkerError(f"no answer within {self.patience:g} s")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""

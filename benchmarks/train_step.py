@@ -301,6 +301,8 @@ def print_environment(report: dict[str, Any]) -> None:
         if side in report:
             versions = ", ".join(f"{k} {v}" for k, v in report[side]["versions"].items())
             print(f"{side}: {versions}")
+    if reason := report["ours"].get("left_out"):
+        print(f"OUR KERNELS ARE LEFT OUT, ours is plain XLA: {reason}")
 
 
 def print_row(name: str, seconds: float, batch_size: int, rest: str = "") -> None:

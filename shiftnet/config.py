@@ -229,10 +229,8 @@ FIELDS: Mapping[str, Field] = {
     "log.tensorboard": Field(True, "write TensorBoard events beside metrics.jsonl"),
 }
 
-# What may change between the runs of one working directory: how long, how watched, where the data
-# lies and how it is read. Any other field would make the resumed run another experiment.
-RESUMABLE = (
-    "epochs",
+# What a result does not depend on: how a run is watched, where its data lie and how they are read.
+IMMATERIAL = (
     "log.*",
     "eval.*",
     "checkpoint.*",
@@ -241,6 +239,9 @@ RESUMABLE = (
     "data.workers",
     "data.on_corrupt",
 )
+# What may change between the runs of one working directory. Any other field would make the resumed
+# run another experiment.
+RESUMABLE = ("epochs", *IMMATERIAL)
 
 
 def default_config() -> ConfigDict:
@@ -292,7 +293,7 @@ def differences(
     Args:
       old: one configuration.
       new: the other.
-      ignore: fields to pass over, as names or patterns such as `"log.*"`; see `RESUMABLE`.
+      ignore: fields to pass over, as names or patterns such as `"log.*"`; see `IMMATERIAL`.
     """
     before, after = _flat(old), _flat(new)
     return [

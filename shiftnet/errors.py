@@ -50,13 +50,13 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            return _say(str(error), 2)
+            return say(str(error), 2)
         except OSError as error:
             if error.filename is None:
                 raise
-            return _say(f"{error.filename}: {error.strerror}", 2)
+            return say(f"{error.filename}: {error.strerror}", 2)
         except RunFailed as error:
-            return _say(str(error), 1)
+            return say(str(error), 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -64,8 +64,11 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
     return wrapper
 
 
-def _say(sentence: str, code: int) -> int:
-    """Prints an error in one line: a name in it may hold line ends, or a terminal's commands."""
+def say(sentence: str, code: int) -> int:
+    """Prints an error in one line, and returns `code`.
+
+    A name in it may hold line ends, or a terminal's commands.
+    """
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
     print(f"error: {''.join(shown)}", file=sys.stderr)
     return code

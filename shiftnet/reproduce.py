@@ -7,6 +7,7 @@ or Ctrl-C, goes on exactly where it was when it is chosen again.
 import dataclasses
 import datetime
 import fnmatch
+import functools
 import importlib.metadata
 import json
 import math
@@ -25,8 +26,9 @@ import jax
 import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import models, packing, results, tables
+from shiftnet.checkpoint import DIGESTS, LATEST
 from shiftnet.data import Dataset
-from shiftnet.errors import UserError, reported
+from shiftnet.errors import RunFailed, UserError, reported, say
 from shiftnet.inference import Classifier
 from shiftnet.training import metrics
 from shiftnet.training.evaluation import make_evaluator
@@ -52,7 +54,8 @@ class Work:
       full_epochs: that the recipe has when it is not.
       folder: where its result goes.
       result: what there is of it, as `shiftnet.results` has it, or None.
-      groups: the seeds that are missing, those together that are trained together, and where.
+      groups: the seeds that are missing, those together that are trained together, and where; first
+        those that were begun.
     """
 
     row: results.Row
@@ -65,17 +68,20 @@ class Work:
 
     @property
     def cost(self) -> float:
-        """Multiply-adds of training the missing seeds, three times the forward passes'."""
-        seeds = sum(len(group) for group, _ in self.groups)
-        return seeds * _images(self.config) * 3.0 * self.row.multiply_adds
+        """Multiply-adds of what is left of the missing seeds, three times the forward passes'."""
+        left = (len(seeds) * (1 - done / self.config.epochs) for seeds, done in self.epochs_done)
+        return sum(left) * _images(self.config) * 3.0 * self.row.multiply_adds
 
     @property
-    def epochs_done(self) -> int:
-        """Epochs that the first of the missing seeds have behind them."""
-        for seeds, workdir in self.groups[:1]:
-            for line in metrics.read(workdir / f"seed{seeds[0]}")[-1:]:
-                return line["epoch"]
-        return 0
+    def epochs_done(self) -> list[tuple[list[int], int]]:
+        """Each group's seeds, and the epochs that they have behind them."""
+        return [
+            (
+                seeds,
+                max((line["epoch"] for line in metrics.read(place / f"seed{seeds[0]}")), default=0),
+            )
+            for seeds, place in self.groups
+        ]
 
 
 @reported
@@ -92,27 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [work for work in works if work.groups]
     if arguments.next:
         missing.sort(key=lambda work: work.cost)
-    deadline = Deadline(arguments.budget)
+    if not missing:
+        print("nothing is missing of what was asked for")
+    deadline, failed = Deadline(arguments.budget), 0
     for work in missing:
         seconds = _estimate(work, works) if arguments.next else None
         if seconds is not None and seconds > deadline.left:
             print(f"{work.row.name} would take about {tables.duration(seconds)}: it does not fit")
             break
-        for seeds, workdir in work.groups:
-            if deadline.left <= 0:
-                print("no time is left")
-                return 0
-            outcome = _train(work, seeds, workdir, arguments.data_dir, deadline)
-            if not outcome.finished:
-                print(
-                    f"{work.row.name}: stopped after step {outcome.step}, saved in {workdir}; "
-                    "the same command goes on"
-                )
-                return 128 + outcome.signal if outcome.signal else 0
+        try:
+            ended = _train_row(work, arguments.data_dir, deadline)
+        except RunFailed as error:  # the next row may go well
+            failed = say(f"{work.row.name}: {error}", 1)
+        else:
+            if ended is not None:
+                return ended or failed
         works = list(_works(arguments))
-    if not missing:
-        print("nothing is missing of what was asked for")
-    return 0
+    return failed
 
 
 def seconds_of(text: str) -> float:
@@ -175,8 +177,6 @@ def _arguments(argv: Sequence[str] | None) -> Any:
         raise UserError("--only and --next exclude each other")
     if arguments.budget is not None:
         arguments.budget = seconds_of(arguments.budget)
-    if arguments.together is None:
-        arguments.together = 1 if jax.default_backend() == "cpu" else arguments.seeds
     return arguments
 
 
@@ -199,16 +199,15 @@ def _works(arguments: Any) -> Iterator[Work]:
         result = results.read(folder / apart, row.name)
         if result is not None:
             before = config_lib.from_json(json.dumps(result["config"]))
-            ignored = {"seed", *config_lib.RESUMABLE} - {"epochs"}
-            if changed := config_lib.differences(before, config, ignore=sorted(ignored)):
+            ignored = ("seed", *config_lib.IMMATERIAL)
+            if changed := config_lib.differences(before, config, ignore=ignored):
                 raise UserError(
                     f"{results.path_of(folder / apart, row.name)} is of another recipe, with "
                     f"{'; '.join(changed)}: move it away to train the row anew"
                 )
-        done = [run["seed"] for run in result["runs"]] if result else []
-        seeds = [seed for seed in range(arguments.seeds) if seed not in done]
-        size = arguments.together
-        groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+        done = _seeds_of(result)
+        missing = [seed for seed in range(arguments.seeds) if seed not in done]
+        workdir = Path(arguments.workdir, apart)
         yield Work(
             row,
             table.epoch,
@@ -216,17 +215,65 @@ def _works(arguments: Any) -> Iterator[Work]:
             full_epochs,
             folder / apart,
             result,
-            [(group, Path(arguments.workdir, apart, _place(row, group))) for group in groups],
+            list(_groups(row, missing, arguments.together, workdir)),
         )
 
 
-def _place(row: results.Row, seeds: Sequence[int]) -> str:
-    return f"{row.name}_seeds{'-'.join(map(str, seeds))}"
+def _groups(
+    row: results.Row, missing: Sequence[int], together: int | None, folder: Path
+) -> Iterator[tuple[list[int], Path]]:
+    """Seeds to train together, and where: those that were begun so, then the others.
+
+    `together` is how many, None for what suits the device; more than that are not gone on with.
+    """
+    left = set(missing)
+    for place in sorted(folder.glob(f"{row.name}_seeds*")):
+        numbers = place.name.removeprefix(f"{row.name}_seeds").split("-")
+        if not all(number.isdecimal() for number in numbers) or not any(
+            place.glob(f"{LATEST}/*/{DIGESTS}")
+        ):
+            continue
+        seeds = [int(number) for number in numbers]
+        if left.issuperset(seeds) and len(seeds) <= (together or len(seeds)):
+            yield seeds, place
+            left.difference_update(seeds)
+    rest = sorted(left)
+    # Several in one program gain nothing on a CPU.
+    size = together or (1 if jax.default_backend() == "cpu" else max(len(rest), 1))
+    for first in range(0, len(rest), size):
+        seeds = rest[first : first + size]
+        yield seeds, folder / f"{row.name}_seeds{'-'.join(map(str, seeds))}"
 
 
 def _images(config: Any) -> float:
     """Images that a whole training sees; infinite where the size of the set is not known."""
     return config.epochs * TRAINING_IMAGES.get(config.data.name, math.inf)
+
+
+def _train_row(work: Work, data_dir: str, deadline: Deadline) -> int | None:
+    """Trains the missing seeds of a row; the exit code where that ends the command, else None."""
+    for seeds, workdir in work.groups:
+        if deadline.left_for_another <= 0:
+            print("no time is left")
+            return 0
+        # Another process may have finished them since they were looked up.
+        if set(seeds) <= set(_seeds_of(results.read(work.folder, work.row.name))):
+            continue
+        outcome = _train(work, seeds, workdir, data_dir, deadline)
+        if not outcome.finished:
+            print(
+                f"{work.row.name}: stopped after step {outcome.step}, saved in {workdir}; "
+                "the same command goes on"
+            )
+        if outcome.signal:
+            return 128 + outcome.signal
+        if not outcome.finished:
+            return 0
+    return None
+
+
+def _seeds_of(result: Mapping[str, Any] | None) -> list[int]:
+    return [run["seed"] for run in result["runs"]] if result else []
 
 
 def _train(
@@ -237,7 +284,10 @@ def _train(
     dataset = shiftnet.data.of_recipe(work.config.data)
     print(f"{work.row.name}, seeds {', '.join(map(str, seeds))}, in {workdir}", flush=True)
     outcome = train_together(
-        work.config, seeds, dataset, workdir, keep=work.epoch, deadline=deadline
+        *(work.config, seeds, dataset, workdir),
+        keep=work.epoch,
+        deadline=deadline,
+        visit=_visit(),
     )
     if outcome.finished:
         # Other seeds of the row may have been finished since it was looked up.
@@ -257,15 +307,14 @@ def _result(
     dataset: Dataset,
 ) -> dict[str, Any]:
     """A row's result: what there was before, and the runs that have just finished."""
+    last, earlier = outcome.visits[-1], outcome.visits[:-1]
     made = {
         "together": len(seeds),
         "seconds": round(outcome.seconds, 1),
         "images_per_second": round(outcome.images_per_second, 1),
-        "fraction_of_peak": _fraction_of_peak(work, outcome.images_per_second),
-        "device": _device(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
+        "fraction_of_peak": _fraction_of_peak(work, outcome),
+        **last,
+        "earlier": earlier,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     runs = [
@@ -281,6 +330,7 @@ def _result(
     ]
     work.config.data.dir = ""  # of this machine alone
     old = before or {"runs": [], "checkpoint": None}
+    others = [run for run in old["runs"] if run["seed"] not in seeds]
     return {
         "row": work.row.name,
         "config": work.config.to_dict(),
@@ -290,7 +340,7 @@ def _result(
         "parameters": work.row.parameters,
         "multiply_adds": work.row.multiply_adds,
         "bytes": work.row.bytes,
-        "runs": sorted([*old["runs"], *runs], key=lambda run: run["seed"]),
+        "runs": sorted([*others, *runs], key=lambda run: run["seed"]),
         "checkpoint": old["checkpoint"] or _keep(work, seeds[0], outcome, dataset),
     }
 
@@ -330,6 +380,17 @@ def _keep(work: Work, seed: int, outcome: Outcome, dataset: Dataset) -> dict[str
     }
 
 
+@functools.cache
+def _visit() -> dict[str, Any]:
+    """On what and with what code this process trains, as it is when it begins."""
+    return {
+        "device": _device(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
 def _device() -> str:
     kind = jax.local_devices()[0].device_kind
     if kind != "cpu":
@@ -337,21 +398,24 @@ def _device() -> str:
     return f"CPU, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
 
 
-def _fraction_of_peak(work: Work, images_per_second: float) -> float | None:
+def _fraction_of_peak(work: Work, outcome: Outcome) -> float | None:
     chip = next((c for c in CHIPS.values() if c.kind == jax.local_devices()[0].device_kind), None)
-    if chip is None:
+    if chip is None or len({visit["device"] for visit in outcome.visits}) > 1:
         return None
-    flops = 2 * 3 * work.row.multiply_adds * images_per_second
+    flops = 2 * 3 * work.row.multiply_adds * outcome.images_per_second
     return round(flops / chip.flops[work.config.model.dtype], 4)
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked where files that git knows differ from it."""
+    """The checkout's commit, marked where code or recipes that git knows differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head, changes = (
             subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+            for arguments in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "-uno", ":/shiftnet", ":/configs"),
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -367,14 +431,13 @@ def _estimate(work: Work, works: Sequence[Work]) -> float | None:
     rates: dict[str, list[float]] = {}  # multiply-adds a second, by family
     for other in works:
         for run in other.result["runs"] if other.result else ():
-            if run["device"] == _device():
+            if results.devices(run) == [_device()]:
                 cost = 3.0 * other.row.multiply_adds * _images(other.config) * run["together"]
                 rates.setdefault(_family(other), []).append(cost / run["seconds"])
     if not rates:
         return None
     slowest = min(min(values) for values in rates.values())
-    left = 1 - work.epochs_done / work.config.epochs
-    return left * work.cost / min(rates.get(_family(work), [slowest]))
+    return work.cost / min(rates.get(_family(work), [slowest]))
 
 
 def _family(work: Work) -> str:
@@ -405,8 +468,8 @@ def _list(works: Sequence[Work], seeds: int) -> str:
 def _state(work: Work) -> str:
     if not work.groups:
         return "done"
-    if work.epochs_done:
-        return f"running, {work.epochs_done} of {work.config.epochs} epochs"
+    if done := max(done for _, done in work.epochs_done):
+        return f"running, {done} of {work.config.epochs} epochs"
     return "missing"
 
 

@@ -20,7 +20,8 @@ A row's JSON file:
       median over the epochs; `fraction_of_peak`: the arithmetic of the products, three times the
       forward pass's, as a fraction of the device's peak, null where that is not known;
     - `device`, `versions` (by package), `commit` (of the code, `-dirty` where it was changed; null
-      where that is not known), `finished` (when, UTC);
+      where that is not known); `earlier`: such three of other visits that trained it before, where
+      any of them differed; `finished` (when, UTC);
 - `checkpoint`: of the network that is kept: `file`, `bytes`, `seed`, `epoch`, `test_accuracy` (as
   `evaluate.py` finds it in that file), and `confusion`, a list of `[label, prediction, images]` for
   what occurs.
@@ -155,6 +156,11 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
 def accuracies(result: Mapping[str, Any], epoch: str) -> list[float]:
     """Of each run the accuracy after its `best` or its `final` epoch, in per cent."""
     return [100 * run[f"{epoch}_accuracy"] for run in result["runs"]]
+
+
+def devices(run: Mapping[str, Any]) -> list[str]:
+    """What a run was trained on, each once."""
+    return list(dict.fromkeys(visit["device"] for visit in (*run.get("earlier", ()), run)))
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -283,6 +283,23 @@ def test_seeds_of_one_recipe_are_put_together(tmp_path):
     assert {record["seed"] for record in loss} == {0, 1}
 
 
+def test_a_row_in_training_is_drawn_by_its_own_name(tmp_path):
+    rows = []
+    for row in ("a/row_seeds0-1", "b/row_seeds0-1"):
+        place = tmp_path / row
+        for seed in range(2):
+            make_workdir(place / f"seed{seed}", [0.1, 0.2], seed=seed)
+        (place / "config.json").write_text((place / "seed0/config.json").read_text())
+        rows.append(place)
+    (training,) = sources.find(rows[:1]).trainings
+    assert training.name == "row_seeds0-1"
+    assert [run.seed for run in training.runs] == [0, 1]
+    # Once more the same seeds: runs of their own, by a name of their own.
+    both = sources.find(rows).trainings
+    assert [training.name for training in both] == ["a/row_seeds0-1", "b/row_seeds0-1"]
+    assert [len(training.runs) for training in both] == [2, 2]
+
+
 def test_the_best_epoch_is_chosen_on_held_out_images():
     run = sources.Run(
         0,

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from shiftnet import config, evaluate, reproduce, results
-from shiftnet.errors import UserError
+from shiftnet.errors import RunFailed, UserError
 from shiftnet.models import build
 from shiftnet.models.counting import count
 
@@ -67,9 +67,12 @@ def place(tmp_path):
     return furnished(tmp_path)
 
 
+def folders_of(place):
+    return ("--results", str(place / "results"), "--workdir", str(place / "runs"))
+
+
 def run(place, *arguments):
-    folders = ("--results", str(place / "results"), "--workdir", str(place / "runs"))
-    return reproduce.main([*arguments, *folders])
+    return reproduce.main([*arguments, *folders_of(place)])
 
 
 @pytest.fixture(scope="module")
@@ -146,20 +149,8 @@ def test_a_result_of_another_recipe_is_refused(trained, tmp_path, capsys):
 
 
 def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monkeypatch):
-    class Short(reproduce.Deadline):
-        def __init__(self, seconds):
-            assert seconds == 540
-            self.questions = 5
-
-        def worked(self, seconds): ...
-        def saved(self, seconds): ...
-
-        @property
-        def left(self):
-            self.questions -= 1
-            return self.questions
-
-    monkeypatch.setattr(reproduce, "Deadline", Short)
+    stop_after(monkeypatch, 5)
+    assert reproduce.seconds_of("9m") == 540
     assert run(place, "--next", "--budget", "9m") == 0
     assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
     assert results.read(place / "results", "cheap") is None
@@ -167,6 +158,84 @@ def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monke
     assert run(place, "--only", "cheap") == 0
     assert "dear" not in capsys.readouterr().out
     assert len(results.read(place / "results", "cheap")["runs"]) == 1
+
+
+def stop_after(monkeypatch, questions):
+    """Lets time run out at the so-manieth question whether there is any."""
+
+    class Short(reproduce.Deadline):
+        def __init__(self, seconds):
+            super().__init__(None)
+            self.questions = questions
+
+        @property
+        def left(self):
+            self.questions -= 1
+            return self.questions
+
+    monkeypatch.setattr(reproduce, "Deadline", Short)
+
+
+def test_what_was_begun_goes_on_when_more_seeds_are_asked_for(place, capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        patched.setattr(reproduce, "_visit", lambda: {"device": "another", "commit": "1"})
+        assert run(place, "--only", "cheap", "--seeds", "1") == 0
+    assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
+    assert run(place, "--only", "cheap", "--seeds", "3", "--together", "2") == 0
+    told = capsys.readouterr().out
+    assert "cheap, seeds 0, in" in told
+    assert "cheap, seeds 1, 2, in" in told
+    runs = results.read(place / "results", "cheap")["runs"]
+    assert [one["seed"] for one in runs] == [0, 1, 2]
+    assert [one["together"] for one in runs] == [1, 2, 2]
+    assert [results.devices(one)[:-1] for one in runs] == [["another"], [], []]
+    assert runs[0]["earlier"] == [{"device": "another", "commit": "1"}]
+    assert not list((place / "runs").iterdir())
+
+
+def test_a_begun_group_is_left_where_fewer_are_asked_to_train_together(place, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        assert run(place, "--only", "cheap", "--seeds", "2", "--together", "2") == 0
+    row = next(row for row in results.tables(place / "results")[0].rows if row.name == "cheap")
+
+    def groups(together):
+        return [seeds for seeds, _ in reproduce._groups(row, [0, 1], together, place / "runs")]
+
+    assert groups(None) == groups(2) == [[0, 1]]
+    assert groups(1) == [[0], [1]]
+
+
+def test_a_seed_that_another_process_finished_counts_once(trained, tmp_path, monkeypatch):
+    place = tmp_path / "copy"
+    shutil.copytree(trained, place)
+    before = results.read(place / "results", "cheap")
+    monkeypatch.setattr(reproduce.results, "read", lambda *_: None)
+    (work,) = reproduce._works(reproduce._arguments(["--only", "cheap", *folders_of(place)]))
+    monkeypatch.undo()
+    assert work.groups[0][0] == [0]
+    assert reproduce._train_row(work, "", reproduce.Deadline(None)) is None  # nothing to do
+    assert results.read(place / "results", "cheap") == before
+    outcome = reproduce._train(work, *work.groups[0], "", reproduce.Deadline(None))
+    assert outcome.finished
+    after = results.read(place / "results", "cheap")
+    assert [one["seed"] for one in after["runs"]] == [0, 1]
+    assert after["runs"][0]["finished"] > before["runs"][0]["finished"]
+
+
+def test_a_row_that_fails_does_not_keep_the_next_from_training(place, capsys, monkeypatch):
+    train = reproduce._train
+
+    def fails(work, *arguments):
+        if work.row.name == "cheap":
+            raise RunFailed("the loss of seed 0 became nan at step 3")
+        return train(work, *arguments)
+
+    monkeypatch.setattr(reproduce, "_train", fails)
+    assert run(place, "--next", "--epochs", "1") == 1
+    assert "error: cheap: the loss of seed 0 became nan" in capsys.readouterr().err
+    assert results.read(place / "results" / "short", "dear")
 
 
 def test_a_short_schedule_is_kept_apart(place, capsys):

@@ -301,8 +301,9 @@ class Measurement:
         self._net.load(weights)
         self._net.to(device).to(memory_format=memory_format)
 
+        half = dtype == "bfloat16"
         self._autocast: Callable[[], AbstractContextManager] = (
-            (lambda: torch.autocast(device, torch.bfloat16)) if dtype == "bfloat16" else nullcontext
+            (lambda: torch.autocast(device, torch.bfloat16)) if half else nullcontext
         )
         self._task, self._freezes = task, False
         compiled = self._compiler(mode, task, device)
@@ -313,6 +314,9 @@ class Measurement:
         else:
             self._net.eval()
             self._net.fold()
+            if half:  # autocast would convert the weights again at every call
+                self._net.to(torch.bfloat16)
+                self._images, self._autocast = self._images.to(torch.bfloat16), nullcontext
             self._logits = compiled(self._forward)
 
     def _compiler(self, mode: str, task: str, device: str) -> Callable[[Callable], Callable]:

@@ -8,6 +8,7 @@ the program is lowered for another platform after all.
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -21,7 +22,9 @@ from shiftnet.kernels.layouts import LANES, Layout
 Reason = Callable[[], str | None]
 
 _PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
-_only_xla = ContextVar("_only_xla", default=False)
+_only_xla = ContextVar(
+    "_only_xla", default=os.environ.get("SHIFTNET_ONLY_XLA", "") not in ("", "0")
+)
 _platform: ContextVar[str | None] = ContextVar("_platform", default=None)
 _mesh: ContextVar[Mesh | None] = ContextVar("_mesh", default=None)
 
@@ -43,7 +46,8 @@ def only_xla() -> Iterator[None]:
     Networks then call their layers one by one.
 
     For programs that must run on any device (`shiftnet.export`), and for comparisons. JAX keeps
-    what it traced: trace a function of its own within, not one that was called before.
+    what it traced: trace a function of its own within, not one that was called before. The
+    environment's SHIFTNET_ONLY_XLA=1 does the same to a whole process.
     """
     token = _only_xla.set(True)
     try:

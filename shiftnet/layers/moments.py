@@ -20,11 +20,14 @@ from shiftnet.kernels.layouts import (
     wide_dtype,
 )
 
+# Factors that GPUs and TPUs round by default would show in variances much smaller than the largest.
+EXACT = jax.lax.Precision.HIGHEST
+
 
 def of_product(x: jax.Array, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of `x @ kernel`, `[features]` each, in the dtype of `kernel`."""
     total, products = (value / pixels(x, layout) for value in _sums(x, None, layout))
-    return total @ kernel, (kernel * (products @ kernel)).sum(0)
+    return _exact(total, kernel), (kernel * _exact(products, kernel)).sum(0)
 
 
 def of_shifted_product(
@@ -64,15 +67,19 @@ def of_shifted_product(
         / pixels(x, layout)
         for every, row, column, corner in zip(*sums, strict=True)
     )
-    mean = (total[:, None] @ w)[:, 0]
+    mean = _exact(total[:, None], w)[:, 0]
     # A pixel that is kept is `at` and what the products are of; one that is brought in is 0.
-    at = centre @ w
+    at = _exact(centre, w)
     kept = [np.maximum(0, 1 - abs(o) / n) for o, n in zip(offsets, (height, width), strict=True)]
     share = jnp.asarray(kept[0] * kept[1], kernel.dtype)[:, None]
     rest = mean - share * at
-    square = (w * (products @ w)).sum(1)
+    square = (w * _exact(products, w)).sum(1)
     var = square - rest * rest + (1 - share) * at * (2 * rest + share * at)
     return mean[group, place], var[group, place]
+
+
+def _exact(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=EXACT)
 
 
 def pixels(x: jax.Array, layout: Layout) -> int:
@@ -114,7 +121,7 @@ def _choose(chosen: np.ndarray, sums: jax.Array) -> jax.Array:
     """For each row of `chosen`, the sum of the `sums` it chooses."""
     axes = chosen.ndim - 1
     weights = jnp.asarray(chosen, sums.dtype)
-    return jnp.tensordot(weights, sums, axes, precision=jax.lax.Precision.HIGHEST)
+    return jnp.tensordot(weights, sums, axes, precision=EXACT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -138,10 +145,8 @@ def _sums_forward(x, centre, layout, kept):
     centred = wide - per_channel(centre, layout)
     if layout == "NHWC" and not kept:  # which XLA's CPU need not transpose
         centred, others = centred.reshape(-1, centred.shape[-1]), (0,)
-    # In full precision: rounded factors would show in variances much smaller than the largest.
-    exact = jax.lax.Precision.HIGHEST
     dimensions = ((others, others), (batch, batch))
-    products = jax.lax.dot_general(centred, centred, dimensions, precision=exact)
+    products = jax.lax.dot_general(centred, centred, dimensions, precision=EXACT)
     return (total, products), (x, centre, given)
 
 

@@ -49,7 +49,7 @@ class Training:
     """A recipe and the runs of it.
 
     Attributes:
-      name: of the working directory, or of the row.
+      name: of the working directory, or of the row; no two the same.
       epochs: how many the recipe has.
       full_epochs: how many the row's own has; as many where that is not known.
       parameters: of the network; None where it could not be counted, as the next two.
@@ -81,7 +81,7 @@ class Outcome:
     Attributes:
       training: the runs.
       final, best: top-1 on the test set in per cent, of each seed.
-      images_per_second: of all seeds that were trained together, the median over the programs.
+      images_per_second: of all seeds that were trained together, the median over the seeds.
       fraction_of_peak: likewise; None where the device's limit is not known.
       seconds: of all seeds.
       device: what they were trained on.
@@ -118,7 +118,7 @@ class Found(NamedTuple):
 
 
 def find(paths: Sequence[Path]) -> Found:
-    """Reads every path: a run's working directory, or a folder of results.
+    """Reads every path: a run's working directory, a row's, or a folder of results.
 
     A folder of results without a table of its own takes its parent's, and shows only the rows that
     it has. Runs whose recipes differ by nothing but the seed are put together.
@@ -130,7 +130,8 @@ def find(paths: Sequence[Path]) -> Found:
     folders: dict[Path, list[Path]] = {}  # of results, by the folder that has their table
     for path in dict.fromkeys(paths):
         if (path / RECIPE).is_file():
-            workdirs.append(path)
+            seeds = [file.parent for file in sorted(path.glob(f"seed*/{RECIPE}"))]
+            workdirs.extend(seeds or [path])
         elif (path / results.TABLE).is_file():
             folders.setdefault(path.resolve(), []).append(path)
         elif path.is_dir() and (path.resolve().parent / results.TABLE).is_file():
@@ -227,31 +228,51 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
             fraction_of_peak=statistics.median(peaks) if peaks else None,
             # Every one of the seeds trained together carries the seconds of them all.
             seconds=sum(run["seconds"] / run["together"] for run in runs),
-            device=", ".join(dict.fromkeys(run["device"] for run in runs)),
+            device=", ".join(dict.fromkeys(name for run in runs for name in results.devices(run))),
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged: {_words(error)}") from error
 
 
 def _trainings(workdirs: Sequence[Path]) -> list[Training]:
-    """Of working directories; the seeds of one recipe together."""
-    groups: dict[str, list[tuple[Path, ConfigDict]]] = {}
+    """Of working directories; the seeds of one recipe together, a seed once more on its own."""
+    groups: dict[tuple[str, int], list[tuple[Path, ConfigDict]]] = {}
     for workdir in workdirs:
         config = _config(workdir)
         recipe = {**config.to_dict(), "seed": 0, "data": {**config.data.to_dict(), "dir": ""}}
-        groups.setdefault(json.dumps(recipe), []).append((workdir, config))
-    return [_training(members) for members in groups.values()]
+        text, turn = json.dumps(recipe), 0
+        while any(config.seed == other.seed for _, other in groups.get((text, turn), ())):
+            turn += 1
+        groups.setdefault((text, turn), []).append((workdir, config))
+    names = _names([_place(members[0][0]) for members in groups.values()])
+    return [_training(*both) for both in zip(names, groups.values(), strict=True)]
 
 
-def _training(members: Sequence[tuple[Path, ConfigDict]]) -> Training:
+def _place(workdir: Path) -> Path:
+    """What a run is named after: its working directory, or that of the row that it is a seed of."""
+    path = workdir.resolve()
+    return path.parent if re.fullmatch(r"seed\d+", path.name) else path
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of paths, as many as make them differ."""
+    most = max((len(path.parts) for path in paths), default=1)
+    for length in range(1, most + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def _training(name: str, members: Sequence[tuple[Path, ConfigDict]]) -> Training:
     """Of working directories of one recipe, and that recipe."""
-    workdir, config = members[0]
+    config = members[0][1]
     runs = [Run(config.seed, _lines(workdir)) for workdir, config in members]
     confusion = next((c for workdir, config in members if (c := _of(workdir, config))), None)
     costs = _count(config, confusion)
-    name = workdir.resolve().name
+    more = len({_place(workdir) for workdir, _ in members}) - 1
     return Training(
-        name=f"{name} and {len(members) - 1} more" if len(members) > 1 else name,
+        name=f"{name} and {more} more" if more else name,
         epochs=config.epochs,
         full_epochs=config.epochs,
         parameters=costs and costs.parameters,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ def _train(
     chosen_on = next(iter(evaluators))
     lrs = learning_rates(config)
     tally = Tally(config.batch_size, note["tally"])
-    clock = (time.monotonic(), step)
+    epoch_began = (times.clock(), step)
 
     def save() -> None:
         note.update(step=step, tally=tally.sums(), feed=feed.get_state())
@@ -187,7 +186,7 @@ def _train(
 
             if epoch_ends:
                 epoch += 1
-                began, first = clock
+                began, first = epoch_began
                 metrics = {
                     "step": step,
                     "epoch": epoch,
@@ -196,7 +195,7 @@ def _train(
                     "train_accuracy": tally.accuracy,
                     "images_per_second": (step - first)
                     * config.batch_size
-                    / (time.monotonic() - began),
+                    / (times.clock() - began),
                 }
                 tally = Tally(config.batch_size)
                 if skipped := feed.skipped():
@@ -237,7 +236,7 @@ def _train(
                 save()
             if epoch_ends:
                 progress.pause()
-                clock = (time.monotonic(), step)
+                epoch_began = (times.clock(), step)
             if signal:
                 break
 

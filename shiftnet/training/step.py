@@ -124,18 +124,18 @@ class Program:
           were classified correctly (int32).
         """
 
-        def loss_of(params):
+        def loss_of(params, stats, images, labels):
             if self._config.parallel.fsdp:  # gathered for the products, whatever XLA might prefer
                 params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
-            model = nnx.merge(self.graphdef, params, state.stats, copy=True)
+            model = nnx.merge(self.graphdef, params, stats, copy=True)
             logits = model(images, train=True)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
             total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
         with over(self.mesh), self._statistics():
-            gradient = jax.value_and_grad(loss_of, has_aux=True)
-            (_, (loss, stats, logits)), grads = gradient(state.params)
+            gradient = _gradient(loss_of)
+            grads, (loss, stats, logits) = gradient(state.params, state.stats, images, labels)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -258,6 +258,33 @@ class StackedProgram:
         self.init = jax.jit(jax.vmap(program.draw), out_shardings=everywhere)
         self.order = jax.jit(order, static_argnums=2, out_shardings=everywhere)
         self.train = compiled(steps, self.mesh, donate_argnums=0, static_argnames="length")
+
+
+def _gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.grad(loss_of, has_aux=True)`, which `jax.vmap` turns around.
+
+    Of several runs it is the gradient of the sum of their losses. Then the gradients of grouped
+    convolutions are what a GPU's library knows as such; the vmapped gradients of convolutions are
+    forward convolutions to XLA, whose windows are as large as the images.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def gradient(*operands: Any) -> Any:
+        return jax.grad(loss_of, has_aux=True)(*operands)
+
+    @gradient.def_vmap
+    def of_several(runs: int, batched: Any, params: Any, *rest: Any) -> Any:
+        del runs
+        axes = tuple(jax.tree.map(lambda has_axis: 0 if has_axis else None, batched))
+
+        def total(params: Any) -> Any:
+            totals, others = jax.vmap(loss_of, in_axes=axes)(params, *rest)
+            return totals.sum(), others
+
+        results = jax.grad(total, has_aux=True)(params)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return gradient
 
 
 def _alone(function: Callable[..., Any], axes: str) -> Callable[..., Any]:

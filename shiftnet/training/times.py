@@ -1,6 +1,7 @@
 """Where a run's time goes."""
 
 import contextlib
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ class Times:
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._began = time.monotonic()
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> "Times":
         jax.monitoring.register_event_duration_secs_listener(self._note)
@@ -35,23 +37,27 @@ class Times:
         jax.monitoring.unregister_event_duration_listener(self._note)
 
     def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event in _COMPILING:
+        # What another thread compiles meanwhile is part of what this one traces or waits for.
+        if event in _COMPILING and threading.get_ident() == self._thread:
             self._seconds["compilation"] += duration_secs
 
     @contextlib.contextmanager
     def on(self, what: str) -> Iterator[None]:
         """Counts the time within as spent on `what`."""
-        began, compiled = time.monotonic(), self.compiling
+        began = self.clock()
         try:
             yield
         finally:
-            seconds = time.monotonic() - began - (self.compiling - compiled)
-            self._seconds[what] += max(seconds, 0.0)
+            self._seconds[what] += max(self.clock() - began, 0.0)
 
     @property
-    def compiling(self) -> float:
-        """Seconds spent on compilation so far."""
+    def compilation(self) -> float:
+        """Seconds spent on it so far."""
         return self._seconds["compilation"]
+
+    def clock(self) -> float:
+        """Seconds since some moment, of a clock that stands still while programs are compiled."""
+        return time.monotonic() - self.compilation
 
     def fractions(self) -> dict[str, float]:
         """The share of each in the time since this was made; the rest went into steps."""

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +21,7 @@ from shiftnet.training.feed import ResidentFeed
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.loop import explained
 from shiftnet.training.low_bit import LevelWatch
-from shiftnet.training.mesh import make_mesh
+from shiftnet.training.mesh import make_mesh, replicated
 from shiftnet.training.metrics import MetricsLog, Tally, read
 from shiftnet.training.optimizer import learning_rates
 from shiftnet.training.progress import Progress
@@ -46,7 +45,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None):
         self._end = None if seconds is None else time.monotonic() + seconds
-        self._work = 0.0
+        self._work = self._compilation = 0.0
         self._save = 10.0  # until one was timed
 
     def worked(self, seconds: float) -> None:
@@ -56,6 +55,15 @@ class Deadline:
     def saved(self, seconds: float) -> None:
         """Notes how long a save took."""
         self._save = max(1.0, 2 * seconds)
+
+    def compiled(self, seconds: float) -> None:
+        """Notes how long a recipe took to compile."""
+        self._compilation = max(self._compilation, seconds)
+
+    @property
+    def left_for_another(self) -> float:
+        """Seconds that are left for a recipe that is not compiled yet, by those that were."""
+        return self.left - self._compilation
 
     @property
     def left(self) -> float:
@@ -73,6 +81,7 @@ class Outcome:
       finished: False where time ran out or a signal came; training again continues.
       step: steps taken by each.
       seconds: that all of them have taken together, compilation included, over all visits.
+      visits: what `train_together` was told of those that trained them, each once, the last last.
       lines: of each seed, the lines of its `metrics.jsonl`.
       best: of each seed `{"epoch", "accuracy"}`, the epoch of the highest test accuracy.
       kept: the first seed's network after its best or its last epoch; None until finished.
@@ -83,6 +92,7 @@ class Outcome:
     finished: bool
     step: int
     seconds: float
+    visits: Sequence[Mapping[str, Any]]
     lines: list[list[dict[str, Any]]]
     best: list[Mapping[str, Any]]
     kept: nnx.Module | None
@@ -103,6 +113,7 @@ def train_together(
     *,
     keep: str,
     deadline: Deadline | None = None,
+    visit: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Trains a recipe with each of several seeds in one program, or goes on doing so.
 
@@ -116,6 +127,7 @@ def train_together(
       workdir: for the state (`checkpoints/`) and each seed's `metrics.jsonl` (`seed0/`, ...).
       keep: which epoch's network of the first seed to return, the `"best"` or the `"final"`.
       deadline: when to stop; None: at the end.
+      visit: what to remember of this one beside the others, as JSON: the device, the code.
 
     Raises:
       UserError: where the working directory holds something else, or the recipe cannot be trained
@@ -130,7 +142,10 @@ def train_together(
         contextlib.ExitStack() as stack,
     ):
         training = _Runs(config, seeds, dataset, Path(workdir), keep, times, stack)
-        return training.train(deadline or Deadline(None))
+        deadline = deadline or Deadline(None)
+        outcome = training.train(deadline, visit or {})
+        deadline.compiled(times.compilation)
+        return outcome
 
 
 class _Runs:
@@ -169,8 +184,8 @@ class _Runs:
             mesh=mesh,
         )
         self._stacked = StackedProgram(self._program, len(seeds))
-        stack.enter_context(claimed(workdir, config))
-        self._series = Series(workdir / LATEST, keep=1)
+        stack.enter_context(claimed(workdir, config, ignore=shiftnet.config.IMMATERIAL))
+        self._series = Series(workdir / LATEST, keep=config.checkpoint.keep)
         stack.callback(self._series.close)
         self._watch = LevelWatch(self._program)
         self._codes_of = jax.jit(jax.vmap(self._watch.codes))
@@ -214,12 +229,14 @@ class _Runs:
                 "seeds": self._seeds,
                 "step": 0,
                 "seconds": 0.0,
+                "epoch_end": 0.0,
+                "visits": [],
                 "tallies": [None] * len(self._seeds),
                 "best": [None] * len(self._seeds),
             }
             return
         like = jax.eval_shape(self._stacked.init, self._numbers)
-        everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        everywhere = replicated(self._program.mesh)  # as after a step, or that compiles once more
         parts, note = self._series.restore(
             step, **jax.tree.map(lambda leaf: _on(leaf, everywhere), self._parts(like))
         )
@@ -227,14 +244,14 @@ class _Runs:
         if note["seeds"] != self._seeds:
             raise UserError(f"{source} is of the seeds {note['seeds']}, not of {self._seeds}")
         self._states = TrainState(
-            step=jnp.full(len(self._seeds), step, jnp.int32),
+            step=jax.device_put(np.full(len(self._seeds), step, np.int32), everywhere),
             params=from_arrays(like.params, parts["model"], source),
             stats=from_arrays(like.stats, parts["model"], source),
             opt_state=parts["optimizer"],
         )
         self._codes = parts.get("levels", {})
         self._best = parts["best"]
-        self._note = dict(note)
+        self._note = {"epoch_end": 0.0, "visits": [], **note}
 
     def _parts(self, states: TrainState) -> dict[str, Any]:
         """What a checkpoint holds, of abstract states."""
@@ -250,9 +267,11 @@ class _Runs:
     def _model(self, run: int) -> dict[str, jax.Array]:
         return to_arrays(*run_of((self._states.params, self._states.stats), run))
 
-    def train(self, deadline: Deadline) -> Outcome:
+    def train(self, deadline: Deadline, visit: Mapping[str, Any]) -> Outcome:
         """Takes steps until the end, the deadline or a signal."""
         began, before = time.monotonic(), self._note["seconds"]
+        self._note["visits"] = [*(v for v in self._note["visits"] if v != visit), visit]
+        deadline.worked(self._note["epoch_end"])  # the longest work there is
         config, runs = self._config, len(self._seeds)
         progress = Progress(
             total_steps=self._total,
@@ -263,7 +282,7 @@ class _Runs:
         )
         tallies = [Tally(config.batch_size, sums) for sums in self._note["tallies"]]
         signal, step = 0, self._note["step"]
-        clock, saved_at = (began, step), began
+        epoch_began, saved_at = (self._times.clock(), step), began
 
         def save() -> None:
             for tally in tallies:
@@ -271,16 +290,20 @@ class _Runs:
             seconds = before + time.monotonic() - began
             sums = [tally.sums() for tally in tallies]
             self._note.update(step=step, tallies=sums, seconds=seconds)
-            with _timed(deadline.saved):
+            with _timed(deadline.saved, time.monotonic):
                 model = to_arrays(self._states.params, self._states.stats)
                 levels = {"levels": self._codes} if self._watch else {}
                 parts = {"model": model, "optimizer": self._states.opt_state, "best": self._best}
                 self._series.save(step, self._note, **parts, **levels)
                 self._series.wait()
 
+        def ended(seconds: float) -> None:
+            self._note["epoch_end"] = max(self._note["epoch_end"], seconds)
+            deadline.worked(seconds)
+
         with Interrupt() as interrupt:
             while step < self._total and deadline.left > 0 and not signal:
-                with _timed(deadline.worked, self._times):
+                with _timed(deadline.worked, self._times.clock):
                     self._states, losses, corrects = self._feed.advance(self._states, step)
                     step += losses.shape[1]
                     for run, tally in enumerate(tallies):
@@ -291,12 +314,12 @@ class _Runs:
                 signal = interrupt.requested()
                 if step % self._steps_per_epoch:
                     continue
-                with _timed(deadline.worked, self._times):
+                with _timed(ended, self._times.clock):
                     for tally in tallies:
                         tally.settle()
                     self._check(tallies)
-                    rate = (step - clock[1]) * config.batch_size * runs
-                    rate /= time.monotonic() - clock[0]
+                    seconds, first = self._times.clock() - epoch_began[0], epoch_began[1]
+                    rate = (step - first) * config.batch_size * runs / seconds
                     lines = self._epoch_ends(step, tallies, rate)
                 accuracy = _mean(line["test_accuracy"] for line in lines)
                 progress.line(
@@ -310,12 +333,13 @@ class _Runs:
                     save()
                     saved_at = time.monotonic()
                 progress.pause()
-                clock = (time.monotonic(), step)
+                epoch_began = (self._times.clock(), step)
             for tally in tallies:
                 tally.settle()
             self._check(tallies)
             if step > self._note["step"]:
                 save()
+            signal = signal or interrupt.requested()
 
         for log in self._logs:
             log.close()
@@ -324,6 +348,7 @@ class _Runs:
             finished=finished,
             step=step,
             seconds=self._note["seconds"],
+            visits=self._note["visits"],
             lines=[read(folder) for folder in self._folders],
             best=self._note["best"],
             kept=self._kept() if finished else None,
@@ -382,11 +407,11 @@ def _mean(values: Iterator[float]) -> float:
 
 
 @contextlib.contextmanager
-def _timed(note: Any, times: Times | None = None) -> Iterator[None]:
-    """Tells `note` how many seconds were spent within, without those for compiling."""
-    began, compiled = time.monotonic(), times.compiling if times else 0.0
+def _timed(note: Callable[[float], None], clock: Callable[[], float]) -> Iterator[None]:
+    """Tells `note` how many seconds of `clock` were spent within."""
+    began = clock()
     yield
-    note(time.monotonic() - began - ((times.compiling - compiled) if times else 0.0))
+    note(clock() - began)
 
 
 def _on(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ RECIPE, LOCK = "config.json", "lock"
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Any) -> Iterator[None]:
+def claimed(
+    workdir: Path, config: Any, ignore: Sequence[str] = shiftnet.config.RESUMABLE
+) -> Iterator[None]:
     """Makes `workdir` this recipe's, or checks that it is; within, no other run can have it.
 
     In a job of several processes the first one does that, and the others wait for it.
+
+    Args:
+      workdir: made where it does not exist.
+      config: the recipe.
+      ignore: fields in which it may differ from the one that is there.
 
     Raises:
       UserError: where it holds a run of another recipe (it names the fields that differ), another
@@ -33,7 +40,7 @@ def claimed(workdir: Path, config: Any) -> Iterator[None]:
             before = shiftnet.config.from_json(path.read_text())
         except (UserError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
-        changed = shiftnet.config.differences(before, config, ignore=shiftnet.config.RESUMABLE)
+        changed = shiftnet.config.differences(before, config, ignore=ignore)
         if changed:
             raise UserError(
                 f"{workdir} holds a run of another recipe, with {'; '.join(changed)}: "

@@ -1,6 +1,8 @@
 """Several seeds in one program: each the run that it would be alone, and exact over visits."""
 
 import dataclasses
+import os
+import signal
 
 import jax
 import numpy as np
@@ -104,24 +106,62 @@ def test_visits_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
     place = tmp_path / "visits"
     for questions, step in ((4, 3), (100, 4)):  # in the middle of the second epoch, and the end
         outcome = train_together(
-            settings, SEEDS, digits, place, keep="best", deadline=StopsAfter(questions)
+            *(settings, SEEDS, digits, place),
+            keep="best",
+            deadline=StopsAfter(questions),
+            visit={"device": step},
         )
         assert outcome.step == step
         assert outcome.finished == (step == 4) == (outcome.kept is not None)
     for seed in SEEDS:
         assert epochs(place / f"seed{seed}") == epochs(tmp_path / f"whole/seed{seed}")
     assert outcome.best == whole.best
+    assert list(outcome.visits) == [{"device": 3}, {"device": 4}]
     ours, theirs = (jax.tree.leaves(one.note["best"]) for one in (outcome, whole))
     assert ours == theirs
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(outcome.kept(x), whole.kept(x))
 
 
-def test_a_place_belongs_to_its_seeds(digits, tmp_path):
+def test_a_place_belongs_to_its_seeds_and_schedule(digits, tmp_path):
     settings = recipe(epochs=1, schedule__boundaries=())
     train_together(settings, [0], digits, tmp_path, keep="best", deadline=StopsAfter(2))
     with pytest.raises(UserError, match=r"is of the seeds \[0\], not of \[1\]"):
         train_together(settings, [1], digits, tmp_path, keep="best")
+    settings.epochs = 2
+    with pytest.raises(UserError, match="epochs: 1 -> 2"):
+        train_together(settings, [0], digits, tmp_path, keep="best")
+
+
+def test_the_end_of_an_epoch_is_kept_room_for_from_the_first_step_on(digits, tmp_path):
+    settings = recipe(epochs=3, schedule__boundaries=())
+    few = Split(digits.train.images[:128], digits.train.labels[:128])
+    digits = dataclasses.replace(digits, train=few)
+    worked = []
+
+    class Notes(StopsAfter):
+        def worked(self, seconds):
+            worked.append(seconds)
+
+    train_together(settings, [0], digits, tmp_path, keep="best", deadline=Notes(2))
+    first, _, longest = worked
+    assert first == 0 < longest
+    train_together(settings, [0], digits, tmp_path, keep="best", deadline=Notes(2))
+    assert worked[3] == longest
+
+
+def test_a_signal_in_the_last_epoch_is_not_lost(digits, tmp_path, monkeypatch):
+    settings = recipe(epochs=1, schedule__boundaries=())
+    evaluated = together._Runs._epoch_ends
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(together._Runs, "_epoch_ends", interrupted)
+    outcome = train_together(settings, [0], digits, tmp_path, keep="best")
+    assert outcome.finished
+    assert outcome.signal == signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -142,6 +182,9 @@ def test_a_deadline_keeps_room_for_the_step_under_way_and_for_saving(monkeypatch
     deadline.worked(3)
     deadline.saved(2)
     assert deadline.left == 60 - 2 * 4 - 2 * 2
+    deadline.compiled(7)
+    deadline.compiled(5)
+    assert deadline.left_for_another == deadline.left - 7
     now = 150.0
     assert deadline.left < 0
     assert Deadline(None).left == float("inf")
