@@ -102,7 +102,9 @@ def _loop(
 
     def step(i: int, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         sums, dxs = carry
-        weights, dx = gradients(xs[i], (dxs if in_place else douts)[i])
+        # Without the barrier XLA fuses this reading with what comes after it, and then copies all.
+        dout = jax.lax.optimization_barrier((dxs if in_place else douts)[i])
+        weights, dx = gradients(xs[i], dout)
         return jax.tree.map(jnp.add, sums, weights), dxs.at[i].set(dx)
 
     shapes, _ = jax.eval_shape(gradients, xs[0], douts[0])
