@@ -29,6 +29,7 @@ from benchmarks.train_step import (
     by_speed,
     host,
     matching,
+    on_target_device,
     preselect,
     print_environment,
     timed,
@@ -265,8 +266,8 @@ def targets(results: list[dict[str, Any]], device: str) -> list[str]:
         ratios = ", ".join(f"{ratio:.2f} at batch {size}" for size, ratio in found.items())
         if not found:
             lines.append(f"{text}: unmeasured")
-        elif "H200" not in device:
-            lines.append(f"{text}: unmeasured, this is no H200; here {ratios}")
+        elif not on_target_device(device):
+            lines.append(f"{text}: unmeasured, this is no H100 or H200; here {ratios}")
         else:
             met = all(ratio >= least for ratio in found.values())
             lines.append(f"{text}: {'met' if met else 'MISSED'}, {ratios}")

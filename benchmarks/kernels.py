@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import Ceilings, Row
 from benchmarks.protocol import Worker, WorkerError, duration, steps_for
-from benchmarks.train_step import UNSTEADY, Refused, host, print_environment
+from benchmarks.train_step import UNSTEADY, Refused, host, on_target_device, print_environment
 
 OURS, PEER = "benchmarks.our_kernels", "benchmarks.peers.torch_kernels"
 ROUNDS, SECONDS_A_ROUND = 5, 0.08
@@ -352,8 +352,8 @@ class Target(NamedTuple):
         without += sum(key.startswith(self.rows) for key in report["skipped"])
         if without:
             count += f", {without} more rows without a result"
-        if "H200" not in report["ours"]["device"]:
-            return f"{self.text}: unmeasured, this is no H200; here {count}"
+        if not on_target_device(report["ours"]["device"]):
+            return f"{self.text}: unmeasured, this is no H100 or H200; here {count}"
         if met < len(found):
             return f"{self.text}: MISSED, {count}"
         return f"{self.text}: {'met so far' if without else 'met'}, {count}"

@@ -42,6 +42,8 @@ SHARED_GPU = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
 PRESELECTION_SECONDS = 0.5
 # Above one of these, something else was using the machine: slowest round over fastest, and cores.
 UNSTEADY, BUSY = 1.2, 0.1
+# What the project's targets are for: ratios, to be reached on either.
+TARGET_DEVICES = ("H100", "H200")
 NOT_QUIET = "; NOT TO BE RELIED ON, the machine was not quiet"
 LINUX = sys.platform == "linux"
 CPU_INFO = Path("/proc/cpuinfo")
@@ -380,6 +382,11 @@ def loop_overhead(benchmark: Benchmark, options: argparse.Namespace) -> dict[str
         )
     overhead = sides["loop"]["seconds_a_step"] / sides["bare step"]["seconds_a_step"] - 1
     return {**sides, "overhead": overhead}
+
+
+def on_target_device(device: str) -> bool:
+    """Whether the project's targets are judged there."""
+    return any(name in device for name in TARGET_DEVICES)
 
 
 def host() -> dict[str, Any]:

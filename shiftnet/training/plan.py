@@ -61,15 +61,18 @@ class Chip(NamedTuple):
 
 _SIDES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SLICES = {sides: math.prod(map(int, sides.split("x"))) for sides in _SIDES}
+_ONE_MACHINE = {"1": 1, "2": 2, "4": 4, "8": 8}  # NVLink joins no more GPUs
 _LIBTPU = ("libtpu", "jax[tpu]")
+_CUDA = ("jax_cuda13_plugin", "jax[cuda13]")
+_HOPPER_FLOPS = {"float32": 989e12 / 2, "bfloat16": 1979e12 / 2}
 
 # TPUs: "TPU v5e" and "TPU v6e" in Google's Cloud TPU documentation (cloud.google.com/tpu/docs/v5e
 # and /v6e, System architecture): memory and its bandwidth, peak bfloat16 compute, and half of the
 # bidirectional inter-chip bandwidth, which times 256 is the page's all-reduce bandwidth of a pod.
 # JAX multiplies float32 there in one pass of bfloat16 unless told otherwise, hence the same peak.
-# H200: NVIDIA's datasheet, H200 SXM: memory and its bandwidth, half of the TF32 and bfloat16 peaks
-# (the datasheet's are with sparsity), half of NVLink's bandwidth, which counts both directions.
-# JAX multiplies float32 there in TF32.
+# GPUs: NVIDIA's datasheets, H100 SXM and H200 SXM: memory and its bandwidth, half of the TF32 and
+# bfloat16 peaks (the datasheets' are with sparsity), half of NVLink's bandwidth, which counts both
+# directions. JAX multiplies float32 there in TF32.
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(
         kind="TPU v5 lite",
@@ -93,16 +96,27 @@ CHIPS: Mapping[str, Chip] = {
         topologies=_SLICES,
         install=_LIBTPU,
     ),
+    "h100": Chip(
+        kind="NVIDIA H100 80GB HBM3",
+        platform="cuda",
+        kernels="gpu",
+        memory=80e9,
+        flops=_HOPPER_FLOPS,
+        memory_bandwidth=3350e9,
+        link_bandwidth=450e9,
+        topologies=_ONE_MACHINE,
+        install=_CUDA,
+    ),
     "h200": Chip(
         kind="NVIDIA H200",
         platform="cuda",
         kernels="gpu",
         memory=141e9,
-        flops={"float32": 989e12 / 2, "bfloat16": 1979e12 / 2},
+        flops=_HOPPER_FLOPS,
         memory_bandwidth=4800e9,
         link_bandwidth=450e9,
-        topologies={"1": 1, "2": 2, "4": 4, "8": 8},  # one machine: NVLink joins no more
-        install=("jax_cuda13_plugin", "jax[cuda13]"),
+        topologies=_ONE_MACHINE,
+        install=_CUDA,
     ),
 }
 

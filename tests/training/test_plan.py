@@ -197,7 +197,9 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "tpu:2x2", "h200:16", "", "v5e:2x2,"])
 def test_an_unknown_topology_lists_the_known_ones(name):
-    with pytest.raises(UserError, match=r"unknown topology .*v5e:1x1\|2x2.*; h200:1\|2\|4\|8$"):
+    with pytest.raises(
+        UserError, match=r"unknown topology .*v5e:1x1\|2x2.*; h100:1\|2\|4\|8; h200:1\|2\|4\|8$"
+    ):
         plan.parse(name)
 
 

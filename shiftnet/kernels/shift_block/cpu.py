@@ -22,8 +22,8 @@ from shiftnet.kernels.layouts import affine, product, wide_dtype
 from shiftnet.kernels.shift.xla import Stretches, inside
 from shiftnet.kernels.shift_pointwise.xla import epilogue
 
-# Of the images taken at a time, without the margins of their lines. On a Xeon with 2 cores 3 to 5 MiB
-# are as fast; 2 MiB takes up to 1.2 times as long, 9 MiB 1.05 to 1.2 times, 13 MiB up to twice.
+# Of the images taken at a time, without the margins of their lines. On a Xeon with 2 cores 3 to
+# 5 MiB are as fast; 2 MiB takes up to 1.2 times as long, 9 MiB 1.05 to 1.2, 13 MiB up to twice.
 EXPANDED_BYTES = 5 << 20
 # Channels to an input that a row must have to be a phase of its own. A shift then chooses among 3
 # stretches of memory in place of 9, while narrower products and the sum of their results cost more:
