@@ -148,11 +148,15 @@ def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
 
 
 @pytest.mark.parametrize("images", [1, 2, 6])
-@pytest.mark.parametrize(("stride", "features"), [(1, 2), (1, 3), (2, 2), (3, 2)])
-def test_a_few_images_at_a_time_give_the_same(images, stride, features, monkeypatch):
-    monkeypatch.setattr(cpu, "EXPANDED_BYTES", images * 5 * 4 * 20 * 8)
-    w2, bias, out = (20, features), (features,), (6, -(-5 // stride), -(-4 // stride), features)
-    a = arrays(0, x=(6, 5, 4, 3), w1=(3, 20), b1=(20,), w2=w2, out_bias=bias, residual=out)
+@pytest.mark.parametrize(
+    ("stride", "features", "expanded"),
+    [(1, 2, 20), (1, 3, 20), (1, 3, 30), (2, 2, 20), (3, 2, 20)],  # 30: each row is a phase
+)
+def test_a_few_images_at_a_time_give_the_same(images, stride, features, expanded, monkeypatch):
+    monkeypatch.setattr(cpu, "EXPANDED_BYTES", images * 5 * 4 * expanded * 8)
+    out = (6, -(-5 // stride), -(-4 // stride), features)
+    w1, b1, w2 = (3, expanded), (expanded,), (expanded, features)
+    a = arrays(0, x=(6, 5, 4, 3), w1=w1, b1=b1, w2=w2, out_bias=(features,), residual=out)
 
     def ours(a):
         a = dict(a)
