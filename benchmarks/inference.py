@@ -8,7 +8,6 @@ checks are those of `benchmarks.train_step`.
 import argparse
 import contextlib
 import copy
-import json
 import os
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from benchmarks.train_step import (
     on_target_device,
     preselect,
     print_environment,
+    save,
     timed,
 )
 
@@ -75,7 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=duration,
         default="8m",
         metavar="TIME",
-        help="such as 8m or 90s; networks that would begin later are named as skipped",
+        help="such as 8m or 90s; networks that would begin later are named as skipped, and no "
+        "further form of the peer is tried",
     )
     parser.add_argument("--torch-python", metavar="PATH", help="a Python that has PyTorch")
     parser.add_argument(
@@ -133,6 +134,7 @@ def measure(
     forms: Forms | None,
     exact: set[tuple[str, int, int]],
     rounds: int,
+    until: float,
 ) -> dict[str, Any]:
     """Times one network, all sides in turn, and prints what it finds.
 
@@ -142,6 +144,7 @@ def measure(
       forms: the peer's; None to leave it out.
       exact: which forms were found to agree in float32; a form is added that was.
       rounds: timed rounds of each side.
+      until: when to have tried the peer's forms, as of `preselect`.
 
     Raises:
       Refused: where the sides disagree.
@@ -159,7 +162,9 @@ def measure(
         except Refused as refusal:
             raise Refused(f"{case}: plain XLA: {refusal}") from refusal
         if forms:
-            tried = preselect(benchmark, "inference", forms.of(case), case.batch_size, numbers)
+            tried = preselect(
+                *(benchmark, "inference", forms.of(case), case.batch_size, numbers, until)
+            )
             result["preselection"] = tried
             if usable := by_speed(tried):
                 forms.learn(case, usable)
@@ -223,12 +228,12 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
             report["skipped"].append(str(case))
             continue
         try:
-            report["cases"].append(measure(benchmark, case, forms, exact, options.rounds))
+            result = measure(benchmark, case, forms, exact, options.rounds, start + options.budget)
+            report["cases"].append(result)
         except (Refused, WorkerError) as error:
             print(f"  no result: {error}", flush=True)
             report["refused"].append(f"{case}: {error}")
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
+        save(report, options)
     _print_end(report)
     return report
 
@@ -280,8 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             report = run(options, folder)
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
+        save(report, options)
     except (Refused, WorkerError, OSError) as error:
         print(f"benchmarks.inference: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,6 @@ import numpy as np
 
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import ImageRow, MatrixRow, Row
-from benchmarks.ours import left_out
 from benchmarks.protocol import serve
 from shiftnet.kernels.implementations import best_layout, compiler_options
 from shiftnet.kernels.layouts import Layout, from_nhwc, product, to_nhwc
@@ -99,7 +98,7 @@ def operation(row: Row, implementation: Any) -> Operation:
 
 
 def programs(row: Row) -> dict[str, Operation]:
-    """What can be timed in a row: "ours", the default, and before it what that is compared with."""
+    """What can be timed in a row: "ours", this device's own, and before it what is compared."""
     found: dict[str, Operation] = {}
     if isinstance(row, MatrixRow):
         found["dense"] = lambda x, w: x @ w
@@ -110,7 +109,7 @@ def programs(row: Row) -> dict[str, Operation]:
         layout = layout_of(row)
         found["1x1 product"] = lambda x, w2: product(x, w2, layout)
         found["1x1 convolution"] = functools.partial(_convolution, layout)
-    return {**found, "xla": operation(row, "xla"), "ours": operation(row, None)}
+    return {**found, "xla": operation(row, "xla"), "ours": operation(row, PLATFORM)}
 
 
 CHECKED = ("expand first", "xla", "ours")
@@ -308,9 +307,8 @@ def plan(*, row: dict[str, Any], dtype: str) -> dict[str, Any]:
     """What there is to time in a row.
 
     Returns:
-      `programs`, the names in the order to time them in; `implementation`, what the default is,
-      and `why` that is not this device's own; `layout` and `channel_order`. "ours" is not among the
-      programs where it is "xla".
+      `programs`, the names in the order to time them in; `implementation`, this device's own, or
+      "xla", without "ours" among the programs, and `why` that is; `layout` and `channel_order`.
     """
     found = kernel_rows.from_json(row)
     result: dict[str, Any] = {
@@ -318,19 +316,17 @@ def plan(*, row: dict[str, Any], dtype: str) -> dict[str, Any]:
         "layout": layout_of(found),
         "channel_order": channel_order_of(found),
     }
-    why = left_out()
     try:
         jax.eval_shape(operation(found, PLATFORM), **operands(found, "ours", dtype))
     except ValueError as error:
         why = str(error)
         if why.startswith("unknown implementation"):
             why = f"{found.operation} has none for a {PLATFORM}"
+        result["programs"].remove("ours")
+        return result | {"implementation": "xla", "why": why}
     except Exception:  # the kernel takes these arguments; what is wrong shows when it is compiled
         pass
-    if why is None:
-        return result | {"implementation": PLATFORM}
-    result["programs"].remove("ours")
-    return result | {"implementation": "xla", "why": why}
+    return result | {"implementation": PLATFORM}
 
 
 def prepare(*, rows: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
@@ -492,7 +488,6 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "device": "cpu" if device.platform == "cpu" else device.device_kind,
         "platform": PLATFORM,
-        "left_out": left_out(),
     }
 
 

@@ -26,7 +26,7 @@ from shiftnet.kernels import selftest
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.models import torch_names
 from shiftnet.training import loop
-from shiftnet.training.mesh import BATCH_AXIS, compiled
+from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
 from shiftnet.training.processes import use_compilation_cache
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
 
@@ -109,8 +109,11 @@ class Training:
             steps_per_epoch=steps_per_epoch,
             mesh=Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)),
         )
+        everywhere = replicated(self._program.mesh)
         self._state = dataclasses.replace(
-            self._program.init(np.int32(0)), params=setting.params, stats=setting.stats
+            self._program.init(np.int32(0)),
+            # As they are after a step, or the second call would compile once more.
+            **jax.device_put({"params": setting.params, "stats": setting.stats}, everywhere),
         )
         self._length = steps_per_dispatch(steps_per_epoch, jax.default_backend())
         mesh = self._program.mesh
@@ -263,9 +266,10 @@ def describe() -> dict[str, Any]:
 
 
 def left_out() -> str | None:
-    """Why this device's kernels are not used; None where they are, and on a CPU."""
+    """Which of this device's kernels are not used, and why; None where all are, and on a CPU."""
     platform = jax.default_backend()
-    return None if platform == "cpu" else selftest.failure(platform)
+    found = {} if platform == "cpu" else selftest.failures(platform)
+    return "; ".join(f"{operation}: {reason}" for operation, reason in found.items()) or None
 
 
 def open_measurement(*, task: str, **arguments: Any) -> Measurement:

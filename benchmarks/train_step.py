@@ -16,12 +16,13 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.protocol import Turns, Worker, WorkerError, alternate, steps_for
+from benchmarks.protocol import Turns, Worker, WorkerError, alternate, duration, steps_for
 
 OURS, PEER = "benchmarks.ours", "benchmarks.peers.torch_shiftresnet"
 TASKS = ("training", "inference")
@@ -44,6 +45,8 @@ PRESELECTION_SECONDS = 0.5
 UNSTEADY, BUSY = 1.2, 0.1
 # What the project's targets are for: ratios, to be reached on either.
 TARGET_DEVICES = ("H100", "H200")
+NO_TIME = "not tried, the time for it was over"
+PATIENCE = 240.0  # seconds for an answer on a GPU; the longest are compilations
 NOT_QUIET = "; NOT TO BE RELIED ON, the machine was not quiet"
 LINUX = sys.platform == "linux"
 CPU_INFO = Path("/proc/cpuinfo")
@@ -108,6 +111,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=["*"],
         metavar="PATTERN",
         help="which of the peer's forms to try, such as 'split/*/eager'",
+    )
+    parser.add_argument(
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="such as 8m or 90s, shared by the tasks: how long to try forms of the peer "
+        "(default: until all are tried); comparing the fastest comes after it",
     )
     parser.add_argument(
         "--loop",
@@ -196,7 +206,9 @@ class Benchmark:
         """
         python = sys.executable if form is None else self._options.torch_python
         environment = SHARED_GPU if self._share_gpu else None
-        with Worker(python, OURS if form is None else PEER, environment) as worker:
+        # On a GPU a kernel, or a compiler, that hangs must not take the time of all.
+        patience = None if self.on_cpu else PATIENCE
+        with Worker(python, OURS if form is None else PEER, environment, patience) as worker:
             worker.ask(
                 "open",
                 task=task,
@@ -241,7 +253,12 @@ def agree(task: str, ours: list[float], theirs: list[float], precision: str) -> 
 
 
 def preselect(
-    benchmark: Benchmark, task: str, forms: list[str], batch_size: int, reference: list[float]
+    benchmark: Benchmark,
+    task: str,
+    forms: list[str],
+    batch_size: int,
+    reference: list[float],
+    until: float = math.inf,
 ) -> dict[str, dict[str, Any]]:
     """Checks and briefly times the peer's forms, each in its own process; prints a line for each.
 
@@ -251,6 +268,7 @@ def preselect(
       forms: to try.
       batch_size: images a step.
       reference: our numbers.
+      until: of `time.monotonic()`; once a form is found, no other begins after it.
 
     Returns:
       By form, `seconds_a_step` and `difference` from our numbers; or `failed`, the reason.
@@ -258,6 +276,10 @@ def preselect(
     results: dict[str, dict[str, Any]] = {}
     print(f"\n{task}: the peer's forms, each briefly", flush=True)
     for form in forms:
+        if by_speed(results) and time.monotonic() > until:
+            results[form] = {"failed": NO_TIME}
+            print(f"  {form:24} {NO_TIME}", flush=True)
+            continue
         try:
             with benchmark.measurement(task, form) as worker:
                 numbers = worker.ask("check", steps=CHECK_STEPS)
@@ -338,15 +360,17 @@ def timed(turns: Turns, batch_size: int) -> dict[str, Any]:
 
 
 def compare(
-    benchmark: Benchmark, task: str, forms: list[str], options: argparse.Namespace
+    benchmark: Benchmark, task: str, forms: list[str], options: argparse.Namespace, until: float
 ) -> dict[str, Any]:
     """Finds the peer's fastest form of `task` and times it against ours, in turn.
+
+    No form is tried after `until`, see `preselect`.
 
     Raises:
       Refused: where no form runs and agrees, or the fastest does not agree in float32.
     """
     reference = benchmark.numbers(task)
-    tried = preselect(benchmark, task, forms, options.batch_size, reference)
+    tried = preselect(benchmark, task, forms, options.batch_size, reference, until)
     if not (usable := by_speed(tried)):
         raise Refused(f"no form of the peer runs {task} and agrees with our numbers: no ratio")
     best = usable[0]
@@ -440,7 +464,12 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         print(f"\nloop: {overhead:+.1%} over the bare step (target: at most 3 %){quiet}")
         return report
     forms = matching(report["peer"]["forms"], options.forms)
-    report["tasks"] = {task: compare(benchmark, task, forms, options) for task in options.tasks}
+    report["tasks"] = {}
+    start, budget = time.monotonic(), options.budget or math.inf
+    for number, task in enumerate(options.tasks, 1):
+        until = start + budget * number / len(options.tasks)
+        report["tasks"][task] = compare(benchmark, task, forms, options, until)
+        save(report, options)
     print()
     for task, result in report["tasks"].items():
         print(
@@ -451,14 +480,19 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     return report
 
 
+def save(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Writes what there is so far to `--json`."""
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = parse(argv)
     try:
         with tempfile.TemporaryDirectory() as folder:
             report = run(options, folder)
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
+        save(report, options)
     except (Refused, WorkerError, OSError) as error:
         print(f"benchmarks.train_step: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,9 @@
 """Whether the kernels can be trusted on this device: they are run once against plain XLA.
 
 Kernels are written for machines that not every developer has. A wrong result must never reach a
-user, so the first program that could use a device's kernels runs them first. Beside the compiled
-programs that JAX keeps, where it does, it is noted that they were right.
+user, so the first program that could use a device's kernels runs them first, and does without those
+of an operation that were wrong. Beside the compiled programs that JAX keeps, where it does, it is
+noted which those are.
 """
 
 import contextlib
@@ -12,12 +13,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,43 +30,50 @@ from shiftnet.kernels.layouts import Layout, from_nhwc
 # Of the largest value: bfloat16 kernels, which round their results and the expanded tensor between,
 # against float32. What goes wrong in a kernel is a channel, a row or a column, not a digit.
 TOLERANCE = 2.0**-5
-# Seconds for the test of a GPU, most of which go into compiling two dozen programs.
-PATIENCE = 300.0
+# Seconds for a process that tests a GPU, most of which go into compiling two dozen programs.
+PATIENCE = 180.0
+OPERATIONS = ("shift_block", "shift_pointwise", "shift", "packed_matmul")
 
 _flags: Any = jax.config
 
 
 @functools.cache
-def failure(platform: str) -> str | None:
-    """Why the kernels of the default device are not to be used; None when they are right.
+def failures(platform: str) -> Mapping[str, str]:
+    """Why the kernels of some operations are not to be used on the default device.
 
-    Warns, once, where they are not.
+    Warns of each, once.
 
     Args:
       platform: "tpu" or "gpu".
+
+    Returns:
+      A reason by the operation's name; nothing of those that are right.
     """
-    trusted = _note_of(platform)
-    if trusted is not None and trusted.exists():
-        return None
-    if platform == "gpu":
-        reason = _compare_apart(platform)
-    else:  # in a thread of its own, since this one may be tracing a program
-        with ThreadPoolExecutor(1) as executor:
-            reason = executor.submit(_compare, platform).result()
-    if reason is None and trusted is not None:
-        with contextlib.suppress(OSError):
-            trusted.touch()
-    if reason:
+    note = _note_of(platform)
+    found = None if note is None else _noted(note)
+    if found is None:
+        if platform == "gpu":
+            found = _compare_apart(platform)
+        else:  # in a thread of its own, since this one may be tracing a program
+            with ThreadPoolExecutor(1) as executor:
+                reasons = executor.map(partial(_compare, platform), OPERATIONS)
+                found = {o: why for o, why in zip(OPERATIONS, reasons, strict=True) if why}
+        if note is not None:
+            with contextlib.suppress(OSError):
+                note.write_text(json.dumps(found))
+    again = "" if note is None else f" (noted in {note}: without it they are tested again)"
+    for operation, reason in found.items():
         warnings.warn(
-            f"the {platform} kernels are left out, plain XLA is used: {reason}",
+            f"the {platform} kernels of {operation} are left out, plain XLA is used: "
+            f"{reason}{again}",
             RuntimeWarning,
             stacklevel=2,
         )
-    return reason
+    return found
 
 
 def _note_of(platform: str) -> Path | None:
-    """The file that says that these very kernels were right on such a device with this JAX."""
+    """The file for what these very kernels came to on such a device with this JAX."""
     folder = _flags.jax_compilation_cache_dir
     if not folder:
         return None
@@ -76,8 +85,30 @@ def _note_of(platform: str) -> Path | None:
     return Path(folder) / f"kernels-{digest.hexdigest()}"
 
 
-def _compare_apart(platform: str) -> str | None:
-    """`_compare` in a process of its own: a wrong kernel may hang there, or end it."""
+def _noted(note: Path) -> dict[str, str] | None:
+    """What the file says; None where it says nothing."""
+    try:
+        found = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _compare_apart(platform: str) -> dict[str, str]:
+    """`_compare` of all operations in other processes: a wrong kernel may hang, or end its own."""
+    left = list(OPERATIONS)
+    found: dict[str, str] = {}
+    while left:
+        outcomes, end = _one_process(platform, left)
+        found |= {operation: reason for operation, reason in outcomes.items() if reason}
+        left = [operation for operation in left if operation not in outcomes]
+        if left:  # the first of them was under way
+            found[left.pop(0)] = end
+    return found
+
+
+def _one_process(platform: str, operations: Sequence[str]) -> tuple[dict[str, str | None], str]:
+    """What `_compare` says of the operations, one after the other, and how the process ended."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
@@ -85,43 +116,51 @@ def _compare_apart(platform: str) -> str | None:
     }
     if folder := _flags.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = folder
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "shiftnet.kernels.selftest", platform],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PATIENCE,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return f"their test did not end within {PATIENCE:g} s"
-    except OSError as error:
-        return f"their test did not start: {error}"
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"their test ended with {done.returncode}: {said[-1].strip() if said else 'silent'}"
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as errors:
+        try:
+            code = subprocess.run(
+                [sys.executable, "-m", "shiftnet.kernels.selftest", platform, *operations],
+                stdout=answers,
+                stderr=errors,
+                timeout=PATIENCE,
+                env=environment,
+            ).returncode
+            said = [line for line in _lines(errors) if line]
+            end = f"their test ended with {code}: {said[-1] if said else 'silent'}"
+        except subprocess.TimeoutExpired:
+            end = f"their test did not end within {PATIENCE:g} s"
+        except OSError as error:
+            end = f"their test did not start: {error}"
+        return dict(json.loads(line) for line in _lines(answers) if line.endswith("]")), end
 
 
-def _compare(platform: str) -> str | None:
+def _lines(file: IO[bytes]) -> list[str]:
+    file.seek(0)
+    return [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+
+
+def _compare(platform: str, operation: str) -> str | None:
+    """Why the operation's kernels are not to be used on the default device."""
     run = jax.jit(lambda call, implementation, *x: call(implementation, *x), static_argnums=(0, 1))
     try:
-        for name, call, operands in _cases(platform):
+        for name, call, operands in _cases(platform, operation):
             expected = run(call, "xla", *(x.astype(jnp.float32) for x in operands))
             found = run(call, platform, *operands)
             for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
                 a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
                 difference = np.abs(a - b).max() / np.abs(a).max()
                 if not difference <= TOLERANCE:
-                    return f"{name} is off by {difference:.1e} of the largest value"
+                    return f"{name} are off by {difference:.1e} of the largest value"
     except Exception as error:  # a compiler's, an unsupported device's, anything
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None
 
 
-def _cases(platform: str) -> Iterator[tuple[str, Callable[..., Any], tuple[jax.Array, ...]]]:
-    """Name, `call(implementation, *operands)` and operands that the platform's kernels take."""
+def _cases(
+    platform: str, operation: str
+) -> Iterator[tuple[str, Callable[..., Any], tuple[jax.Array, ...]]]:
+    """What it is, `call(implementation, *operands)` and operands that the kernels take."""
+    from shiftnet.kernels.packed_matmul import pack, packed_matmul
     from shiftnet.kernels.shift import shift
     from shiftnet.kernels.shift_block import shift_block
     from shiftnet.kernels.shift_pointwise import shift_pointwise
@@ -131,6 +170,21 @@ def _cases(platform: str) -> Iterator[tuple[str, Callable[..., Any], tuple[jax.A
 
     def array(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    if operation == "packed_matmul":
+
+        def multiply(packed, implementation, x):
+            return packed_matmul(x, packed, implementation=implementation)
+
+        shape = (4096, 8192) if platform == "gpu" else (512, 256)
+        for levels in (-1.0, 1.0), (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0):
+            packed = pack(rng.integers(0, len(levels), shape), levels)
+            yield (
+                f"those of {len(levels)} levels",
+                partial(multiply, packed),
+                (array(16, shape[0]),),
+            )
+        return
 
     w1, b1, w2 = array(16, 144), array(144), array(144, 16)
 
@@ -143,27 +197,21 @@ def _cases(platform: str) -> Iterator[tuple[str, Callable[..., Any], tuple[jax.A
     sizes = [(128, 4, 8, 1), (128, 4, 8, 2), *([(256, 32, 32, 1)] if platform == "gpu" else [])]
     for images, height, width, stride in sizes:
         x, wide = (from_nhwc(array(images, height, width, c), layout) for c in (16, 144))
-        block = partial(shift_block, stride=stride)
-        pointwise = partial(shift_pointwise, stride=stride, relu=True, channel_order="grouped")
-        for name, operation, operands in (
-            ("shift_block", block, (x, w1, b1, w2)),
-            ("shift_pointwise", pointwise, (wide, w2)),
-            *([("shift", shift, (wide,))] if stride == 1 else []),
-        ):
-            about = f"{name} of {height}x{width} pixels at stride {stride}"
-            yield about, partial(with_gradients, operation), operands
-
-    from shiftnet.kernels.packed_matmul import pack, packed_matmul
-
-    def multiply(packed, implementation, x):
-        return packed_matmul(x, packed, implementation=implementation)
-
-    shape = (4096, 8192) if platform == "gpu" else (512, 256)
-    for levels in (-1.0, 1.0), (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0):
-        packed = pack(rng.integers(0, len(levels), shape), levels)
-        operands = (array(16, shape[0]),)
-        yield f"packed_matmul of {len(levels)} levels", partial(multiply, packed), operands
+        calls: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
+            "shift_block": (partial(shift_block, stride=stride), (x, w1, b1, w2)),
+            "shift_pointwise": (
+                partial(shift_pointwise, stride=stride, relu=True, channel_order="grouped"),
+                (wide, w2),
+            ),
+        }
+        if stride == 1:
+            calls["shift"] = (shift, (wide,))
+        if operation in calls:
+            call, operands = calls[operation]
+            about = f"those of {height}x{width} pixels at stride {stride}"
+            yield about, partial(with_gradients, call), operands
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compare(sys.argv[1])))
+    for name in sys.argv[2:]:
+        print(json.dumps([name, _compare(sys.argv[1], name)]), flush=True)
