@@ -142,8 +142,8 @@ def one_hot_kernels(channels: int) -> Tensor:
     return kernels.reshape(channels, 1, 3, 3)
 
 
-SHIFTS = ("cat", "split", "copy", "depthwise", "dense")
-MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+SHIFTS = ("depthwise", "dense", "cat", "split", "copy")
+MEMORY_FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 class ShiftedPointwise(nn.Conv2d):
@@ -255,8 +255,11 @@ BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
 
 
 def forms(device: str) -> list[str]:
-    """Every form there is on `device` ("cpu" or "cuda"), as "shift/memory format/mode"."""
-    modes = ("eager", "compile") if device == "cpu" else ("eager", "compile", "graphs")
+    """Every form there is on `device` ("cpu" or "cuda"), as "shift/memory format/mode".
+
+    Those that promise most come first: time may not be enough for all.
+    """
+    modes = ("compile", "eager") if device == "cpu" else ("graphs", "compile", "eager")
     return [f"{a}/{b}/{c}" for c in modes for a in SHIFTS for b in MEMORY_FORMATS]
 
 
