@@ -407,7 +407,10 @@ def _fraction_of_peak(work: Work, outcome: Outcome) -> float | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked where code or recipes that git knows differ from it."""
+    """The checkout's commit, marked where code or recipes that git knows differ from it.
+
+    In a copy without its history, what SHIFTNET_COMMIT says.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head, changes = (
@@ -418,7 +421,7 @@ def _commit() -> str | None:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("SHIFTNET_COMMIT")
     return head.strip() + ("-dirty" if changes.strip() else "")
 
 
