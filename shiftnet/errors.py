@@ -3,6 +3,8 @@
 import difflib
 import functools
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,7 +41,8 @@ class RunFailed(RuntimeError):
 def reported(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a command's `main`: errors meant for people become a sentence and an exit code.
 
-    2 for `UserError` and for a path that the system refuses, 1 for `RunFailed`, 130 for Ctrl-C.
+    2 for `UserError` and for a path that the system refuses, 1 for `RunFailed`, 130 for Ctrl-C, 141
+    where nobody reads what is printed.
     """
 
     @functools.wraps(main)
@@ -48,9 +51,14 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             # A name from the command line may hold what the terminal's encoding does not.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            code = main(*args, **kwargs)
+            sys.stdout.flush()
+            return code
         except UserError as error:
             return say(str(error), 2)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except OSError as error:
             if error.filename is None:
                 raise

@@ -37,6 +37,7 @@ from shiftnet.training.plan import CHIPS, TRAINING_IMAGES
 from shiftnet.training.processes import use_compilation_cache
 from shiftnet.training.together import Deadline, Outcome, train_together
 
+MOST_SEEDS = 1000
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The dtype of what is not low-bit in the networks that are kept.
 REST = "float16"
@@ -88,6 +89,7 @@ class Work:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line names; returns the exit code."""
     arguments = _arguments(argv)
+    deadline, failed = Deadline(arguments.budget), 0
     use_compilation_cache()
     works = list(_works(arguments))
     if arguments.list or not (arguments.only or arguments.next):
@@ -100,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing.sort(key=lambda work: work.cost)
     if not missing:
         print("nothing is missing of what was asked for")
-    deadline, failed = Deadline(arguments.budget), 0
     for work in missing:
         seconds = _estimate(work, works) if arguments.next else None
         if seconds is not None and seconds > deadline.left:
@@ -173,6 +174,8 @@ def _arguments(argv: Sequence[str] | None) -> Any:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, found {value}")
+    if arguments.seeds > MOST_SEEDS:
+        raise UserError(f"--seeds must be at most {MOST_SEEDS}, found {arguments.seeds}")
     if arguments.only and arguments.next:
         raise UserError("--only and --next exclude each other")
     if arguments.budget is not None:
@@ -229,9 +232,7 @@ def _groups(
     left = set(missing)
     for place in sorted(folder.glob(f"{row.name}_seeds*")):
         numbers = place.name.removeprefix(f"{row.name}_seeds").split("-")
-        if not all(number.isdecimal() for number in numbers) or not any(
-            place.glob(f"{LATEST}/*/{DIGESTS}")
-        ):
+        if not all(number.isdecimal() for number in numbers) or not _begun(place):
             continue
         seeds = [int(number) for number in numbers]
         if left.issuperset(seeds) and len(seeds) <= (together or len(seeds)):
@@ -243,6 +244,11 @@ def _groups(
     for first in range(0, len(rest), size):
         seeds = rest[first : first + size]
         yield seeds, folder / f"{row.name}_seeds{'-'.join(map(str, seeds))}"
+
+
+def _begun(place: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any(place.glob(f"{LATEST}/*/{DIGESTS}"))
 
 
 def _images(config: Any) -> float:
@@ -260,11 +266,13 @@ def _train_row(work: Work, data_dir: str, deadline: Deadline) -> int | None:
         if set(seeds) <= set(_seeds_of(results.read(work.folder, work.row.name))):
             continue
         outcome = _train(work, seeds, workdir, data_dir, deadline)
-        if not outcome.finished:
+        if not outcome.finished and outcome.step:
             print(
                 f"{work.row.name}: stopped after step {outcome.step}, saved in {workdir}; "
                 "the same command goes on"
             )
+        elif not outcome.finished:
+            print(f"{work.row.name}: stopped before its first step, nothing is saved")
         if outcome.signal:
             return 128 + outcome.signal
         if not outcome.finished:
@@ -282,6 +290,7 @@ def _train(
     """Trains some seeds of a row, or goes on doing so; keeps the result if they are finished."""
     work.config.data.dir = data_dir
     dataset = shiftnet.data.of_recipe(work.config.data)
+    work.config.data.dir = ""  # of this machine alone
     print(f"{work.row.name}, seeds {', '.join(map(str, seeds))}, in {workdir}", flush=True)
     outcome = train_together(
         *(work.config, seeds, dataset, workdir),
@@ -328,7 +337,6 @@ def _result(
         }
         for seed, lines, best in zip(seeds, outcome.lines, outcome.best, strict=True)
     ]
-    work.config.data.dir = ""  # of this machine alone
     old = before or {"runs": [], "checkpoint": None}
     others = [run for run in old["runs"] if run["seed"] not in seeds]
     return {
@@ -351,7 +359,7 @@ def _keep(work: Work, seed: int, outcome: Outcome, dataset: Dataset) -> dict[str
     epoch = outcome.best[0]["epoch"] if work.epoch == "best" else work.config.epochs
     steps_per_epoch = outcome.step // work.config.epochs
     recipe = config_lib.from_json(outcome.note["config"])
-    recipe.seed, recipe.data.dir = seed, ""
+    recipe.seed = seed
     note = {
         **outcome.note,
         "config": config_lib.to_json(recipe),
@@ -409,8 +417,10 @@ def _fraction_of_peak(work: Work, outcome: Outcome) -> float | None:
 def _commit() -> str | None:
     """The checkout's commit, marked where code or recipes that git knows differ from it.
 
-    In a copy without its history, what SHIFTNET_COMMIT says.
+    Or what SHIFTNET_COMMIT says, for a copy that has no history, or another one.
     """
+    if said := os.environ.get("SHIFTNET_COMMIT"):
+        return said
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head, changes = (
@@ -421,7 +431,7 @@ def _commit() -> str | None:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SHIFTNET_COMMIT")
+        return None
     return head.strip() + ("-dirty" if changes.strip() else "")
 
 
@@ -471,9 +481,10 @@ def _list(works: Sequence[Work], seeds: int) -> str:
 def _state(work: Work) -> str:
     if not work.groups:
         return "done"
-    if done := max(done for _, done in work.epochs_done):
-        return f"running, {done} of {work.config.epochs} epochs"
-    return "missing"
+    if not any(_begun(place) for _, place in work.groups):
+        return "missing"
+    done = max(done for _, done in work.epochs_done)
+    return f"running, {done} of {work.config.epochs} epochs"
 
 
 def _told(work: Work, result: Mapping[str, Any]) -> str:

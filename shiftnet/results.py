@@ -29,6 +29,8 @@ A row's JSON file:
 
 import dataclasses
 import json
+import math
+import re
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -39,6 +41,20 @@ from shiftnet.errors import UserError
 
 TABLE = "table.toml"
 EPOCHS = ("best", "final")
+
+# What must be there, and of which types; numbers are finite and not negative.
+_NUMBER = (int, float)
+_ROW = {"name": str, "recipe": str, "parameters": int, "multiply_adds": int, "bytes": int}
+_RESULT = {"config": dict, "class_names": list, "epochs": int, "full_epochs": int, "runs": list}
+_RUN = {
+    "seed": int,
+    "final_accuracy": _NUMBER,
+    "best_accuracy": _NUMBER,
+    "together": int,
+    "seconds": _NUMBER,
+    "device": str,
+    "epochs": list,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +122,13 @@ def tables(folder: Path) -> list[Table]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     for table in found:
+        for row in table.rows:
+            numbers = {n: getattr(row, n) for n in ("reported", "spread", "older")}
+            given = {n: value for n, value in numbers.items() if value is not None}
+            if lacking := _lacking({**vars(row), **given}, _ROW | dict.fromkeys(given, _NUMBER)):
+                raise UserError(f"{path}: in the row {row.name!r} {lacking}")
+            if not re.fullmatch(r"\w[\w.-]*", row.name):  # it becomes a file's
+                raise UserError(f"{path}: {row.name!r} is no name for a row")
         if table.epoch not in EPOCHS:
             raise UserError(f"{path}: epoch must be best or final, found {table.epoch!r}")
     names = [row.name for table in found for row in table.rows]
@@ -134,7 +157,26 @@ def read(folder: Path, row: str) -> dict[str, Any] | None:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(result, dict) or result.get("row") != row or not result.get("runs"):
         raise UserError(f"{path} is not the result of row {row}")
+    runs = result["runs"] if isinstance(result["runs"], list) else []
+    flaws = [_lacking(result, _RESULT), *(_lacking(run, _RUN) for run in runs)]
+    if found := [flaw for flaw in flaws if flaw]:
+        raise UserError(f"{path} is damaged: {found[0]}")
     return result
+
+
+def _lacking(found: Any, fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first field that is; None where all are there."""
+    if not isinstance(found, Mapping):
+        return "there are no fields"
+    for name, kind in fields.items():
+        if name not in found:
+            return f"{name} is missing"
+        value = found[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{name} is {value!r:.40}"
+        if isinstance(value, _NUMBER) and not 0 <= value < math.inf:
+            return f"{name} is {value}"
+    return None
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> None:

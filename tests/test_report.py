@@ -177,7 +177,7 @@ def test_numbers_of_the_table(folder, tmp_path):
     full, short = text.split("## Shortened schedules")
     assert cells(full, "shiftresnet20_3c_c100") == [
         *("shiftresnet20_3c_c100", "101,492", "65.83 ± 0.21", "–", final, best),  # noqa: RUF001
-        *("**+2.67**", "2", "12,345 (3.1%)", "2 min", "a device"),
+        *("**+2.67**", "2", "67.00", "12,345 (3.1%)", "2 min", "a device"),
         "configs/shiftresnet20_c100.py:expansion=3",
     ]
     assert cells(full, "resnet20_3c_c100")[2:5] == ["60.72", "61.00", "not run yet"]

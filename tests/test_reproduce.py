@@ -1,7 +1,12 @@
 """The rows of the results: from the table to a file that `evaluate.py` takes."""
 
 import json
+import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -269,6 +274,7 @@ def test_a_shortened_schedule_keeps_its_form(name, boundaries, expected):
         (["--budget", "9"], "--budget must be a time such as 90s, 9m or 2h, found '9'"),
         (["--budget", "0m"], "--budget must be a time"),
         (["--seeds", "0"], "--seeds must be at least 1, found 0"),
+        (["--seeds", "9999999999"], "--seeds must be at most 1000, found 9999999999"),
         (["--only", "cheap", "--next"], "--only and --next exclude each other"),
     ],
 )
@@ -287,6 +293,8 @@ def test_bad_input_is_a_sentence(place, arguments, message, capsys):
         (TABLE.replace('"best"', '"worst"'), "epoch must be best or final, found 'worst'"),
         (TABLE.replace('"dear"', '"cheap"'), "two rows named cheap"),
         (TABLE.replace("bytes = 8", "byte = 8"), "is damaged"),
+        (TABLE.replace("bytes = 8", "bytes = '8'"), "bytes is '8"),
+        (TABLE.replace('"dear"', '"../dear"'), "'../dear' is no name for a row"),
     ],
 )
 def test_a_damaged_table_is_a_sentence(tmp_path, content, message):
@@ -301,6 +309,39 @@ def test_a_damaged_result_is_a_sentence(tmp_path):
         results.path_of(tmp_path, "row").write_text(content)
         with pytest.raises(UserError, match=r"cannot read|is not the result of row row"):
             results.read(tmp_path, "row")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        ("config", None, "config is missing"),
+        ("runs", [1], "there are no fields"),
+        ("runs.seed", None, "seed is missing"),
+        ("runs.best_accuracy", "0.5", "best_accuracy is '0.5'"),
+        ("runs.best_accuracy", math.inf, "best_accuracy is inf"),
+        ("runs.seconds", -1.0, "seconds is -1.0"),
+    ],
+)
+def test_a_result_with_a_wrong_field_is_a_sentence(tmp_path, place, value, sentence):
+    path = next((ROOT / "results" / "short").glob("*.json"))
+    result = json.loads(path.read_text())
+    owner, name = (result["runs"][0], place[5:]) if "." in place else (result, place)
+    owner[name] = value
+    if value is None:
+        del owner[name]
+    results.path_of(tmp_path, path.stem).write_text(json.dumps(result))
+    with pytest.raises(UserError, match=f"{path.name} is damaged: {sentence}"):
+        results.read(tmp_path, path.stem)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "import sys; from shiftnet.errors import reported; sys.exit(reported(print)('row'))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 ROWS = [row for table in results.tables(ROOT / "results") for row in table.rows]

@@ -66,7 +66,7 @@ def compared(filled: Filled) -> Grid:
     rows = [row for row in filled.table.rows if filled.whole or row.name in filled.full]
     head = ["row", "parameters", "reported", *(["older"] if older else [])]
     return Grid(
-        head=[*head, "ours, final", "ours, best", "difference", "n", *_SPEED, "recipe"],
+        head=[*head, "ours, final", "ours, best", "difference", "n", *_KEPT_AND_SPEED, "recipe"],
         rows=[
             [
                 Cell(row.name),
@@ -75,7 +75,7 @@ def compared(filled: Filled) -> Grid:
                 *([Cell(_points(row.older))] if older else []),
                 *_ours(filled.full.get(row.name)),
                 _difference(filled, row),
-                *_seeds_and_speed(filled.full.get(row.name)),
+                *_seeds_network_and_speed(filled.full.get(row.name)),
                 Cell(row.recipe),
             ]
             for row in rows
@@ -108,14 +108,14 @@ def brief(filled: Filled) -> Grid:
 def shortened(filled: Filled) -> Grid:
     """The rows of a table that were trained on a shortened schedule; compared with nothing."""
     return Grid(
-        head=["row", "schedule", "parameters", "ours, final", "ours, best", "n", *_SPEED],
+        head=["row", "schedule", "parameters", "ours, final", "ours, best", "n", *_KEPT_AND_SPEED],
         rows=[
             [
                 Cell(row.name),
                 Cell(schedule(outcome.training)),
                 Cell(f"{row.parameters:,}"),
                 *_ours(outcome),
-                *_seeds_and_speed(outcome),
+                *_seeds_network_and_speed(outcome),
             ]
             for row in filled.table.rows
             if (outcome := filled.short.get(row.name))
@@ -148,7 +148,7 @@ def schedule(training: Training) -> str:
 
 
 _WORDS = ("row", "run", "schedule", "device", "recipe", "class", "predicted")
-_SPEED = ("images/s (of peak)", "time, all seeds", "device")
+_KEPT_AND_SPEED = ("kept network", "images/s (of peak)", "time, all seeds", "device")
 
 
 def _reported(row: Row) -> Cell:
@@ -171,13 +171,14 @@ def _difference(filled: Filled, row: Row) -> Cell:
     return Cell(f"{points:+.2f}".replace("-", "\N{MINUS SIGN}"), marked=abs(points) > FAR)
 
 
-def _seeds_and_speed(outcome: Outcome | None) -> list[Cell]:
+def _seeds_network_and_speed(outcome: Outcome | None) -> list[Cell]:
     if outcome is None:
-        return [Cell(NONE)] * (1 + len(_SPEED))
+        return [Cell(NONE)] * (1 + len(_KEPT_AND_SPEED))
     peak = outcome.fraction_of_peak
     rate = f"{outcome.images_per_second:,.0f}" + ("" if peak is None else f" ({peak:.1%})")
     return [
         Cell(str(len(outcome.final))),
+        Cell(_points(outcome.kept)),
         Cell(rate),
         Cell(duration(outcome.seconds)),
         Cell(outcome.device),

@@ -85,6 +85,8 @@ class Outcome:
       fraction_of_peak: likewise; None where the device's limit is not known.
       seconds: of all seeds.
       device: what they were trained on.
+      kept: top-1 in per cent of the network that is kept, as `evaluate.py` prints it; None where
+        there is none.
     """
 
     training: Training
@@ -94,6 +96,7 @@ class Outcome:
     fraction_of_peak: float | None
     seconds: float
     device: str
+    kept: float | None
 
     @property
     def is_short(self) -> bool:
@@ -229,6 +232,7 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
             # Every one of the seeds trained together carries the seconds of them all.
             seconds=sum(run["seconds"] / run["together"] for run in runs),
             device=", ".join(dict.fromkeys(name for run in runs for name in results.devices(run))),
+            kept=100 * float(kept["test_accuracy"]) if kept else None,
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged: {_words(error)}") from error

@@ -169,13 +169,20 @@ def test_a_few_images_at_a_time_give_the_same(images, stride, features, expanded
 
 @pytest.mark.parametrize(
     ("x", "expanded", "reason"),
-    [((2, 8, 8, 16), 32, "few channels"), ((2, 1, 8, 16), 144, "fewer rows or columns")],
+    [
+        ((2, 8, 8, 16), 32, "few channels"),
+        ((2, 1, 8, 16), 144, "fewer rows or columns"),
+        ((0, 8, 8, 16), 144, "without any element"),
+        ((2, 0, 8, 16), 144, "without any element"),
+    ],
 )
 def test_what_a_cpu_leaves_to_xla(x, expanded, reason):
     a = arrays(0, x=x, w1=(16, expanded), b1=(expanded,), w2=(expanded, 32))
     with pytest.raises(ValueError, match=reason):
         shift_block(*a.values(), stride=2, implementation="cpu")
-    assert shift_block(*a.values(), stride=2).shape == (2, -(-x[1] // 2), 4, 32)
+    assert shift_block(*a.values(), stride=2).shape == (x[0], -(-x[1] // 2), 4, 32)
+    gradients = jax.grad(lambda *a: shift_block(*a, stride=2).sum(), (0, 1, 2, 3))(*a.values())
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -268,6 +275,34 @@ def test_only_xla_takes_no_kernel():
             lambda x: shift_block(x, jnp.ones((9, 2)), jnp.ones(3), jnp.ones((3, 2))),
             r"w1 \[C, E\], b1 \[E\] and w2 \[E, K\], got x \(1, 2, 3, 9\), w1 \(9, 2\)",
         ),
+        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), 2.5), "whole kernel_size.* got 2.5, 1 and"),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), residual=jnp.ones((1, 1, 1, 2))),
+            r"residual of the shape \(1, 2, 3, 2\), got \(1, 1, 1, 2\)",
+        ),
+        (
+            lambda x: shift_block(
+                x, jnp.ones((9, 3)), jnp.ones(3), jnp.ones((3, 2)), out_bias=jnp.ones(1)
+            ),
+            r"out_bias of the shape \(2,\), got \(1,\)",
+        ),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2), jnp.float32)),
+            "w in the dtype of x, float64, got float32",
+        ),
+        (
+            lambda x: shift_pointwise(x.astype(int), jnp.ones((9, 2))),
+            "a floating x, got int64",
+        ),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), layout="NCHW"),
+            "unknown layout 'NCHW' of shift_pointwise; known: NHWC, HWCN",
+        ),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), channel_order="sorted"),
+            "unknown channel_order 'sorted'",
+        ),
+        (lambda x: shift_pointwise(x[..., :0], jnp.ones((0, 2))), r"got x \(1, 2, 3, 0\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

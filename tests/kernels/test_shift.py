@@ -202,7 +202,7 @@ def test_each_platform_gets_the_implementation_it_is_fast_with(platform, gathers
     ("shape", "settings", "sentence"),
     [
         ((4, 4), {}, r"at least 3 dimensions, got \(4, 4\)"),
-        ((4, 4, 9), {"kernel_size": 0}, "kernel_size and a dilation of at least 1.*kernel_size 0"),
+        ((4, 4, 9), {"kernel_size": 0}, "kernel_size and dilation of at least 1.*kernel_size 0"),
         ((4, 4, 9), {"kernel_size": -3}, "at least 1.*kernel_size -3"),
         ((4, 4, 9), {"dilation": 0}, "at least 1.*dilation 0"),
         ((4, 4, 9), {"implementation": "fast"}, "unknown implementation 'fast'.*gather, select"),

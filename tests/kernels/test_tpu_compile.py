@@ -171,6 +171,8 @@ def test_moves_each_byte_about_once(tpu, operation, case):
         (5, 7, 5, 20, 6, 128, 2, "float32"),
         (3, 2, 3, 7, 10, 384, 1, "bfloat16"),
         (16, 16, 32, 288, 32, 256, 1, "float32"),
+        (4, 6, 16, 144, 16, 128, 1, "bfloat16"),
+        (4, 14, 16, 48, 16, 128, 2, "float32"),
     ],
     ids=lambda case: "x".join(map(str, case)),
 )

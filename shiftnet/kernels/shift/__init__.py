@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import numpy as np
 
-from shiftnet.kernels import implementations
+from shiftnet.kernels import checks, implementations
 from shiftnet.kernels.layouts import BATCH, CHANNELS, Layout, from_nhwc, to_nhwc
 from shiftnet.kernels.shift import gpu, tpu, xla
 from shiftnet.kernels.shift.offsets import ChannelOrder, channel_offsets
@@ -50,15 +50,17 @@ def shift(
       An array of the shape and dtype of `x`.
 
     Raises:
-      ValueError: for an `x` of too few dimensions, a `kernel_size` or `dilation` below 1, an
-        unknown `implementation`, or one that does not support `x`.
+      ValueError: for an `x` of too few dimensions, a `kernel_size` or `dilation` that is no whole
+        number of at least 1, an unknown `channel_order`, `layout` or `implementation`, or one that
+        does not support `x`.
     """
+    checks.known("shift", layout, channel_order)
     if x.ndim < 3 or (layout == "HWCN" and x.ndim != 4):
         wanted = "[..., H, W, C], at least 3 dimensions" if layout == "NHWC" else "[H, W, C, N]"
         raise ValueError(f"shift needs {wanted}, got {x.shape}")
-    if kernel_size < 1 or dilation < 1:
+    if not checks.is_whole(kernel_size, dilation):
         raise ValueError(
-            "shift needs a kernel_size and a dilation of at least 1, "
+            "shift needs a whole kernel_size and dilation of at least 1, "
             f"got kernel_size {kernel_size} and dilation {dilation}"
         )
     if implementation is not None and implementation not in get_args(Implementation):

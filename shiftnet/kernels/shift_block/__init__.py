@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels import implementations
+from shiftnet.kernels import checks, implementations
 from shiftnet.kernels.layouts import BATCH, CHANNELS, ROWS, Layout, wide_dtype
 from shiftnet.kernels.shift.offsets import channel_offsets
 from shiftnet.kernels.shift_block import cpu, gpu, tpu, xla
@@ -52,7 +52,7 @@ def shift_block(
         what the shift brings in is `relu(b1)` and not 0.
       out_bias: `[K]`, floating.
       out_relu: whether negative results become 0.
-      residual: of the result's shape, added last.
+      residual: of the result's shape and dtype, added last.
       layout: of `x`, `residual` and the result.
       implementation: `"tpu"` (HWCN) and `"gpu"` (NHWC, Hopper) are kernels, `"xla"` is plain XLA,
         `"cpu"` (NHWC) the same on a few images at a time. None takes the device's where it supports
@@ -63,11 +63,16 @@ def shift_block(
       are taken in float32 or wider.
 
     Raises:
-      ValueError: for shapes that do not fit, a `kernel_size`, `dilation` or `stride` below 1, an
-        unknown `implementation`, or one that does not support the arguments.
+      ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
+        that is no whole number of at least 1, an unknown `layout` or `implementation`, or one that
+        does not support the arguments.
     """
+    checks.known("shift_block", layout)
     if (
         x.ndim != 4
+        or w1.ndim != 2
+        or w2.ndim != 2
+        or not checks.is_whole(*w1.shape, *w2.shape)
         or (x.shape[CHANNELS[layout]], *b1.shape) != w1.shape
         or b1.shape != w2.shape[:1]
     ):
@@ -75,11 +80,15 @@ def shift_block(
             f"shift_block needs x in {layout}, w1 [C, E], b1 [E] and w2 [E, K], "
             f"got x {x.shape}, w1 {w1.shape}, b1 {b1.shape} and w2 {w2.shape}"
         )
-    if min(kernel_size, dilation, stride) < 1:
+    if not checks.is_whole(kernel_size, dilation, stride):
         raise ValueError(
-            "shift_block needs a kernel_size, dilation and stride of at least 1, "
+            "shift_block needs a whole kernel_size, dilation and stride of at least 1, "
             f"got {kernel_size}, {dilation} and {stride}"
         )
+    checks.same_dtype("shift_block", x, w1=w1, w2=w2, residual=residual)
+    checks.shaped("shift_block", w2.shape[1:], out_bias=out_bias)
+    result = checks.result_shape(x, w2.shape[1], stride, layout)
+    checks.shaped("shift_block", result, residual=residual)
     setting = _Setting(kernel_size, dilation, stride, out_relu, layout, implementation)
     if not shift_first:
         return _fused(setting, x, w1, b1, w2, out_bias, residual)

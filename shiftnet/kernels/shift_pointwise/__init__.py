@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from shiftnet.kernels import implementations
+from shiftnet.kernels import checks, implementations
 from shiftnet.kernels.layouts import BATCH, CHANNELS, Layout
 from shiftnet.kernels.shift.offsets import ChannelOrder, channel_offsets
 from shiftnet.kernels.shift_pointwise import gpu, tpu, xla
@@ -48,7 +48,7 @@ def shift_pointwise(
       relu: whether negative values become 0 before the shift.
       out_scale, out_bias: `[K]`.
       out_relu: whether negative results become 0.
-      residual: of the result's shape, added last.
+      residual: of the result's shape and dtype, added last.
       channel_order: of `x`, as of `shiftnet.kernels.shift.channel_offsets`; the GPU's kernel needs
         "grouped".
       layout: of `x`, `residual` and the result.
@@ -60,19 +60,31 @@ def shift_pointwise(
       are taken in float32 or wider.
 
     Raises:
-      ValueError: for shapes that do not fit, a `kernel_size`, `dilation` or `stride` below 1, an
-        unknown `implementation`, or one that does not support the arguments.
+      ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
+        that is no whole number of at least 1, an unknown `channel_order`, `layout` or
+        `implementation`, or one that does not support the arguments.
     """
-    if x.ndim != 4 or w.ndim != 2 or x.shape[CHANNELS[layout]] != w.shape[0]:
+    checks.known("shift_pointwise", layout, channel_order)
+    if (
+        x.ndim != 4
+        or w.ndim != 2
+        or x.shape[CHANNELS[layout]] != w.shape[0]
+        or not checks.is_whole(*w.shape)
+    ):
         raise ValueError(
             f"shift_pointwise needs x in {layout} and w [C, K] of the same C, "
             f"got x {x.shape} and w {w.shape}"
         )
-    if min(kernel_size, dilation, stride) < 1:
+    if not checks.is_whole(kernel_size, dilation, stride):
         raise ValueError(
-            "shift_pointwise needs a kernel_size, dilation and stride of at least 1, "
+            "shift_pointwise needs a whole kernel_size, dilation and stride of at least 1, "
             f"got {kernel_size}, {dilation} and {stride}"
         )
+    checks.same_dtype("shift_pointwise", x, w=w, residual=residual)
+    checks.shaped("shift_pointwise", w.shape[:1], scale=scale, bias=bias)
+    checks.shaped("shift_pointwise", w.shape[1:], out_scale=out_scale, out_bias=out_bias)
+    result = checks.result_shape(x, w.shape[1], stride, layout)
+    checks.shaped("shift_pointwise", result, residual=residual)
     neighbourhood = (kernel_size, dilation, channel_order)
     setting = _Setting(neighbourhood, stride, relu, out_relu, layout, implementation)
     return _fused(setting, x, w, scale, bias, _Epilogue(out_scale, out_bias, residual))
