@@ -20,7 +20,7 @@ WORKDIR ?= runs/quickstart
 COMPILED_FOR_GPU := tests/kernels/compiled_for_h200.sha256
 COMPILED_BY := tests/kernels/compile_gpu.py tests/kernels/compile_packed_gpu.py
 KERNELS_DIGEST := { find shiftnet/kernels $(COMPILED_BY) shiftnet/training/h200.txtpb -name '*.*' \
-	-not -name '*.pyc' | LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
+	-not -name '*.pyc' -not -name selftest.py | LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-gpu-if-changed fuzz \
 	results torture clean
