@@ -254,6 +254,7 @@ def test_a_damaged_recipe_in_the_working_directory_is_named(tmp_path, capsys):
     assert (tmp_path / "config.json").read_bytes() == b"\xff{"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_more_devices_and_with_fewer(tmp_path):
     workdir = str(tmp_path / "run")
     for epochs, (devices, divided) in enumerate([(1, False), (8, True), (2, False)], 1):

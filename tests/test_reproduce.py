@@ -181,6 +181,7 @@ def stop_after(monkeypatch, questions):
     monkeypatch.setattr(reproduce, "Deadline", Short)
 
 
+@pytest.mark.slow
 def test_what_was_begun_goes_on_when_more_seeds_are_asked_for(place, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 5)
