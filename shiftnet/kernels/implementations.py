@@ -205,7 +205,7 @@ def run(
             )
         if reason := why_not(implementation):
             raise ValueError(f"{operation} has no {implementation!r} for this: {reason}")
-        return calls[implementation](*operands)
+        return _differentiable(calls[implementation], calls["xla"])(*operands)
     if is_only_xla():
         return calls["xla"](*operands)
     # The others are not even traced. The program may still be lowered for the CPU of this machine.
@@ -217,5 +217,19 @@ def run(
 
         if operation in selftest.failures(here):
             return calls["xla"](*operands)
-    kernel = {_PLATFORMS[here]: calls[here]}
+    kernel = {_PLATFORMS[here]: _differentiable(calls[here], calls["xla"])}
     return jax.lax.platform_dependent(*operands, **kernel, default=calls["xla"])
+
+
+def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, with the derivatives of `plain`.
+
+    An operation's gradient is its own; these are the second derivatives, through what that runs.
+    """
+    call = jax.custom_jvp(kernel)
+
+    @call.defjvp
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        return call(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return call
