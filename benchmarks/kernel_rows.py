@@ -25,22 +25,25 @@ LEVELS: dict[int, tuple[int, ...]] = {
     3: (-4, -2, -1, 0, 1, 2, 4),
     4: (-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64),
 }
-# 3x3 convolutions of one image as products: pixels of the result, channels in and out.
+# Convolutions of one image as products: pixels of the result, values that each reads, channels out.
 WRN20_10 = (
-    (1024, 160, 160),
-    (256, 160, 320),
-    (256, 320, 320),
-    (64, 320, 640),
-    (64, 640, 640),
+    (1024, 9 * 160, 160),
+    (256, 9 * 160, 320),
+    (256, 9 * 320, 320),
+    (64, 9 * 320, 640),
+    (64, 9 * 640, 640),
 )
 RESNET18 = (
-    (3136, 64, 64),
-    (784, 64, 128),
-    (784, 128, 128),
+    (3136, 9 * 64, 64),
+    (784, 9 * 64, 128),
+    (784, 64, 128),  # 1x1, beside a block with a stride
+    (784, 9 * 128, 128),
+    (196, 9 * 128, 256),
     (196, 128, 256),
-    (196, 256, 256),
+    (196, 9 * 256, 256),
+    (49, 9 * 256, 512),
     (49, 256, 512),
-    (49, 512, 512),
+    (49, 9 * 512, 512),
 )
 SAMPLES = 2048
 
@@ -276,16 +279,18 @@ def rows(batch: int, large: tuple[int, int]) -> list[Row]:
     matrices = [
         MatrixRow("large", count, *large, bits) for bits in (1, 3, 2, 4) for count in ROWS_AT_ONCE
     ]
+    # The shift by itself has no stride.
+    unstrided = [(size, inputs, outputs, 1) for size, inputs, outputs, _ in blocks]
     layers = [
-        MatrixRow(net, pixels, 9 * inputs, outputs, bits)
+        MatrixRow(net, pixels, inputs, outputs, bits)
         for net, bits, products in (("wrn20_10", 1, WRN20_10), ("resnet18", 3, RESNET18))
         for pixels, inputs, outputs in products
     ]
     return [
-        *images("shift_pointwise", "alone", STAGES),
+        *images("shift_pointwise", "alone", blocks),
         *images("shift_block", "inference", blocks),
         *matrices,
-        *images("shift", "", STAGES),
+        *images("shift", "", unstrided),
         *images("shift_block", "training", blocks),
         *images("shift_pointwise", "inference", blocks),
         *layers,

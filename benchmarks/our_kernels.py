@@ -22,7 +22,7 @@ from benchmarks import kernel_rows
 from benchmarks.kernel_rows import ImageRow, MatrixRow, Row
 from benchmarks.protocol import serve
 from shiftnet.kernels.implementations import best_layout, compiler_options
-from shiftnet.kernels.layouts import Layout, from_nhwc, product, to_nhwc
+from shiftnet.kernels.layouts import Layout, every, from_nhwc, product, to_nhwc
 from shiftnet.kernels.packed_matmul import PackedMatrix, expand, pack, packed_matmul
 from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift.offsets import ChannelOrder
@@ -106,18 +106,19 @@ def programs(row: Row) -> dict[str, Operation]:
     elif row.operation == "shift":
         found["copy"] = lambda x: -x
     elif row.key.startswith("shift_pointwise/alone"):
-        layout = layout_of(row)
-        found["1x1 product"] = lambda x, w2: product(x, w2, layout)
-        found["1x1 convolution"] = functools.partial(_convolution, layout)
+        assert isinstance(row, ImageRow)
+        layout, stride = layout_of(row), row.stride
+        found["1x1 product"] = lambda x, w2: product(every(x, stride, layout), w2, layout)
+        found["1x1 convolution"] = functools.partial(_convolution, layout, stride)
     return {**found, "xla": operation(row, "xla"), "ours": operation(row, PLATFORM)}
 
 
 CHECKED = ("expand first", "xla", "ours")
 
 
-def _convolution(layout: Layout, x: jax.Array, w2: jax.Array) -> jax.Array:
+def _convolution(layout: Layout, stride: int, x: jax.Array, w2: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
-        x, w2[None, None], (1, 1), "VALID", dimension_numbers=(layout, "HWIO", layout)
+        x, w2[None, None], (stride, stride), "VALID", dimension_numbers=(layout, "HWIO", layout)
     )
 
 
