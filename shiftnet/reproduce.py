@@ -42,6 +42,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The dtype of what is not low-bit in the networks that are kept.
 REST = "float16"
 SHORT = "short"
+# Where networks of more bytes go, which are too large to be kept in a repository.
+LARGE, LARGE_BYTES = "large", 5_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Work:
       full_epochs: that the recipe has when it is not.
       folder: where its result goes.
       result: what there is of it, as `shiftnet.results` has it, or None.
+      stale: what differs where the result that is there is of another recipe, which is then left
+        alone: there is no `result` and nothing to do.
       groups: the seeds that are missing, those together that are trained together, and where; first
         those that were begun.
     """
@@ -65,6 +69,7 @@ class Work:
     full_epochs: int
     folder: Path
     result: dict[str, Any] | None
+    stale: Sequence[str]
     groups: Sequence[tuple[list[int], Path]]
 
     @property
@@ -97,16 +102,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.list:
             print("\nto train some of them: --only PATTERN or --next, see --help")
         return 0
+    for work in works:
+        if work.stale:
+            path = results.path_of(work.folder, work.row.name)
+            failed = say(
+                f"{path} is of another recipe, with {'; '.join(work.stale)}: "
+                "move it away to train the row anew",
+                2,
+            )
     missing = [work for work in works if work.groups]
     if arguments.next:
         missing.sort(key=lambda work: work.cost)
-    if not missing:
+    if not missing and not failed:
         print("nothing is missing of what was asked for")
+    too_long = 0
     for work in missing:
         seconds = _estimate(work, works) if arguments.next else None
         if seconds is not None and seconds > deadline.left:
-            print(f"{work.row.name} would take about {tables.duration(seconds)}: it does not fit")
-            break
+            if not too_long:  # many may be
+                about = tables.duration(seconds)
+                print(f"{work.row.name} would take about {about}: it does not fit", flush=True)
+            too_long += 1
+            continue
         try:
             ended = _train_row(work, arguments.data_dir, deadline)
         except RunFailed as error:  # the next row may go well
@@ -115,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ended is not None:
                 return ended or failed
         works = list(_works(arguments))
+    if too_long > 1:
+        print(f"{too_long - 1} more rows do not fit")
     return failed
 
 
@@ -199,27 +218,19 @@ def _works(arguments: Any) -> Iterator[Work]:
         if arguments.epochs is not None:
             shorten(config, arguments.epochs)
         apart = SHORT if config.epochs < full_epochs else ""
-        result = results.read(folder / apart, row.name)
+        result, stale = results.read(folder / apart, row.name), []
         if result is not None:
             before = config_lib.from_json(json.dumps(result["config"]))
             ignored = ("seed", *config_lib.IMMATERIAL)
-            if changed := config_lib.differences(before, config, ignore=ignored):
-                raise UserError(
-                    f"{results.path_of(folder / apart, row.name)} is of another recipe, with "
-                    f"{'; '.join(changed)}: move it away to train the row anew"
-                )
-        done = _seeds_of(result)
-        missing = [seed for seed in range(arguments.seeds) if seed not in done]
+            stale = config_lib.differences(before, config, ignore=ignored)
+        if stale:
+            result, missing = None, []
+        else:
+            done = _seeds_of(result)
+            missing = [seed for seed in range(arguments.seeds) if seed not in done]
         workdir = Path(arguments.workdir, apart)
-        yield Work(
-            row,
-            table.epoch,
-            config,
-            full_epochs,
-            folder / apart,
-            result,
-            list(_groups(row, missing, arguments.together, workdir)),
-        )
+        groups = list(_groups(row, missing, arguments.together, workdir))
+        yield Work(row, table.epoch, config, full_epochs, folder / apart, result, stale, groups)
 
 
 def _groups(
@@ -368,6 +379,9 @@ def _keep(work: Work, seed: int, outcome: Outcome, dataset: Dataset) -> dict[str
     assert outcome.kept is not None
     work.folder.mkdir(parents=True, exist_ok=True)
     packing.write(path, outcome.kept, note, REST)
+    if path.stat().st_size > LARGE_BYTES:
+        (work.folder / LARGE).mkdir(exist_ok=True)
+        path = path.replace(work.folder / LARGE / path.name)
     model = Classifier.load(path)
     evaluation = make_evaluator(
         model.graphdef,
@@ -379,7 +393,7 @@ def _keep(work: Work, seed: int, outcome: Outcome, dataset: Dataset) -> dict[str
         mesh=make_mesh(devices=jax.local_devices()[:1]),
     )(model.params, model.stats)
     return {
-        "file": path.name,
+        "file": path.relative_to(work.folder).as_posix(),
         "bytes": path.stat().st_size,
         "seed": seed,
         "epoch": epoch,
@@ -479,6 +493,8 @@ def _list(works: Sequence[Work], seeds: int) -> str:
 
 
 def _state(work: Work) -> str:
+    if work.stale:
+        return "another recipe's"
     if not work.groups:
         return "done"
     if not any(_begun(place) for _, place in work.groups):

@@ -2,8 +2,9 @@
 
 A folder of results holds `table.toml`, the rows with what was reported for them; `NAME.json` for
 each row that was trained, written by `python -m shiftnet.reproduce` and never by hand; and
-`NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes. Its folder
-`short/` holds such files of shortened schedules.
+`NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes; one of more
+than 5 MB is in `large/`, which is no part of the repository. The folder `short/` holds such files
+of shortened schedules.
 
 A row's JSON file:
 
@@ -22,9 +23,9 @@ A row's JSON file:
     - `device`, `versions` (by package), `commit` (of the code, `-dirty` where it was changed; null
       where that is not known); `earlier`: such three of other visits that trained it before, where
       any of them differed; `finished` (when, UTC);
-- `checkpoint`: of the network that is kept: `file`, `bytes`, `seed`, `epoch`, `test_accuracy` (as
-  `evaluate.py` finds it in that file), and `confusion`, a list of `[label, prediction, images]` for
-  what occurs.
+- `checkpoint`: of the network that is kept: `file` (from the JSON file's folder on), `bytes`,
+  `seed`, `epoch`, `test_accuracy` (as `evaluate.py` finds it in that file), and `confusion`, a list
+  of `[label, prediction, images]` for what occurs.
 """
 
 import dataclasses

@@ -535,3 +535,18 @@ def test_the_tables_in_the_docs_are_those_of_the_results(file, folders, brief):
     found = sources.find([root / folder for folder in folders])
     words = (root / file).read_text(encoding="utf-8")
     assert markdown.into(root / file, markdown.render(found, brief=brief)) == words, "make results"
+
+
+def test_a_folder_beside_the_table_without_results_is_refused(tmp_path):
+    table = Path(__file__).parents[1] / "results" / "table.toml"
+    (tmp_path / "table.toml").write_bytes(table.read_bytes())
+    (tmp_path / "short").mkdir()
+    with pytest.raises(UserError, match=r"short has no result of a row of .*table.toml"):
+        sources.find([tmp_path / "short"])
+
+
+def test_what_is_kept_in_the_repository_is_small():
+    results = Path(__file__).parents[1] / "results"
+    large = results / "large"
+    kept = [path for path in results.glob("**/*.safetensors") if large not in path.parents]
+    assert sum(path.stat().st_size for path in kept) <= 10_000_000

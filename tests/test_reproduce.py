@@ -144,13 +144,52 @@ def test_what_is_done_is_not_done_again(trained, capsys):
     assert results.path_of(trained / "results", "cheap").read_bytes() == before
 
 
-def test_a_result_of_another_recipe_is_refused(trained, tmp_path, capsys):
+@pytest.fixture
+def stale(trained, tmp_path):
+    """A copy of `trained` whose result is of another recipe."""
     place = tmp_path / "copy"
     shutil.copytree(trained, place)
     path = results.path_of(place / "results", "cheap")
     path.write_text(path.read_text().replace('"lr": 0.1', '"lr": 0.2', 1))
-    assert run(place, "--only", "cheap") == 2
+    return place
+
+
+def test_a_result_of_another_recipe_is_left_alone(stale, capsys):
+    before = results.path_of(stale / "results", "cheap").read_bytes()
+    assert run(stale, "--only", "cheap", "--seeds", "3") == 2
     assert "is of another recipe, with optimizer.lr: 0.2 -> 0.1" in capsys.readouterr().err
+    assert results.path_of(stale / "results", "cheap").read_bytes() == before
+
+
+def test_a_result_of_another_recipe_keeps_nothing_else_from_being_listed(stale, capsys):
+    assert run(stale, "--list") == 0
+    dear, cheap = capsys.readouterr().out.splitlines()[-2:]
+    assert "another recipe's" in cheap
+    assert "missing" in dear
+
+
+def test_rows_that_do_not_fit_are_passed_over(place, capsys, monkeypatch):
+    trained = []
+    monkeypatch.setattr(reproduce, "_train_row", lambda work, *_: trained.append(work.row.name))
+
+    def seconds(work, works):
+        return 1000.0 if work.row.name == "cheap" else 1.0
+
+    monkeypatch.setattr(reproduce, "_estimate", seconds)
+    assert run(place, "--next", "--budget", "9m") == 0
+    assert trained == ["dear"]
+    assert "cheap would take about 17 min: it does not fit" in capsys.readouterr().out
+
+
+def test_a_large_network_is_kept_where_git_does_not_look(place, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "LARGE_BYTES", 1000)
+    assert run(place, "--only", "cheap", "--epochs", "1") == 0
+    folder = place / "results" / "short"
+    kept = results.read(folder, "cheap")["checkpoint"]
+    assert kept["file"] == "large/cheap.safetensors"
+    assert str(folder / kept["file"]) in capsys.readouterr().out
+    assert [path.name for path in folder.glob("**/*.safetensors")] == ["cheap.safetensors"]
+    assert evaluate.main(["--ckpt", str(folder / kept["file"])]) == 0
 
 
 def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monkeypatch):

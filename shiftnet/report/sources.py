@@ -138,7 +138,10 @@ def find(paths: Sequence[Path]) -> Found:
         elif (path / results.TABLE).is_file():
             folders.setdefault(path.resolve(), []).append(path)
         elif path.is_dir() and (path.resolve().parent / results.TABLE).is_file():
-            folders.setdefault(path.resolve().parent, []).append(path)
+            owner = path.resolve().parent
+            if not any(_has_row(path, table) for table in results.tables(owner)):
+                raise UserError(f"{path} has no result of a row of {owner / results.TABLE}")
+            folders.setdefault(owner, []).append(path)
         else:
             raise UserError(
                 f"{path} is neither a run's working directory, which has {RECIPE}, "
@@ -179,6 +182,10 @@ def best(run: Run) -> Line | None:
         key=lambda line: line.get("validation_accuracy", line["test_accuracy"]),
         default=None,
     )
+
+
+def _has_row(folder: Path, table: results.Table) -> bool:
+    return any(results.path_of(folder, row.name).exists() for row in table.rows)
 
 
 def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
