@@ -1,7 +1,9 @@
 """The TPU kernels through the compiler for a v5e, without one, and the bytes that they move.
 
-The compiler counts what XLA does around a kernel, and the kernel's own operands not at all (libtpu
-0.0.48) or once; what the grid fetches and writes is therefore added up here, block by block.
+Bytes are those of the device's memory: what the compiled program's operations read and write there,
+each kernel's operands and results once, and what its grid moves beyond that, added up block by
+block. (The compiler's own count, which has the kernel's operands not at all (libtpu 0.0.48) or
+once, takes what stays in the chip's memory for traffic: weights that it reorders, for one.)
 """
 
 import importlib.util
@@ -17,6 +19,7 @@ from shiftnet.kernels.shift import tpu as shift_tpu
 from shiftnet.kernels.shift.offsets import channel_offsets
 from shiftnet.kernels.shift_block import tpu as block_tpu
 from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
+from shiftnet.training import hlo
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -67,10 +70,13 @@ def fetched_and_written(kernel) -> int:
 
 
 def moved_bytes(f, *operands) -> int:
-    """Compiles `f` for the TPU; what its kernels move and what the compiler counts around them."""
+    """Compiles `f` for the TPU; what it moves to and from the device's memory."""
     traced = jax.jit(f).trace(*operands)
-    around = (traced.lower().compile().cost_analysis() or {}).get("bytes accessed", 0)
-    return around + sum(map(fetched_and_written, kernels(traced.jaxpr.jaxpr)))
+    moved = hlo.memory_traffic(traced.lower().compile().as_text())
+    for kernel in kernels(traced.jaxpr.jaxpr):
+        once = size(*(value.aval for value in (*kernel.invars, *kernel.outvars)))
+        moved += max(0, fetched_and_written(kernel) - once)
+    return moved
 
 
 class Shapes:
@@ -155,14 +161,14 @@ each_operation = pytest.mark.parametrize(
     [
         (32, 32, 16, 144, 16, 128, 1, "bfloat16"),
         (32, 32, 16, 144, 32, 128, 2, "bfloat16"),
-        (8, 8, 64, 576, 64, 512, 1, "bfloat16"),
+        (8, 8, 64, 576, 64, 128, 1, "bfloat16"),
     ],
     ids=["32x32", "32x32 stride 2", "8x8"],
 )
 @each_operation
 def test_moves_each_byte_about_once(tpu, operation, case):
     f, operands, floor = operation(Shapes(tpu, case))
-    assert moved_bytes(f, *operands) <= 1.3 * floor
+    assert floor <= moved_bytes(f, *operands) <= 1.2 * floor
 
 
 @pytest.mark.parametrize(
