@@ -1,8 +1,8 @@
 # make quickstart   set up, train on real handwritten digits, evaluate (no download but packages)
 # make test         linters, type checker, import order, the tests
-# make test-slow    the tests that take longest: more of what others show (3 minutes)
-# make compile-check   the kernels for TPUs and an H200, whole networks for TPUs, without one (4.4 GB
-#                      of NVIDIA's packages in an environment of their own; compile-tpu: TPUs alone)
+# make test-slow    the tests that take longest: more of what others show
+# make compile-check   kernels and whole networks for TPUs and an H200, without one (4.4 GB of NVIDIA's
+#                      packages in an environment of their own; compile-tpu: TPUs alone)
 # make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none
 #                   of which may crash, hang or leave a file behind (4 to 7 minutes)
 # make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
@@ -17,13 +17,13 @@ VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
-COMPILED_FOR_GPU := tests/kernels/compiled_for_h200.sha256
-COMPILED_BY := tests/kernels/compile_gpu.py tests/kernels/compile_packed_gpu.py
-KERNELS_DIGEST := { find shiftnet/kernels $(COMPILED_BY) shiftnet/training/h200.txtpb -name '*.*' \
-	-not -name '*.pyc' -not -name selftest.py | LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
+COMPILED := tests/kernels/compiled.sha256
+COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers tests/kernels/compile_*.py \
+	shiftnet/training/*.txtpb -name '*.*' -not -name '*.pyc' -not -name selftest.py \
+	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
-.PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-gpu-if-changed fuzz \
-	results torture clean
+.PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
+	fuzz results torture clean
 
 quickstart: $(VENV)/base
 	rm -rf $(WORKDIR)
@@ -48,6 +48,7 @@ test-slow: $(VENV)/dev
 
 # Through the compilers for devices that are not here.
 compile-check: compile-tpu compile-gpu
+	$(COMPILED_DIGEST) >$(COMPILED)
 
 compile-tpu: $(VENV)/dev
 	$(BIN)/python -m tests.kernels.compile_nets
@@ -55,13 +56,12 @@ compile-tpu: $(VENV)/dev
 compile-gpu: $(CUDA_VENV)/cuda
 	$(CUDA_VENV)/bin/python -m tests.kernels.compile_gpu
 	$(CUDA_VENV)/bin/python -m tests.kernels.compile_packed_gpu
-	$(KERNELS_DIGEST) >$(COMPILED_FOR_GPU)
 
-# What CI calls: nothing to do where compile-gpu passed with these very files, which it noted.
-compile-gpu-if-changed:
-	@if [ "$$($(KERNELS_DIGEST))" = "$$(cat $(COMPILED_FOR_GPU))" ]; then \
-		echo "the kernels compiled for an H200 as they are"; \
-	else $(MAKE) compile-gpu && echo "commit $(COMPILED_FOR_GPU)"; fi
+# What CI calls: nothing to do where compile-check passed with these very files, which it noted.
+compile-check-if-changed:
+	@if [ "$$($(COMPILED_DIGEST))" = "$$(cat $(COMPILED))" ]; then \
+		echo "kernels and layers compiled for TPUs and an H200 as they are"; \
+	else $(MAKE) compile-check && echo "commit $(COMPILED)"; fi
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands

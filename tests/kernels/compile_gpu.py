@@ -1,11 +1,13 @@
-"""Compiles every GPU kernel for an H200 on a machine that has none.
+"""Compiles every GPU kernel, and whole networks, for an H200 on a machine that has none.
 
     pip install "jax[cuda13]" absl-py      (about 4.4 GB, in an environment of its own)
     python -m tests.kernels.compile_gpu
 
-Prints a line for each kernel that does not compile, with the reason, and exits with 1 then. The
-target is described by `shiftnet/training/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see
-registers and spills.
+Prints a line for each kernel that does not compile, with the reason, and one for each network, with
+the bytes that its program moves (what its operations read and write, each operand once, as if there
+were no caches). Exits with 1 where something does not compile, or a network does not run its blocks
+through kernels or moves more than it should. The target is described by
+`shiftnet/training/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see registers and spills.
 """
 
 import functools
@@ -24,15 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from shiftnet.kernels.implementations import lowered_for
 from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift import gpu as shift
 from shiftnet.kernels.shift_block import gpu as shift_block
 from shiftnet.kernels.shift_pointwise import gpu as shift_pointwise
-from shiftnet.training import plan
+from shiftnet.training import hlo, plan
+from tests.kernels import compile_nets
 
 # Side, input channels, output channels and stride of the blocks of ShiftResNet20 and 56.
 BLOCKS = [(32, 16, 16, 1), (32, 16, 32, 2), (16, 32, 32, 1), (16, 32, 64, 2), (8, 64, 64, 1)]
 EXPANSIONS = (1, 3, 9)
+# ShiftResNet20 at expansion 9, its 9 blocks in bfloat16: kernels, and megabytes an image, at most.
+NETS = {"inference": (9, 0.8), "training": (27, 8.0)}
 
 Shape = tuple[tuple[int, ...], str]
 Kernel = tuple[str, str | None, Callable[..., Any], list[Shape]]
@@ -144,6 +150,21 @@ def kernels() -> Iterator[Kernel]:
     yield moves((64, 14, 14, 200), "bfloat16", 5)
 
 
+def net(which: str, mesh: jax.sharding.Mesh) -> tuple[int, float, float]:
+    """The kernels in a network's program, the MB an image that it moves, seconds to compile."""
+    f, operands = compile_nets.program(compile_nets.SHIFTRESNET, "bfloat16", which, mesh)
+
+    def traced(*operands):  # a function of its own, which JAX has not traced yet
+        with lowered_for("gpu"):
+            return f(*operands)
+
+    start = time.perf_counter()
+    text = jax.jit(traced).lower(*operands).compile().as_text()
+    called = text.count('custom_call_target="mosaic_gpu')
+    moved = hlo.memory_traffic(text) / compile_nets.SHIFTRESNET.batch / 1e6
+    return called, moved, time.perf_counter() - start
+
+
 def main() -> int:
     target = pathlib.Path(plan.__file__).with_name("h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
@@ -163,7 +184,19 @@ def main() -> int:
             reason = next(iter(str(error).splitlines()), "")
             print(f"{name}: {type(error).__name__}: {reason}")
     seconds = time.perf_counter() - start
-    print(f"{total - failed} of {total} kernels compiled for an H200 in {seconds:.0f} s")
+    print(
+        f"{total - failed} of {total} kernels compiled for an H200 in {seconds:.0f} s", flush=True
+    )
+    for which, (least, most) in NETS.items():
+        called, moved, seconds = net(which, mesh)
+        good = called >= least and moved <= most
+        failed += not good
+        print(
+            f"{compile_nets.SHIFTRESNET.arch} h200 bfloat16 {which:9} {moved:5.2f} MB an image, at "
+            f"most {most:.2f}; {called} kernels, at least {least}: {'ok' if good else 'NO'}; "
+            f"compiled in {seconds:.0f} s",
+            flush=True,
+        )
     return failed > 0
 
 

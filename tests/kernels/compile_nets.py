@@ -29,7 +29,6 @@ from jax.experimental import topologies
 import shiftnet.config
 from shiftnet.kernels import implementations
 from shiftnet.training.step import Program
-from tests.kernels.test_tpu_compile import fetched_and_written, kernels
 
 
 class Net(NamedTuple):
@@ -95,6 +94,7 @@ def program(net: Net, dtype: str, which: str, mesh: jax.sharding.Mesh):
 
 def moved(f, operands, context) -> tuple[float, float, float]:
     """Bytes that the compiler counts, bytes of the kernels' grids, and seconds to compile."""
+    from tests.kernels.test_tpu_compile import fetched_and_written, kernels  # needs pytest
 
     def traced(*operands):  # a function of its own, which JAX has not traced yet
         with context:
