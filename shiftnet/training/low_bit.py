@@ -39,7 +39,7 @@ class LevelWatch:
         def codes(params: nnx.State, stats: nnx.State) -> Codes:
             return {name: weight.codes() for name, weight in low_bit(params, stats).items()}
 
-        abstract = jax.eval_shape(program.init, np.uint32(0))
+        abstract = jax.eval_shape(program.draw, np.uint32(0))
         found = low_bit(abstract.params, abstract.stats)
         self._levels = {name: weight.levels for name, weight in found.items()}
         everywhere = replicated(program.mesh)

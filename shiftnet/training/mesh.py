@@ -83,6 +83,17 @@ def compiled(
     )
 
 
+def compiled_quickly(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
+    """`jax.jit` of a function that runs seldom: on a CPU compiling takes longer than running.
+
+    Without LLVM's optimisation the draw of ShiftResNet8 compiles in 1.3 s in place of 5.0 s, that
+    of WRN-8 in 1.8 s in place of 11 s (2 cores).
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    quickly = {"xla_backend_optimization_level": 0} if on_cpu else {}
+    return jax.jit(function, compiler_options=quickly, **options)
+
+
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """Puts a host array, the same in every process, whole onto every device."""
     return jax.make_array_from_process_local_data(replicated(mesh), array)

@@ -17,7 +17,13 @@ from shiftnet import models, weights
 from shiftnet.data import RGB, augment
 from shiftnet.kernels.implementations import only_xla, over
 from shiftnet.layers.batch_norm import per_share
-from shiftnet.training.mesh import batch_sharded, compiled, parameters_sharded, replicated
+from shiftnet.training.mesh import (
+    batch_sharded,
+    compiled,
+    compiled_quickly,
+    parameters_sharded,
+    replicated,
+)
 from shiftnet.training.optimizer import make_optimizer
 
 
@@ -86,8 +92,10 @@ class Program:
             if config.parallel.fsdp
             else jax.tree.map(lambda _: everywhere, state)
         )
-        self.order = jax.jit(augment.epoch_order, static_argnums=2, out_shardings=everywhere)
-        self.init = jax.jit(self.draw, out_shardings=self.shardings)
+        self.order = compiled_quickly(
+            augment.epoch_order, mesh, static_argnums=2, out_shardings=everywhere
+        )
+        self.init = compiled_quickly(self.draw, mesh, out_shardings=self.shardings)
         step = functools.partial(
             compiled,
             mesh=mesh,
@@ -255,8 +263,8 @@ class StackedProgram:
                 return take(states, seeds, images, labels, orders)
 
         order = jax.vmap(augment.epoch_order, in_axes=(0, None, None))
-        self.init = jax.jit(jax.vmap(program.draw), out_shardings=everywhere)
-        self.order = jax.jit(order, static_argnums=2, out_shardings=everywhere)
+        self.init = compiled_quickly(jax.vmap(program.draw), self.mesh, out_shardings=everywhere)
+        self.order = compiled_quickly(order, self.mesh, static_argnums=2, out_shardings=everywhere)
         self.train = compiled(steps, self.mesh, donate_argnums=0, static_argnames="length")
 
 

@@ -235,7 +235,7 @@ class _Runs:
                 "best": [None] * len(self._seeds),
             }
             return
-        like = jax.eval_shape(self._stacked.init, self._numbers)
+        like = jax.eval_shape(jax.vmap(self._program.draw), self._numbers)
         everywhere = replicated(self._program.mesh)  # as after a step, or that compiles once more
         parts, note = self._series.restore(
             step, **jax.tree.map(lambda leaf: _on(leaf, everywhere), self._parts(like))
