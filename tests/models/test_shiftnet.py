@@ -65,7 +65,7 @@ def test_a_block_is_its_layers(train, layout, stride, kernel_size, size):
     assert_close(found, (expected, gradients))
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_network_is_its_layers(train):
     net = randomized(ShiftNet(3, width=0.125, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 45, 32, 3)))

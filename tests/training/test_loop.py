@@ -74,7 +74,9 @@ def test_a_run_says_how_it_ended_and_logs_every_epoch_once(uninterrupted):
     assert summary.chosen_on == "test"
 
 
-@pytest.mark.parametrize("step", [3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 4])
+@pytest.mark.parametrize(
+    "step", [3, STEPS_PER_EPOCH, pytest.param(STEPS_PER_EPOCH + 4, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     uninterrupted, tmp_path, monkeypatch, step
 ):
@@ -108,6 +110,7 @@ def test_another_recipe_in_the_same_place_is_refused_by_its_fields(uninterrupted
     assert (workdir / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_may_be_lengthened_and_then_chooses_on_held_out_images(tmp_path):
     options = {"data__validation": 300, "batch_size": 256}
     loop.train(recipe(epochs=1, **options), tmp_path)
@@ -187,6 +190,7 @@ def test_a_damaged_checkpoint_is_said_and_the_run_ends_the_same(uninterrupted, t
     assert epochs(tmp_path) == epochs(reference)
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, monkeypatch):
     reference, summary = uninterrupted
     clock, save, ahead = time.time, checkpoint.Series.save, [0.0]

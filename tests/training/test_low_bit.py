@@ -131,7 +131,7 @@ def test_tensorboard_has_scalars_and_histograms_of_the_weights(uninterrupted):
     assert b"weights/all/levels/" not in written  # one histogram, not a chart a level
 
 
-@pytest.mark.parametrize("step", [11, 15])
+@pytest.mark.parametrize("step", [pytest.param(11, marks=pytest.mark.slow), 15])
 def test_an_interrupted_run_logs_the_same_changes(uninterrupted, tmp_path, monkeypatch, step):
     workdir, summary = uninterrupted
     settings = recipe(model__weights="s3", log__tensorboard=False)

@@ -71,6 +71,7 @@ def test_a_divided_state_is_planned_as_it_is_trained():
     assert "all-gather" in hlo.by_kind(fsdp.collectives)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_command_plans_for_a_tpu_that_is_not_here(tmp_path, monkeypatch, capsys):
     recipe_file = tmp_path / "wrn8.py"

@@ -133,6 +133,7 @@ def test_a_place_belongs_to_its_seeds_and_schedule(digits, tmp_path):
         train_together(settings, [0], digits, tmp_path, keep="best")
 
 
+@pytest.mark.slow
 def test_the_end_of_an_epoch_is_kept_room_for_from_the_first_step_on(digits, tmp_path):
     settings = recipe(epochs=3, schedule__boundaries=())
     few = Split(digits.train.images[:128], digits.train.labels[:128])

@@ -240,7 +240,6 @@ def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(a
     assert {type(weight) for weight in weights.of_layers(whole).values()} == kinds
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(("name", "bits"), LOW_BIT)
 def test_a_shift_network_of_low_bit_weights_learns_through_them(name, bits):
     fields = config("shiftresnet8", weights=name, weight_bits=bits)
