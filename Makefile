@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 COMPILED := tests/kernels/compiled.sha256
 COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers tests/kernels/compile_*.py \
-	shiftnet/training/*.txtpb -name '*.*' -not -name '*.pyc' -not -name selftest.py \
+	shiftnet/training/*.txtpb -name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
