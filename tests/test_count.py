@@ -59,7 +59,9 @@ def test_numbers_are_the_original_tools(arguments, parameters, flops, later):
 
 
 @oracle.needed
-@pytest.mark.parametrize("depth", [20, 56, pytest.param(110, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "depth", [20, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (56, 110))]
+)
 @pytest.mark.parametrize("family", ["resnet", "shiftresnet", "depthwiseresnet"])
 def test_every_row_of_the_oracle(family, depth):
     rows = json.loads((oracle.FOLDER / "counts.json").read_text())["rows"]

@@ -183,12 +183,12 @@ def test_rows_that_do_not_fit_are_passed_over(place, capsys, monkeypatch):
 
 def test_a_large_network_is_kept_where_git_does_not_look(place, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "LARGE_BYTES", 1000)
-    assert run(place, "--only", "cheap", "--epochs", "1") == 0
+    assert run(place, "--only", "dear", "--epochs", "1") == 0
     folder = place / "results" / "short"
-    kept = results.read(folder, "cheap")["checkpoint"]
-    assert kept["file"] == "large/cheap.safetensors"
+    kept = results.read(folder, "dear")["checkpoint"]
+    assert kept["file"] == "large/dear.safetensors"
     assert str(folder / kept["file"]) in capsys.readouterr().out
-    assert [path.name for path in folder.glob("**/*.safetensors")] == ["cheap.safetensors"]
+    assert [path.name for path in folder.glob("**/*.safetensors")] == ["dear.safetensors"]
     assert evaluate.main(["--ckpt", str(folder / kept["file"])]) == 0
 
 
@@ -270,17 +270,17 @@ def test_a_seed_that_another_process_finished_counts_once(trained, tmp_path, mon
 
 
 def test_a_row_that_fails_does_not_keep_the_next_from_training(place, capsys, monkeypatch):
-    train = reproduce._train
+    tried = []
 
     def fails(work, *arguments):
+        tried.append(work.row.name)
         if work.row.name == "cheap":
             raise RunFailed("the loss of seed 0 became nan at step 3")
-        return train(work, *arguments)
 
-    monkeypatch.setattr(reproduce, "_train", fails)
-    assert run(place, "--next", "--epochs", "1") == 1
+    monkeypatch.setattr(reproduce, "_train_row", fails)
+    assert run(place, "--next") == 1
     assert "error: cheap: the loss of seed 0 became nan" in capsys.readouterr().err
-    assert results.read(place / "results" / "short", "dear")
+    assert tried == ["cheap", "dear"]
 
 
 def test_a_short_schedule_is_kept_apart(place, capsys):

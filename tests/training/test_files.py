@@ -72,7 +72,12 @@ def test_the_commands_print_the_number_that_training_logged(uninterrupted, folde
 
 # A step of a later epoch, within one; with worker processes once, which may change nothing.
 @pytest.mark.parametrize(
-    ("step", "workers"), [(3, 0), (4, 2), pytest.param(6, 0, marks=pytest.mark.slow)]
+    ("step", "workers"),
+    [
+        pytest.param(3, 0, marks=pytest.mark.slow),
+        (4, 2),
+        pytest.param(6, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     uninterrupted, folder, tmp_path, monkeypatch, step, workers

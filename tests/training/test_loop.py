@@ -75,7 +75,12 @@ def test_a_run_says_how_it_ended_and_logs_every_epoch_once(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "step", [3, STEPS_PER_EPOCH, pytest.param(STEPS_PER_EPOCH + 4, marks=pytest.mark.slow)]
+    "step",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        STEPS_PER_EPOCH,
+        pytest.param(STEPS_PER_EPOCH + 4, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     uninterrupted, tmp_path, monkeypatch, step

@@ -44,6 +44,7 @@ def one_device(tmp_path_factory):
     return _finish([_start(out, 1)], out)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_a_divided_state_learn_what_one_learns(one_device, tmp_path):
     out = tmp_path / "eight.npz"
     eight = _finish([_start(out, 8, state="divided")], out)

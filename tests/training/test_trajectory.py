@@ -52,9 +52,13 @@ def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
     return losses, nnx.merge(program.graphdef, params, stats)
 
 
-# Each of them takes up to half a minute to compile.
+# Each of them takes up to half a minute to compile; the others have one of each kind.
 SLOW = [
     "cifar_d20_c10",
+    "d8_w0.5_c10_bin",
+    "d8_w1_c10_float",
+    "d8_w2_c100_bin",
+    "depthwiseresnet20_r1.12_c10",
     "recipe_d14_c10",
     "resnet20_block2.8_c100",
     "resnet20_c10",

@@ -240,7 +240,10 @@ def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(a
     assert {type(weight) for weight in weights.of_layers(whole).values()} == kinds
 
 
-@pytest.mark.parametrize(("name", "bits"), LOW_BIT)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [pytest.param(name, bits, marks=pytest.mark.slow if bits else ()) for name, bits in LOW_BIT],
+)
 def test_a_shift_network_of_low_bit_weights_learns_through_them(name, bits):
     fields = config("shiftresnet8", weights=name, weight_bits=bits)
     network = models.build(fields, 10, rngs=nnx.Rngs(0))
