@@ -52,7 +52,7 @@ def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
     return losses, nnx.merge(program.graphdef, params, stats)
 
 
-# Each of them takes up to half a minute to compile; the others have one of each kind.
+# Each of them takes up to half a minute to compile; one of each group is left.
 SLOW = [
     "cifar_d20_c10",
     "d8_w0.5_c10_bin",
