@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs/quickstart.py")
 SMALL = [
     "--config.model.arch=shiftresnet8",
+    "--config.model.expansion=1",
     "--config.batch_size=128",
     "--config.log.tensorboard=false",
 ]

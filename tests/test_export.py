@@ -43,7 +43,7 @@ np.save(sys.argv[3], np.concatenate([program.call(images), program.call(images[:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}, {"weights": "s3"}])
+@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}])
 def test_a_program_runs_in_a_fresh_process_without_this_package(model, tmp_path, capsys):
     ckpt = saved(tmp_path, **model)
     out = tmp_path / "net.stablehlo"
@@ -88,7 +88,7 @@ def test_a_packed_file_exports_the_same_program(tmp_path):
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}, {"weights": "s3"}])
+@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}])
 def test_an_onnx_program_computes_the_same(model, tmp_path):
     pytest.importorskip("jax2onnx", reason="needs jax2onnx, in an environment of its own")
     runtime = pytest.importorskip("onnxruntime")

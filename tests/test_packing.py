@@ -39,8 +39,10 @@ def images(size=12):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("constant_bytes", [0, inference.CONSTANT_BYTES])
-@pytest.mark.parametrize(("form", "bits"), FORMS)
+@pytest.mark.parametrize(
+    ("form", "bits", "constant_bytes"),
+    [(*form, inference.CONSTANT_BYTES) for form in FORMS] + [("s3", 3, 0)],
+)
 def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same(
     form, bits, constant_bytes, tmp_path, monkeypatch
 ):

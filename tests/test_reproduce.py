@@ -26,7 +26,7 @@ from shiftnet.config import apply_argument, default_config
 def get_config(argument=""):
     config = default_config()
     config.epochs = 2
-    config.model.arch = "shiftresnet8"
+    config.model.arch, config.model.expansion = "shiftresnet8", 1.0
     config.data.name = "digits"
     config.data.flip = False
     config.schedule.boundaries = (1,)
@@ -181,17 +181,6 @@ def test_rows_that_do_not_fit_are_passed_over(place, capsys, monkeypatch):
     assert "cheap would take about 17 min: it does not fit" in capsys.readouterr().out
 
 
-def test_a_large_network_is_kept_where_git_does_not_look(place, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "LARGE_BYTES", 1000)
-    assert run(place, "--only", "dear", "--epochs", "1") == 0
-    folder = place / "results" / "short"
-    kept = results.read(folder, "dear")["checkpoint"]
-    assert kept["file"] == "large/dear.safetensors"
-    assert str(folder / kept["file"]) in capsys.readouterr().out
-    assert [path.name for path in folder.glob("**/*.safetensors")] == ["dear.safetensors"]
-    assert evaluate.main(["--ckpt", str(folder / kept["file"])]) == 0
-
-
 def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monkeypatch):
     stop_after(monkeypatch, 5)
     assert reproduce.seconds_of("9m") == 540
@@ -283,11 +272,20 @@ def test_a_row_that_fails_does_not_keep_the_next_from_training(place, capsys, mo
     assert tried == ["cheap", "dear"]
 
 
-def test_a_short_schedule_is_kept_apart(place, capsys):
+def test_a_short_schedule_is_kept_apart_and_a_large_network_where_git_does_not_look(
+    place, capsys, monkeypatch
+):
+    monkeypatch.setattr(reproduce, "LARGE_BYTES", 1000)
     assert run(place, "--only", "dear", "--epochs", "1") == 0
-    assert "on 1 of 2 epochs" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "on 1 of 2 epochs" in told
     assert results.read(place / "results", "dear") is None
-    result = results.read(place / "results" / "short", "dear")
+    folder = place / "results" / "short"
+    result = results.read(folder, "dear")
+    kept = folder / result["checkpoint"]["file"]
+    assert str(kept) in told
+    assert list(folder.glob("**/*.safetensors")) == [kept] == [folder / "large/dear.safetensors"]
+    assert evaluate.main(["--ckpt", str(kept)]) == 0
     assert (result["epochs"], result["full_epochs"]) == (1, 2)
     assert result["config"]["schedule"]["boundaries"] == []
     assert "weights" in result["runs"][0]["epochs"][0]

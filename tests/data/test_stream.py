@@ -320,7 +320,9 @@ def started(tmp_path, how):
     )
 
 
-@pytest.mark.parametrize("how", ["close", "leave", "interrupt"])
+@pytest.mark.parametrize(
+    "how", ["close", pytest.param("leave", marks=pytest.mark.slow), "interrupt"]
+)
 def test_a_plain_script_ends_without_a_word_from_its_workers(tmp_path, how):
     """Also: no worker has initialised JAX, and no signal to all processes ends workers."""
     with started(tmp_path, how) as process:

@@ -87,7 +87,11 @@ BLOCKS = pytest.mark.parametrize(
         pytest.param((3, 8, 8), 64, 192, 64, 1, 1, False, id="tile-is-an-image-21-channels-each"),
         pytest.param((8, 2, 5), 32, 20, 16, 1, 2, False, id="offsets-outside-few-channels-each"),
         pytest.param((4, 12, 12), 16, 16, 32, 2, 1, True, id="stride-2-partly-filled-tiles"),
-        pytest.param((2, 16, 16), 32, 288, 64, 2, 2, False, id="stride-2-dilation-2"),
+        pytest.param(
+            *((2, 16, 16), 32, 288, 64, 2, 2, False),
+            id="stride-2-dilation-2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 
@@ -157,7 +161,9 @@ def assert_gradients(found, operands, forward, core, dout, whole_numbers=False):
     ("expanded", "kernel_size", "stride"),
     [
         pytest.param(18, 3, 1, id="2-channels-each"),
-        pytest.param(80, 1, 2, id="80-channels-that-read-one-pixel-in-4"),
+        pytest.param(
+            *(80, 1, 2), id="80-channels-that-read-one-pixel-in-4", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_gradients_of_shift_block_are_exact(monkeypatch, expanded, kernel_size, stride):
@@ -177,7 +183,11 @@ def test_gradients_of_shift_block_are_exact(monkeypatch, expanded, kernel_size, 
 @pytest.mark.parametrize(
     ("image", "channels", "outputs", "stride", "dilation", "whole"),
     [
-        pytest.param((1, 16, 20), 144, 16, 1, 1, True, id="many-tiles-in-an-image"),
+        pytest.param(
+            *((1, 16, 20), 144, 16, 1, 1, True),
+            id="many-tiles-in-an-image",
+            marks=pytest.mark.slow,
+        ),
         pytest.param((8, 2, 5), 288, 16, 1, 2, False, id="offsets-outside"),
         pytest.param((4, 12, 12), 144, 32, 2, 1, True, id="stride-2-partly-filled-tiles"),
     ],

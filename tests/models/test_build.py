@@ -52,8 +52,9 @@ def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
 
 @pytest.mark.core
 @pytest.mark.parametrize("arch", [*(f"{f}8" for f in SMALL), "imagenet_resnet18", "shiftnet_b"])
-@pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 64), (40, 36), (5, 3), (224, 224)])
-@pytest.mark.parametrize("classes", [1, 10, 1000])
+@pytest.mark.parametrize(
+    ("size", "classes"), [((32, 32), 10), ((40, 36), 1), ((5, 3), 10), ((224, 224), 1000)]
+)
 def test_any_input_size_and_number_of_classes(arch, size, classes):
     model = networks.abstract(config(arch), classes)
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)

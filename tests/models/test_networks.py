@@ -11,8 +11,16 @@ RTOL = 1e-12  # of the largest value; rounding gives up to 8e-14
 
 @oracle.every_case(
     *("net", "wrn", "s3net"),
-    core=["shiftresnet20_e1_c10", "d8_w1_c10_float"],
-    slow=["optional_resnet20_net2.8_c10_in40x36", "resnet20_net2.8_c10", "resnet20_c10"],
+    core=["shiftresnet20_e3_c100", "d8_w1_c10_float"],
+    slow=[
+        "cifar_d20_c10",
+        "d20_w1_c10_bin",
+        "optional_resnet20_net2.8_c10_in40x36",
+        "recipe_d14_c10",
+        "resnet20_c10",
+        "resnet20_net2.8_c10",
+        "shiftresnet20_e1_c10",
+    ],
 )
 @pytest.mark.usefixtures("float64")
 def test_network_computes_and_learns_as_the_original(group, name, subtests):

@@ -13,6 +13,7 @@ def recipe(**overrides: Any):
         "epochs": 2,
         "batch_size": 128,
         "model__arch": "shiftresnet8",
+        "model__expansion": 1.0,
         "data__name": "digits",
         "data__flip": False,
         "data__pad": 2,

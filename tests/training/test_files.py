@@ -129,6 +129,7 @@ def test_corrupt_files_are_skipped_named_and_counted_when_told_so(damaged, tmp_p
     assert f"left out, corrupt: {damaged / 'val' / wnid(2)}" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_epoch_still_counts_what_it_skipped_before(damaged, tmp_path, monkeypatch):
     settings = files(damaged, data__on_corrupt="skip", epochs=1, batch_size=2)  # all 34 images
     loop.train(settings, tmp_path / "whole")

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from shiftnet.errors import UserError
 from shiftnet.training import loop, low_bit
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
-from shiftnet.training.mesh import make_mesh
+from shiftnet.training.mesh import compiled_quickly, make_mesh
 from shiftnet.training.step import Program
 from tests.training.small import epochs, recipe
 
@@ -156,7 +155,8 @@ def test_the_regulariser_is_in_the_gradient_and_not_in_the_loss():
     for factor in (0.0, 10.0):
         trained = program(model__weights="s3", optimizer__regularizer=factor)
         state = trained.init(np.uint32(0))
-        results.append(jax.jit(trained.update)(state, jnp.asarray(images), jnp.asarray(labels)))
+        update = compiled_quickly(trained.update, trained.mesh)
+        results.append(update(state, jnp.asarray(images), jnp.asarray(labels)))
     (plain, loss, _), (pulled, same_loss, _) = results
     assert loss == same_loss
     gate = plain.params["layer1"][0]["conv1"]["weight"]["gate"][...]

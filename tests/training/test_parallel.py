@@ -53,7 +53,7 @@ def test_eight_devices_and_a_divided_state_learn_what_one_learns(one_device, tmp
     _assert_same(eight, one_device)
 
 
-def test_two_processes_learn_what_one_process_of_as_many_devices_learns(one_device, tmp_path):
+def test_two_processes_learn_what_one_process_of_as_many_devices_learns(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"

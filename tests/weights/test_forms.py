@@ -242,7 +242,10 @@ def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(a
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [pytest.param(name, bits, marks=pytest.mark.slow if bits else ()) for name, bits in LOW_BIT],
+    [
+        pytest.param(name, bits, marks=pytest.mark.slow if bits or name == "denseshift" else ())
+        for name, bits in LOW_BIT
+    ],
 )
 def test_a_shift_network_of_low_bit_weights_learns_through_them(name, bits):
     fields = config("shiftresnet8", weights=name, weight_bits=bits)
