@@ -147,7 +147,6 @@ def test_every_recipe_is_tested_here():
     assert files == {*RECIPES, *BUILDERS}
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads_from_any_folder(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shiftnet
-from shiftnet import convert_torch, evaluate, foreign, models
+from shiftnet import convert_torch, evaluate, foreign
 from shiftnet.config import default_config
 from shiftnet.errors import UserError
 from shiftnet.models import torch_names
@@ -185,7 +185,7 @@ def test_a_wide_networks_latents_may_be_float_weights():
 
 def test_a_packed_network_holds_its_signs(tmp_path):
     fields = {**default_config().model, "arch": "wrn8", "width": 0.5, "weights": "sign"}
-    network = models.build(fields, 10, rngs=nnx.Rngs(0))
+    network = networks.random(fields, 10)
     arrays = torch_names.to_torch(network, WRN)
     for name, array in arrays.items():
         if ".conv" in name:

@@ -204,7 +204,10 @@ def test_predict_says_what_it_wants(run, images):
         shiftnet.load(run).predict(images)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     workdir = tmp_path / "run"
     command = [sys.executable, "train.py", "--config", QUICKSTART, "--workdir", str(workdir)]

@@ -8,7 +8,7 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, evaluate, inference, models, pack, packing, weights
+from shiftnet import checkpoint, evaluate, inference, pack, packing, weights
 from shiftnet import config as config_lib
 from shiftnet.errors import UserError
 from tests import networks
@@ -76,7 +76,7 @@ def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same
 def test_files_are_as_small_as_promised(arch, fields, classes, rest, most, tmp_path):
     recipe = config_lib.default_config()
     recipe.model.update(arch=arch, **fields)
-    network = models.build(recipe.model, classes, rngs=nnx.Rngs(0))
+    network = networks.random(recipe.model, classes)
     file = tmp_path / "net.safetensors"
     packing.write(file, network, note(recipe, classes), rest)
     assert file.stat().st_size / 1e6 <= most

@@ -143,7 +143,7 @@ def test_evaluation_can_be_repeated(source):
     assert_same(list(stream), list(stream))
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(0, 0, marks=pytest.mark.slow), (1, 2)])
 def test_a_continued_run_sees_what_an_uninterrupted_one_would(source, before, after):
     """Whatever the number of worker processes, before and after."""
     whole = list(train(source))
@@ -174,7 +174,7 @@ def test_a_closed_stream_goes_on_when_asked(source):
     assert_same(head + list(stream), list(train(source)))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2])
 def test_processes_share_each_batch_in_order(source, count):
     options = {"batch_size": 4, "process_count": count}
     shares = [list(train(source, process_index=k, **options)) for k in range(count)]
@@ -229,7 +229,7 @@ def test_a_skipped_file_is_replaced_by_the_next_that_can_be_decoded(source):
     np.testing.assert_array_equal(found[1].images[1:], good[1].images[1:])
 
 
-@pytest.mark.parametrize("good", range(5))
+@pytest.mark.parametrize("good", [0, 3])
 def test_the_search_for_a_replacement_goes_round_and_ends(good):
     broken = [index for index in range(5) if index != good]
     options = {"steps_per_epoch": 1, "total_steps": 1, "on_corrupt": "skip"}

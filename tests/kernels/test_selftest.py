@@ -20,7 +20,6 @@ from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
 _cases = selftest._cases
 # The rest takes the interpreter minutes; test_tpu.py has it in smaller pieces.
 WITHIN_REACH = {
-    "shift_block": "those of 4x8 pixels at stride 1",
     "shift": "those of 4x8 pixels at stride 1",
     "packed_matmul": "those of 7 levels",
 }

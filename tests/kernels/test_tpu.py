@@ -111,7 +111,7 @@ def check(forward, backward, restated, operands, dout, terms):
         assert_close(grad, expected_grad, terms=dout.size // dout.shape[2])
 
 
-@pytest.mark.parametrize("case", named(CASES[:5] + CASES[6:]))
+@pytest.mark.parametrize("case", named([CASES[1], CASES[2], CASES[4], CASES[6]]))
 def test_block_and_its_gradients(case):
     a, (dh, dw), stride = arrays(case), offsets(case), case[8]
     where = {"dh": dh, "dw": dw, "stride": stride, "interpret": INTERPRET}

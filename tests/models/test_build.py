@@ -40,7 +40,6 @@ def output_features(model: ResNet) -> list[int]:
     return [model.conv1.weight.shape[-1], *last]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("family", FRAMED)
 @pytest.mark.parametrize("depth", [8, 14, 20, 56, 110, 164])
 def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
@@ -50,7 +49,6 @@ def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
     ] * 3
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("arch", [*(f"{f}8" for f in SMALL), "imagenet_resnet18", "shiftnet_b"])
 @pytest.mark.parametrize(
     ("size", "classes"), [((32, 32), 10), ((40, 36), 1), ((5, 3), 10), ((224, 224), 1000)]

@@ -13,8 +13,6 @@ from shiftnet.weights import FORMS
 from tests import networks, oracle
 from tests.models.test_build import config
 
-pytestmark = pytest.mark.core
-
 
 @pytest.mark.parametrize(
     ("arch", "naming"),

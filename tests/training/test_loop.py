@@ -58,7 +58,7 @@ def _everything(workdir: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    return workdir, loop.train(recipe(), workdir)
+    return workdir, loop.train(recipe(log__tensorboard=True), workdir)
 
 
 def test_a_run_says_how_it_ended_and_logs_every_epoch_once(uninterrupted):
@@ -230,9 +230,8 @@ def test_the_time_that_did_not_go_into_steps_is_in_the_log(uninterrupted):
     assert 0 < sum(last["time"].values()) < 1
 
 
-def test_tensorboard_shows_the_accuracy_of_every_epoch(tmp_path):
-    loop.train(recipe(epochs=1, batch_size=512, log__tensorboard=True), tmp_path)
-    (events,) = (tmp_path / "tensorboard").iterdir()
+def test_tensorboard_shows_the_accuracy_of_every_epoch(uninterrupted):
+    (events,) = (uninterrupted[0] / "tensorboard").iterdir()
     assert b"test_accuracy" in events.read_bytes()
 
 

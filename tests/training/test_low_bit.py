@@ -28,7 +28,6 @@ def program(**fields) -> Program:
     )
 
 
-@pytest.mark.core
 def test_fractions_count_weights_by_hand():
     watch = LevelWatch(program(model__weights="s3"))
     names = [name for name in watch._levels if name.startswith("layer1")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import models, weights
+from shiftnet import weights
 from shiftnet.layers import Conv
 from shiftnet.models import torch_names
 from shiftnet.weights import LowBitWeight, initializers
@@ -223,7 +223,6 @@ def test_latents_start_normal_with_he_s_deviation_of_the_outputs():
 # In networks
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("form", ["sign", "s3", "denseshift"])
 @pytest.mark.parametrize(
     "arch",
@@ -249,7 +248,7 @@ def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(a
 )
 def test_a_shift_network_of_low_bit_weights_learns_through_them(name, bits):
     fields = config("shiftresnet8", weights=name, weight_bits=bits)
-    network = models.build(fields, 10, rngs=nnx.Rngs(0))
+    network = networks.random(fields, 10)
     x = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
     result = networks.differentiate(
         network, x, networks.cross_entropy(np.arange(4)), train=True, regularizer=1e-5
@@ -260,7 +259,7 @@ def test_a_shift_network_of_low_bit_weights_learns_through_them(name, bits):
 
 
 def test_the_regulariser_sums_over_all_layers():
-    network = models.build(config("resnet8", weights="s3"), 10, rngs=nnx.Rngs(0))
+    network = networks.random(config("resnet8", weights="s3"), 10)
     expected = sum(
         np.maximum(-np.asarray(weight.gate[...], np.float64), 0).sum()
         for weight in weights.of_layers(network).values()
@@ -268,7 +267,7 @@ def test_the_regulariser_sums_over_all_layers():
     )
     assert expected > 10
     np.testing.assert_allclose(weights.regularizer(network), expected, rtol=1e-5)
-    plain = models.build(config("resnet8"), 10, rngs=nnx.Rngs(0))
+    plain = networks.random(config("resnet8"), 10)
     assert weights.regularizer(plain) == 0
 
 
@@ -285,7 +284,6 @@ def test_weights_can_be_set_from_their_codes(name, bits):
         np.testing.assert_allclose(np.abs(leaf), np.sqrt(2 / (9 * 16)), rtol=1e-6)
 
 
-@pytest.mark.core
 def test_codes_of_scaled_weights_are_right_whatever_the_scale():
     # The scale is no power of two, and compiled code may divide by multiplying.
     latent = np.tile(np.array([-0.5, 0.5], np.float32), 4)
