@@ -154,7 +154,8 @@ def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
     [(1, 2, 20), (1, 3, 20), (1, 3, 30), (2, 2, 20), (3, 2, 20)],  # 30: each row is a phase
 )
 def test_a_few_images_at_a_time_give_the_same(images, stride, features, expanded, monkeypatch):
-    monkeypatch.setattr(cpu, "EXPANDED_BYTES", images * 5 * 4 * expanded * 8)
+    for name in ("FORWARD_BYTES", "BACKWARD_BYTES"):
+        monkeypatch.setattr(cpu, name, images * 5 * 4 * expanded * 8)
     out = (6, -(-5 // stride), -(-4 // stride), features)
     w1, b1, w2 = (3, expanded), (expanded,), (expanded, features)
     a = arrays(0, x=(6, 5, 4, 3), w1=w1, b1=b1, w2=w2, out_bias=(features,), residual=out)
@@ -225,7 +226,7 @@ def test_half_precision_sums_in_float32():
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
     """Over 16,384 pixels; 8 bits of precision would stop growing at 256."""
-    monkeypatch.setattr(cpu, "EXPANDED_BYTES", 16 * 16 * 16 * 8 * 2)
+    monkeypatch.setattr(cpu, "BACKWARD_BYTES", 16 * 16 * 16 * 8 * 2)
     a = arrays(0, x=(64, 16, 16, 4), w1=(4, 8), b1=(8,), w2=(8, 2))
     a = {name: jnp.abs(value).astype(jnp.bfloat16) for name, value in a.items()}
 
