@@ -22,11 +22,11 @@ from shiftnet.kernels.layouts import affine, product, wide_dtype
 from shiftnet.kernels.shift.xla import Stretches, inside
 from shiftnet.kernels.shift_pointwise.xla import epilogue
 
-# Of the images taken at a time, without the margins of their lines. On a Xeon with 2 cores, whole
-# networks at 128 images: inference with 13 MiB takes 0.72 of its time with 5 MiB at expansion 3, 0.87
-# at 6, 0.97 at 9, the same at 1; 30 MiB are no faster. A training step, which has 5 MiB forward as
-# well, takes 0.89 of its time with 13 MiB forward at expansion 3 and the same at 9; more than 5 MiB
-# backward gain nothing.
+# Of the images taken at a time, without the margins of their lines. Whole networks at 128 images on
+# a Xeon with 2 cores: inference with 13 MiB takes 0.72 of its time with 5 MiB at expansion 3, 0.87
+# at 6, 0.97 at 9 and the same at 1; 30 MiB are no faster. Forward in a training step, 13 MiB for
+# 5 MiB make it 0.89 of the time at expansion 3 and the same at 9; backward, more than 5 MiB gain
+# nothing.
 FORWARD_BYTES, BACKWARD_BYTES = 13 << 20, 5 << 20
 # Channels to an input that a row must have to be a phase of its own. A shift then chooses among 3
 # stretches of memory in place of 9, while narrower products and the sum of their results cost more:
