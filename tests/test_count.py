@@ -241,7 +241,11 @@ def inside(size: int, kernel: int, stride: int) -> float:
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("arch", "expansion", "reduction"),
-    [("shiftresnet8", 3, 1), ("depthwiseresnet8", 1, 0.5)],
+    [
+        ("shiftresnet8", 3, 1),
+        ("depthwiseresnet8", 1, 0.5),
+        pytest.param("resnet8", 1, 1.5, marks=pytest.mark.slow),
+    ],
 )
 def test_multiply_adds_are_half_of_xlas_flops(arch, expansion, reduction, monkeypatch):
     model = model_config({"arch": arch, "expansion": expansion, "reduction": reduction})

@@ -28,6 +28,15 @@ def saved(tmp_path, **model):
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
+MODELS = pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"arch": "wrn8", "weights": "sign"},
+        pytest.param({"weights": "s3"}, marks=pytest.mark.slow),
+    ],
+)
+
 # What someone runs who has JAX and not this package; prints nothing of its own.
 ELSEWHERE = """
 import sys
@@ -43,7 +52,7 @@ np.save(sys.argv[3], np.concatenate([program.call(images), program.call(images[:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}])
+@MODELS
 def test_a_program_runs_in_a_fresh_process_without_this_package(model, tmp_path, capsys):
     ckpt = saved(tmp_path, **model)
     out = tmp_path / "net.stablehlo"
@@ -88,7 +97,7 @@ def test_a_packed_file_exports_the_same_program(tmp_path):
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("model", [{}, {"arch": "wrn8", "weights": "sign"}])
+@MODELS
 def test_an_onnx_program_computes_the_same(model, tmp_path):
     pytest.importorskip("jax2onnx", reason="needs jax2onnx, in an environment of its own")
     runtime = pytest.importorskip("onnxruntime")

@@ -17,11 +17,19 @@ def model(tmp_path):
     return shiftnet.load(tmp_path / "net.safetensors")
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.eval_shape, jax.grad])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        *(jax.jit, jax.eval_shape, jax.grad),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (jax.make_jaxpr, jax.vmap)),
+    ],
+)
 def test_the_first_call_may_be_traced(model, transform):
     x = jnp.asarray(images())
     if transform is jax.eval_shape:
         assert jax.eval_shape(model, x).shape == (3, 10)
+    elif transform is jax.vmap:
+        assert jax.vmap(model)(x[None]).shape == (1, 3, 10)
     elif transform is jax.grad:
         assert jax.grad(lambda x: model(x).sum())(x).shape == x.shape
     else:

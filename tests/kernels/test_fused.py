@@ -122,7 +122,10 @@ def test_shift_pointwise_is_its_layers(shape, layout, relu):
 @shapes
 @pytest.mark.parametrize(
     ("layout", "relu", "shift_first"),
-    [("NHWC", True, False), ("NHWC", False, True), ("HWCN", True, True)],
+    [
+        *(("NHWC", True, False), ("NHWC", False, True), ("HWCN", True, True)),
+        pytest.param("HWCN", False, False, marks=pytest.mark.slow),
+    ],
 )
 def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
     batch, height, width, channels, outputs, k, d, stride = shape

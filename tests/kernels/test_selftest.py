@@ -19,14 +19,15 @@ from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
 
 _cases = selftest._cases
 # The rest takes the interpreter minutes; test_tpu.py has it in smaller pieces.
+BLOCK = {"shift_block": "those of 4x8 pixels at stride 1"}
 WITHIN_REACH = {
     "shift": "those of 4x8 pixels at stride 1",
     "packed_matmul": "those of 7 levels",
 }
 
 
-def within_reach(platform, operation):
-    return [c for c in _cases("tpu", operation) if c[0] == WITHIN_REACH.get(operation)]
+def within_reach(platform, operation, reach=WITHIN_REACH):
+    return [c for c in _cases("tpu", operation) if c[0] == reach.get(operation)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +42,9 @@ def _interpreted(monkeypatch):
     selftest.failures.cache_clear()
 
 
-def test_right_kernels_are_trusted(monkeypatch):
-    monkeypatch.setattr(selftest, "_cases", within_reach)
+@pytest.mark.parametrize("reach", [WITHIN_REACH, pytest.param(BLOCK, marks=pytest.mark.slow)])
+def test_right_kernels_are_trusted(reach, monkeypatch):
+    monkeypatch.setattr(selftest, "_cases", functools.partial(within_reach, reach=reach))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert selftest.failures("tpu") == {}

@@ -29,8 +29,15 @@ CASES = [
 ]
 
 
-def named(cases):
-    return [pytest.param(c, id="{}x{}x{}-{}-{}x{} k{}d{}s{} {}".format(*c)) for c in cases]
+def named(cases, slow=()):
+    return [
+        pytest.param(
+            case,
+            id="{}x{}x{}-{}-{}x{} k{}d{}s{} {}".format(*case),
+            marks=[pytest.mark.slow] * (number in slow),
+        )
+        for number, case in enumerate(cases)
+    ]
 
 
 def run(f, *operands):
@@ -111,7 +118,7 @@ def check(forward, backward, restated, operands, dout, terms):
         assert_close(grad, expected_grad, terms=dout.size // dout.shape[2])
 
 
-@pytest.mark.parametrize("case", named([CASES[1], CASES[2], CASES[4], CASES[6]]))
+@pytest.mark.parametrize("case", named(CASES[:5] + CASES[6:], slow=[0, 3]))
 def test_block_and_its_gradients(case):
     a, (dh, dw), stride = arrays(case), offsets(case), case[8]
     where = {"dh": dh, "dw": dw, "stride": stride, "interpret": INTERPRET}

@@ -74,7 +74,14 @@ def test_parameters_and_statistics_are_float32(family, compute, wide):
     assert dtypes(nnx.state(model)) == {"float32"}
 
 
-@pytest.mark.parametrize("family", ["shiftresnet", "wrn"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "shiftresnet",
+        "wrn",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("resnet", "depthwiseresnet")),
+    ],
+)
 def test_bfloat16_network_keeps_float32_numbers_and_stays_close_to_float32(family):
     reference = step(family, "float32", "float32")
     evaluated, trained, grads, stats = step(family, "bfloat16", "float32")
