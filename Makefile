@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 COMPILED := tests/kernels/compiled.sha256
 COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers tests/kernels/compile_*.py \
-	shiftnet/training/*.txtpb -name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
+	shiftnet/planning/*.txtpb -name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
@@ -65,11 +65,11 @@ compile-check-if-changed:
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands
-	$(BIN)/python -m tests.foreign.fuzz
+	$(BIN)/python -m tests.interchange.fuzz
 
 results: $(VENV)/dev
-	$(BIN)/python -m shiftnet.report results results/short --out docs/results.md
-	$(BIN)/python -m shiftnet.report results --brief --out README.md
+	$(BIN)/python -m shiftnet report results results/short --out docs/results.md
+	$(BIN)/python -m shiftnet report results --brief --out README.md
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.torture

@@ -22,9 +22,9 @@ import shiftnet.data
 from benchmarks.protocol import Measurement, serve
 from shiftnet import checkpoint, models
 from shiftnet.inference import Classifier
+from shiftnet.interchange import torch_names
 from shiftnet.kernels import selftest
 from shiftnet.kernels.implementations import only_xla
-from shiftnet.models import torch_names
 from shiftnet.training import loop
 from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
 from shiftnet.training.processes import use_compilation_cache

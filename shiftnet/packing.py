@@ -2,8 +2,8 @@
 
 Such a file holds, by the names that the arrays have in the network,
 
-- `<layer>.weight`: of low-bit weights the codes, packed (`shiftnet.weights.bits`), uint8 `[bytes]`;
-  of float ones the weights themselves;
+- `<layer>.weight`: of low-bit weights the codes, packed (`shiftnet.quantizers.bits`), uint8
+  `[bytes]`; of float ones the weights themselves;
 - `<layer>.bias`, and for every batch norm its `scale` and `bias` (`shiftnet.layers.affine`);
 - the recipe, the classes' names, the normalisation and a SHA-256 of each tensor and of the rest of
   the metadata, in the metadata.
@@ -22,11 +22,11 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from shiftnet import config, models, weights
+from shiftnet import config, models, quantizers
 from shiftnet.errors import UserError
 from shiftnet.layers.affine import Affine
 from shiftnet.models.folding import fold_batch_norms
-from shiftnet.weights import Float, LowBitWeight, bits
+from shiftnet.quantizers import Float, LowBitWeight, bits
 
 FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
@@ -111,7 +111,7 @@ def _abstract(model: Mapping[str, Any], num_classes: int) -> nnx.Module:
 
 
 def _tensors(network: nnx.Module) -> dict[str, np.ndarray]:
-    forms = weights.of_layers(network)
+    forms = quantizers.of_layers(network)
     tensors = {}
     for layer, weight in forms.items():
         if isinstance(weight, LowBitWeight):
@@ -125,7 +125,7 @@ def _tensors(network: nnx.Module) -> dict[str, np.ndarray]:
 
 def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Sets the numbers of a network from a file's tensors, whose digests are right."""
-    forms = weights.of_layers(network)
+    forms = quantizers.of_layers(network)
 
     def take(name: str, shape: tuple[int, ...]) -> jnp.ndarray:
         if name not in tensors or tensors[name].shape != shape:

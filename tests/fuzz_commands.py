@@ -38,22 +38,11 @@ from unittest import mock
 import numpy as np
 from flax import nnx
 
-from shiftnet import (
-    checkpoint,
-    config,
-    convert_torch,
-    count,
-    data,
-    evaluate,
-    export,
-    models,
-    pack,
-    reproduce,
-    train,
-)
+from shiftnet import checkpoint, config, data, models
+from shiftnet.cli import convert, count, evaluate, export, pack, reproduce, train
+from shiftnet.cli.report import main as report
 from shiftnet.errors import UserError
 from shiftnet.layers import Linear
-from shiftnet.report.__main__ import main as report
 from shiftnet.training.loop import Summary
 
 HANG = 2.0  # seconds
@@ -63,7 +52,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train.main,
     "evaluate": evaluate.main,
     "count": count.main,
-    "convert_torch": convert_torch.main,
+    "convert_torch": convert.main,
     "pack": pack.main,
     "export": export.main,
     "reproduce": reproduce.main,
@@ -490,24 +479,24 @@ class Stubs:
     def patches(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         for name, stub in {
-            "shiftnet.train.train": self.train,
-            "shiftnet.train.plan.plan": _raise(Accepted),
-            "shiftnet.train.use_compilation_cache": lambda: None,
+            "shiftnet.cli.train.train": self.train,
+            "shiftnet.cli.train.plan.plan": _raise(Accepted),
+            "shiftnet.cli.train.use_compilation_cache": lambda: None,
             "jax.distributed.initialize": _raise(Accepted),
             "shiftnet.load": self.load,
             "shiftnet.data.load": self.dataset,
-            "shiftnet.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
-            "shiftnet.count._count": self.count,
+            "shiftnet.cli.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
+            "shiftnet.cli.count._count": self.count,
             "shiftnet.convert_torch.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
-            "shiftnet.reproduce.use_compilation_cache": lambda: None,
-            "shiftnet.reproduce._train": lambda *_: SimpleNamespace(finished=True),
-            "shiftnet.report.page.render": lambda found: "page",
-            "shiftnet.report.sources._count": lambda *_: None,
-            "shiftnet.export._converter": self.converter,
-            "shiftnet.export.stablehlo": lambda model, size: b"program",
-            "shiftnet.export.original": lambda model: {"x": np.zeros(2)},
-            "shiftnet.export.packed": lambda model: {"x": np.zeros(2)},
+            "shiftnet.cli.reproduce.use_compilation_cache": lambda: None,
+            "shiftnet.cli.reproduce._train": lambda *_: SimpleNamespace(finished=True),
+            "shiftnet.results.report.page.render": lambda found: "page",
+            "shiftnet.results.report.sources._count": lambda *_: None,
+            "shiftnet.cli.export._converter": self.converter,
+            "shiftnet.cli.export.stablehlo": lambda model, size: b"program",
+            "shiftnet.cli.export.original": lambda model: {"x": np.zeros(2)},
+            "shiftnet.cli.export.packed": lambda model: {"x": np.zeros(2)},
         }.items():
             stack.enter_context(mock.patch(name, stub))
         return stack

@@ -8,8 +8,9 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, evaluate, inference, pack, packing, weights
+from shiftnet import checkpoint, inference, packing, quantizers
 from shiftnet import config as config_lib
+from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
 from tests import networks
 
@@ -48,11 +49,11 @@ def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same
 ):
     monkeypatch.setattr(inference, "CONSTANT_BYTES", constant_bytes)
     network, recipe = small(form, bits)
-    before = {name: np.asarray(w()) for name, w in weights.of_layers(network).items()}
+    before = {name: np.asarray(w()) for name, w in quantizers.of_layers(network).items()}
     logits = networks.evaluate(network, np.moveaxis(images(), -1, 1))
     packing.write(tmp_path / "net.safetensors", network, note(recipe))
     model = shiftnet.load(tmp_path / "net.safetensors")
-    after = weights.of_layers(model.network)
+    after = quantizers.of_layers(model.network)
     for name, expected in before.items():
         np.testing.assert_array_equal(after[name](), expected, err_msg=name)
     np.testing.assert_allclose(model(images()), logits, rtol=1e-4, atol=1e-4 * abs(logits).max())
@@ -84,9 +85,9 @@ def test_files_are_as_small_as_promised(arch, fields, classes, rest, most, tmp_p
 
 def test_a_float16_rest_keeps_the_low_bit_weights_exact(tmp_path):
     network, recipe = small()
-    low = {n: np.asarray(w()) for n, w in weights.of_layers(network).items() if w.bits < 32}
+    low = {n: np.asarray(w()) for n, w in quantizers.of_layers(network).items() if w.bits < 32}
     packing.write(tmp_path / "net.safetensors", network, note(recipe), "float16")
-    after = weights.of_layers(shiftnet.load(tmp_path / "net.safetensors").network)
+    after = quantizers.of_layers(shiftnet.load(tmp_path / "net.safetensors").network)
     for name, expected in low.items():
         np.testing.assert_array_equal(after[name](), expected)
 

@@ -45,7 +45,7 @@ def only_xla() -> Iterator[None]:
 
     Networks then call their layers one by one.
 
-    For programs that must run on any device (`shiftnet.export`), and for comparisons. JAX keeps
+    For programs that must run on any device (`shiftnet.cli.export`), and for comparisons. JAX keeps
     what it traced: trace a function of its own within, not one that was called before. The
     environment's SHIFTNET_ONLY_XLA=1 does the same to a whole process.
     """

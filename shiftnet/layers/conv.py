@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 
 from shiftnet.kernels.layouts import every, product
-from shiftnet.weights import Float, Weight
-from shiftnet.weights.initializers import torch_uniform
+from shiftnet.quantizers import Float, Weight
+from shiftnet.quantizers.initializers import torch_uniform
 
 
 class Conv(nnx.Module):

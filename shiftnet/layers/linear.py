@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
-from shiftnet.weights import Float, Weight
-from shiftnet.weights.initializers import torch_uniform_bias
+from shiftnet.quantizers import Float, Weight
+from shiftnet.quantizers.initializers import torch_uniform_bias
 
 
 class Linear(nnx.Module):

@@ -8,17 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet import weights
+from shiftnet import quantizers
 from shiftnet.errors import UserError, unknown
 from shiftnet.layers import Conv, Linear
-from shiftnet.models import (
-    depthwiseresnet,
-    imagenet_resnet,
-    resnet,
-    shiftnet,
-    shiftresnet,
-    wrn,
-)
+from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
 from shiftnet.models.network import Network
 
 __all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
@@ -94,7 +87,7 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
         of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
-        `shiftnet.weights`) but the first's and the last's, unless `quantize_first_last`; and
+        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`; and
         `dtype` (`"float32"`: compute in the precision of the input; `"bfloat16"`: compute in
         bfloat16 whatever the input, with float32 parameters and batch statistics).
       num_classes: length of the logits.
@@ -118,7 +111,7 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
                 f"model.{field} must be {neutral} for {name} (it applies to {takers}), "
                 f"got {model[field]}"
             )
-    form = weights.make(model["weights"], model["weight_bits"])
+    form = quantizers.make(model["weights"], model["weight_bits"])
     network = family.build(
         depth,
         num_classes,
@@ -126,14 +119,14 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
         rngs=rngs,
         **{field: model[field] for field in family.fields},
     )
-    if form is not weights.Float:
+    if form is not quantizers.Float:
         spared = () if model["quantize_first_last"] else network.first_and_last
         _set_weights(network, form, spared, rngs)
     return network
 
 
 def _set_weights(
-    network: Network, form: Callable[..., weights.Weight], spared: Sequence[str], rngs: nnx.Rngs
+    network: Network, form: Callable[..., quantizers.Weight], spared: Sequence[str], rngs: nnx.Rngs
 ) -> None:
     """Gives every convolution and linear layer but the spared ones weights of a form."""
     for path, layer in nnx.iter_modules(network):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from shiftnet import weights
+from shiftnet import quantizers
 from shiftnet.kernels.implementations import only_xla
 
 
@@ -100,7 +100,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
     parameters: Counter[str] = Counter()
     weight_bytes: Counter[str] = Counter()
     bits: dict[str, int] = {}
-    forms = weights.of_layers(model)
+    forms = quantizers.of_layers(model)
     for name, variable in variables.items():
         is_latent = any(name.startswith(f"{layer}.weight.") for layer in forms)
         if isinstance(variable, nnx.Param) and not is_latent:

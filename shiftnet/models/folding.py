@@ -6,7 +6,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.affine import Affine
-from shiftnet.weights import Float, LowBitWeight, Weight
+from shiftnet.quantizers import Float, LowBitWeight, Weight
 
 
 def fold_batch_norms(network: nnx.Module, fold: Callable[[BatchNorm], Affine] = Affine.of) -> None:

@@ -14,7 +14,7 @@ from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.pooling import max_pool
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
-from shiftnet.weights.initializers import he_normal_fan_out
+from shiftnet.quantizers.initializers import he_normal_fan_out
 
 _Conv = functools.partial(Conv, init=he_normal_fan_out)
 

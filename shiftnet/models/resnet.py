@@ -18,7 +18,7 @@ from shiftnet.kernels.implementations import is_only_xla
 from shiftnet.kernels.layouts import Layout, affine, every, product
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.models.network import Network
-from shiftnet.weights.initializers import torch_uniform
+from shiftnet.quantizers.initializers import torch_uniform
 
 WIDTHS = (16, 32, 64)
 

@@ -20,7 +20,7 @@ from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Linear, Shift
 from shiftnet.layers.pooling import average_pool
 from shiftnet.models.network import Network
-from shiftnet.weights.initializers import he_normal_fan_out
+from shiftnet.quantizers.initializers import he_normal_fan_out
 
 _Conv = functools.partial(Conv, init=he_normal_fan_out)
 

@@ -15,7 +15,7 @@ from shiftnet.layers import BatchNorm, Conv
 from shiftnet.layers.pooling import average_pool
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import at_least_one
-from shiftnet.weights.initializers import he_normal_fan_out
+from shiftnet.quantizers.initializers import he_normal_fan_out
 
 _Conv = functools.partial(Conv, init=he_normal_fan_out)
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from shiftnet import tables, weights
+from shiftnet import quantizers, tables
+from shiftnet.quantizers import LowBitWeight
 from shiftnet.training.mesh import replicated
 from shiftnet.training.step import Program
-from shiftnet.weights import LowBitWeight
 
 Codes = dict[str, jax.Array]  # uint8 of each layer's shape, by layer; see `LowBitWeight.codes`
 
@@ -33,7 +33,7 @@ class LevelWatch:
     def __init__(self, program: Program):
         def low_bit(params: nnx.State, stats: nnx.State) -> dict[str, LowBitWeight]:
             network = nnx.merge(program.graphdef, params, stats)
-            found = weights.of_layers(network)
+            found = quantizers.of_layers(network)
             return {n: w for n, w in found.items() if isinstance(w, LowBitWeight)}
 
         def codes(params: nnx.State, stats: nnx.State) -> Codes:
@@ -102,7 +102,7 @@ def table(network: nnx.Module, zeros: Mapping[str, float]) -> str:
     rows: list[tuple[object, ...]] = [
         ("layer", "shape", "bits", "zeros", "float32 bytes", "packed bytes")
     ]
-    found = weights.of_layers(network)
+    found = quantizers.of_layers(network)
     for name, weight in found.items():
         share = f"{zeros[name]:.1%}" if name in zeros else ""
         shape = "x".join(map(str, weight.shape))

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from shiftnet import models, weights
+from shiftnet import models, quantizers
 from shiftnet.data import RGB, augment
 from shiftnet.kernels.implementations import only_xla, over
 from shiftnet.layers.batch_norm import per_share
@@ -138,7 +138,7 @@ class Program:
             model = nnx.merge(self.graphdef, params, stats, copy=True)
             logits = model(images, train=True)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
+            total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
         with over(self.mesh), self._statistics():

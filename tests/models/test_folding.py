@@ -6,7 +6,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm
 from shiftnet.models.folding import fix_weights, fold_batch_norms
-from shiftnet.weights import Float, of_layers
+from shiftnet.quantizers import Float, of_layers
 from tests import networks
 from tests.models.test_build import config
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import shiftnet
-from shiftnet import checkpoint, data, evaluate
-from shiftnet import train as train_door
+from shiftnet import checkpoint, data
+from shiftnet.cli import evaluate
+from shiftnet.cli import train as train_door
 from shiftnet.errors import UserError
 from shiftnet.training import feed, loop
 from shiftnet.training.interrupt import Interrupt

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import models, weights
+from shiftnet import models, quantizers
 from shiftnet.errors import UserError
 from shiftnet.training import loop, low_bit
 from shiftnet.training.interrupt import Interrupt
@@ -67,8 +67,8 @@ def test_the_table_adds_up():
     network = nnx.eval_shape(lambda: models.build(fields, 10, rngs=nnx.Rngs(0)))
     zeros = {
         name: 0.25
-        for name, weight in weights.of_layers(network).items()
-        if isinstance(weight, weights.LowBitWeight)
+        for name, weight in quantizers.of_layers(network).items()
+        if isinstance(weight, quantizers.LowBitWeight)
     }
     head, *rows, total = low_bit.table(network, zeros).splitlines()
     assert head.split() == [
@@ -85,7 +85,7 @@ def test_the_table_adds_up():
     assert cells["conv1"] == ["3x3x3x16", "32", str(4 * 432), str(4 * 432)]
     assert cells["layer2.0.conv1"] == ["1x1x16x32", "2", "25.0%", str(4 * 512), "128"]
     assert cells["layer2.0.shortcut.projection.0"] == ["1x1x16x32", "2", "25.0%", "2048", "128"]
-    assert len(cells) == len(weights.of_layers(network))
+    assert len(cells) == len(quantizers.of_layers(network))
     sums = [sum(int(row[column]) for row in cells.values()) for column in (-2, -1)]
     assert [int(n) for n in total.replace(",", "").split()[-2:]] == sums
 

@@ -1,0 +1,105 @@
+"""Trains a network, or goes on training it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from shiftnet import config as config_lib
+from shiftnet.errors import reported
+from shiftnet.planning import plan
+from shiftnet.training.loop import Summary, train
+from shiftnet.training.processes import join, leaving, use_compilation_cache
+
+
+@leaving
+@reported
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the command line names; returns the exit code."""
+    parser = config_lib.Parser(
+        prog="train.py",
+        description=__doc__,
+        usage="train.py --config FILE[:ARGUMENT] [--config.FIELD VALUE ...] [--workdir DIR]",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="where checkpoints and metrics go, and where a run is continued from "
+        "(default: runs/ and the recipe's name)",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="CKPT",
+        help="a checkpoint, converted ones too, to start from; the last layer starts fresh where "
+        "the classes differ in number",
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="TOPOLOGY[,TOPOLOGY ...]",
+        help="train nothing: estimate memory, speed and the largest batch on devices that need not "
+        "be here, such as v5e:4x4, v6e:16x16 or h200:8; exits with 1 where it does not fit",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps for TensorBoard's profile page, into the workdir",
+    )
+    processes = parser.add_argument_group(
+        "several processes",
+        "found without these under SLURM, in a Kubernetes Indexed Job and on Cloud TPU; elsewhere "
+        "all three",
+    )
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="the first process's address")
+    processes.add_argument("--num-processes", metavar="N", type=int)
+    processes.add_argument("--process-id", metavar="I", type=int, help="from 0")
+    config_lib.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    config = config_lib.from_arguments(arguments)
+    if arguments.plan is not None:
+        return _plan(config, arguments.plan)
+    use_compilation_cache()
+    join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+
+    workdir = Path(arguments.workdir or _default_workdir(arguments.config))
+    summary = train(config, workdir, init=arguments.init, profile=arguments.profile)
+    if jax.process_index() == 0:
+        print(_report(summary, workdir, f"--config {arguments.config}"))
+    return 0 if summary.finished else 128 + summary.signal
+
+
+def _plan(config: Any, topologies: str) -> int:
+    jax.config.update("jax_platforms", "cpu")  # nothing is run: look for no accelerator
+    names = plan.parse(topologies)
+    estimates = plan.plan(config, names, lambda text: print(f"{text} ...", file=sys.stderr))
+    print(plan.report(config, estimates))
+    too_small = [one.topology for one in estimates if not one.fits]
+    if too_small:
+        print(f"error: does not fit into the memory of {', '.join(too_small)}", file=sys.stderr)
+    return 1 if too_small else 0
+
+
+def _default_workdir(recipe: str) -> str:
+    file, _, argument = recipe.partition(":")
+    name = Path(file).stem
+    return os.path.join("runs", f"{name}-{argument}" if argument else name)
+
+
+def _report(summary: Summary, workdir: Path, recipe: str) -> str:
+    best = summary.best
+    lines = [summary.weights, ""] if summary.weights and summary.finished else []
+    if summary.final is not None:
+        lines.append(f"test accuracy {summary.final:.2%} after the last epoch")
+    if best:
+        chosen = f"best epoch {best['epoch']}, chosen on the {summary.chosen_on} images: "
+        lines.append(f"{chosen}test accuracy {best['test_accuracy']:.2%}")
+    if summary.finished:
+        lines.append(f"evaluate it: python evaluate.py --ckpt {workdir}")
+    else:
+        lines.append(
+            f"stopped after step {summary.step}, saved; "
+            f"to go on: python train.py {recipe} --workdir {workdir}, with the same overrides"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""What the page holds, in its order: sentences, tables and figures under headings."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from shiftnet.results.report import charts, grids, sources
+from shiftnet.results.report.charts import Chart
+from shiftnet.results.report.grids import Grid
+from shiftnet.results.report.sources import Confusion, Filled, Found, Training
+
+CONFUSED_PAIRS = 15  # how many are listed
+OPEN_DETAILS = 4  # the details of more runs than these are shown when asked for
+LEAST_EPOCHS = "Curves need two epochs; so far there are fewer."
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page: a heading, then what there is of sentences, tables and figures.
+
+    Attributes:
+      title: the heading.
+      sentences: above the tables.
+      grids: tables, each with its caption.
+      charts: figures.
+      details: sections that are opened one by one.
+      open: whether they are open at first.
+    """
+
+    title: str
+    sentences: Sequence[str] = ()
+    grids: Sequence[tuple[str, Grid]] = ()
+    charts: Sequence[Chart] = ()
+    details: Sequence["Section"] = ()
+    open: bool = False
+
+
+def sections(found: Found) -> list[Section]:
+    """All of the page."""
+    names = [row.name for filled in found.tables for row in filled.table.rows]
+    families = list(dict.fromkeys(map(sources.family, names)))
+    parts = [_table(filled, families) for filled in found.tables if filled.whole or filled.full]
+    if any(filled.short for filled in found.tables):
+        parts.append(_shortened(found.tables))
+    if found.trainings:
+        parts.append(_runs(found.trainings))
+    return parts or [Section("Nothing to draw", [grids.NOTHING])]
+
+
+def _table(filled: Filled, families: Sequence[str]) -> Section:
+    table = filled.table
+    sentences = [words for words in (grids.reading(filled), table.note) if words]
+    if missing := grids.missing(filled):
+        sentences.append(f"{missing} of {len(table.rows)} rows were not trained yet.")
+    drawn = charts.costs(filled, families)
+    if not drawn:
+        sentences.append("Nothing was reported and nothing trained, so there is no figure.")
+    trainings = [outcome.training for outcome in filled.full.values()]
+    return Section(
+        table.title,
+        sentences,
+        [("Ours and what was reported", grids.compared(filled))],
+        [*drawn, *(charts.curves(trainings, means=True) if len(trainings) > 1 else [])],
+        [of_training(training) for training in trainings],
+    )
+
+
+def _shortened(tables: Sequence[Filled]) -> Section:
+    trainings = [outcome.training for filled in tables for outcome in filled.short.values()]
+    return Section(
+        "Shortened schedules",
+        [grids.SHORT],
+        [(filled.table.title, grids.shortened(filled)) for filled in tables if filled.short],
+        charts.curves(trainings, means=True) if len(trainings) > 1 else [],
+        [of_training(training) for training in trainings],
+    )
+
+
+def _runs(trainings: Sequence[Training]) -> Section:
+    sentences = ["Accuracies are top-1 on the test set in per cent."]
+    drawn = []
+    if len(trainings) > 1:
+        drawn = [*charts.curves(trainings), *charts.sign_flips(trainings)]
+        if not drawn:
+            sentences.append(LEAST_EPOCHS)
+    return Section(
+        "Runs",
+        sentences,
+        [("Runs", grids.of_trainings(trainings))],
+        drawn,
+        [of_training(training) for training in trainings],
+        open=len(trainings) <= OPEN_DETAILS,
+    )
+
+
+def of_training(training: Training) -> Section:
+    """Everything on one recipe's runs."""
+    title = f"{training.name}: {grids.schedule(training)}"
+    if not training.epochs_done:
+        return Section(title, ["Nothing to draw: no epoch of it has ended."])
+    sentences = []
+    drawn = charts.curves([training])
+    if not drawn:
+        sentences.append(LEAST_EPOCHS)
+    drawn += [*charts.sign_flips([training]), *charts.levels(training.runs[0])]
+    confused = []
+    if training.confusion is None:
+        sentences.append("There is no confusion matrix with it.")
+    elif training.confusion.counts:
+        pairs = _confused(training.confusion)
+        caption = f"Most confused classes ({training.confusion.of})"
+        confused = [(caption, pairs)] if pairs.rows else []
+        drawn += [charts.per_class(training.confusion)]
+        if matrix := charts.matrix(training.confusion):
+            drawn.append(matrix)
+    return Section(title, sentences, confused, drawn)
+
+
+def _confused(confusion: Confusion) -> Grid:
+    """The pairs of classes that are most often taken for one another."""
+    images: dict[int, int] = {}
+    for label, _, count in confusion.counts:
+        images[label] = images.get(label, 0) + count
+    wrong = sorted(
+        (entry for entry in confusion.counts if entry[0] != entry[1]), key=lambda entry: -entry[2]
+    )
+    return Grid(
+        head=["class", "predicted", "images", "of the class"],
+        rows=[
+            [
+                grids.Cell(confusion.class_names[label]),
+                grids.Cell(confusion.class_names[prediction]),
+                grids.Cell(f"{count:,}"),
+                grids.Cell(f"{count / images[label]:.1%}"),
+            ]
+            for label, prediction, count in wrong[:CONFUSED_PAIRS]
+        ],
+    )
