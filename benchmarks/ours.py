@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 import shiftnet.config
 import shiftnet.data
@@ -37,7 +36,7 @@ LOOP_EPOCHS = 10_000  # more than will be asked for; the loop tabulates the rate
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
-def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> ConfigDict:
+def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> shiftnet.config.Config:
     """The default recipe with this net: `depth` and `expansion` (`num_classes` is the data's)."""
     config = shiftnet.config.default_config()
     config.model.arch = f"shiftresnet{net['depth']}"

@@ -8,117 +8,25 @@ Nothing is run, downloaded or written.
 
 import contextlib
 import dataclasses
-import importlib.util
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
-from ml_collections import ConfigDict
 
 import shiftnet.data
 from shiftnet import models, tables
+from shiftnet.config import Config
 from shiftnet.errors import UserError, unknown
 from shiftnet.kernels import implementations
 from shiftnet.kernels.layouts import LANES
 from shiftnet.models.counting import count
-from shiftnet.planning import hlo
+from shiftnet.planning import chips, hlo
+from shiftnet.planning.chips import CHIPS, Chip
 from shiftnet.training.mesh import batch_sharded, make_mesh, replicated
 from shiftnet.training.step import Program
-
-
-class Chip(NamedTuple):
-    """A kind of device, by its maker's figures.
-
-    Attributes:
-      kind: as JAX calls such a device (`device_kind`).
-      platform: as JAX lowers for it.
-      kernels: as `implementations.lowered_for` calls it.
-      memory: bytes.
-      flops: peak floating-point operations a second of its matrix units, by `config.model.dtype`.
-      memory_bandwidth: bytes a second.
-      link_bandwidth: bytes a second that it sends to others, over all its links.
-      topologies: the sizes that can be planned for, with their number of devices.
-      install: what its compiler is in, as a module and as pip calls it.
-    """
-
-    kind: str
-    platform: str
-    kernels: str
-    memory: float
-    flops: Mapping[str, float]
-    memory_bandwidth: float
-    link_bandwidth: float
-    topologies: Mapping[str, int]
-    install: tuple[str, str]
-
-
-_SIDES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SLICES = {sides: math.prod(map(int, sides.split("x"))) for sides in _SIDES}
-_ONE_MACHINE = {"1": 1, "2": 2, "4": 4, "8": 8}  # NVLink joins no more GPUs
-_LIBTPU = ("libtpu", "jax[tpu]")
-_CUDA = ("jax_cuda13_plugin", "jax[cuda13]")
-_HOPPER_FLOPS = {"float32": 989e12 / 2, "bfloat16": 1979e12 / 2}
-
-# TPUs: "TPU v5e" and "TPU v6e" in Google's Cloud TPU documentation (cloud.google.com/tpu/docs/v5e
-# and /v6e, System architecture): memory and its bandwidth, peak bfloat16 compute, and half of the
-# bidirectional inter-chip bandwidth, which times 256 is the page's all-reduce bandwidth of a pod.
-# JAX multiplies float32 there in one pass of bfloat16 unless told otherwise, hence the same peak.
-# GPUs: NVIDIA's datasheets, H100 SXM and H200 SXM: memory and its bandwidth, half of the TF32 and
-# bfloat16 peaks (the datasheets' are with sparsity), half of NVLink's bandwidth, which counts both
-# directions. JAX multiplies float32 there in TF32.
-CHIPS: Mapping[str, Chip] = {
-    "v5e": Chip(
-        kind="TPU v5 lite",
-        platform="tpu",
-        kernels="tpu",
-        memory=16e9,
-        flops={"float32": 197e12, "bfloat16": 197e12},
-        memory_bandwidth=819e9,
-        link_bandwidth=200e9,
-        topologies=_SLICES,
-        install=_LIBTPU,
-    ),
-    "v6e": Chip(
-        kind="TPU v6 lite",
-        platform="tpu",
-        kernels="tpu",
-        memory=32e9,
-        flops={"float32": 918e12, "bfloat16": 918e12},
-        memory_bandwidth=1638e9,
-        link_bandwidth=400e9,
-        topologies=_SLICES,
-        install=_LIBTPU,
-    ),
-    "h100": Chip(
-        kind="NVIDIA H100 80GB HBM3",
-        platform="cuda",
-        kernels="gpu",
-        memory=80e9,
-        flops=_HOPPER_FLOPS,
-        memory_bandwidth=3350e9,
-        link_bandwidth=450e9,
-        topologies=_ONE_MACHINE,
-        install=_CUDA,
-    ),
-    "h200": Chip(
-        kind="NVIDIA H200",
-        platform="cuda",
-        kernels="gpu",
-        memory=141e9,
-        flops=_HOPPER_FLOPS,
-        memory_bandwidth=4800e9,
-        link_bandwidth=450e9,
-        topologies=_ONE_MACHINE,
-        install=_CUDA,
-    ),
-}
 
 # Of the training set, by `data.name`. ImageNet's are those of the ILSVRC 2012 classification task
 # (Russakovsky et al., arXiv:1409.0575).
@@ -254,7 +162,7 @@ def parse(text: str) -> list[str]:
 
 
 def plan(
-    config: ConfigDict, names: Sequence[str], say: Callable[[str], None] = lambda text: None
+    config: Config, names: Sequence[str], say: Callable[[str], None] = lambda text: None
 ) -> list[Estimate]:
     """Compiles the recipe's step for each topology, and some with other batches, for the largest.
 
@@ -272,7 +180,7 @@ def plan(
     """
     models.check(config.model)
     facts = _facts(config)
-    places = [_devices(name) for name in names]
+    places = [chips.devices(name) for name in names]
     for _, devices in places:  # before the first minute of compiling
         make_mesh(config.batch_size, devices)
     if config.batch_size > facts.images:
@@ -297,7 +205,7 @@ def plan(
 
 
 def compile_step(
-    config: ConfigDict, facts: Facts, chip: Chip, devices: Sequence[jax.Device], batch: int
+    config: Config, facts: Facts, chip: Chip, devices: Sequence[jax.Device], batch: int
 ) -> Step | None:
     """Compiles `Program.train_batch`; None where the device's memory is too small for it.
 
@@ -308,8 +216,7 @@ def compile_step(
       devices: of a topology.
       batch: images of each device.
     """
-    config = ConfigDict(config)
-    config.batch_size = batch * len(devices)
+    config = dataclasses.replace(config, batch_size=batch * len(devices))
     mesh = make_mesh(config.batch_size, devices)
     name = config.data.name if config.data.source == "tfds" else shiftnet.data.IMAGENET
     mean, std = shiftnet.data.normalization(name, config.data.mean, config.data.std)
@@ -419,7 +326,7 @@ def _estimate(
     name: str,
     chip: Chip,
     devices: int,
-    config: ConfigDict,
+    config: Config,
     facts: Facts,
     step: Step | None,
     most: int,
@@ -448,7 +355,7 @@ def _estimate(
     )
 
 
-def _facts(config: ConfigDict) -> Facts:
+def _facts(config: Config) -> Facts:
     """Those of the recipe's data set; a folder of image files is looked at, nothing else is."""
     data = config.data
     if data.source == "folder":
@@ -466,38 +373,6 @@ def _facts(config: ConfigDict) -> Facts:
     return Facts(images, len(shiftnet.data.class_names(data.name)), 32, resident=True)
 
 
-# Ask no metadata server what machine this is, and let other processes load libtpu too.
-_LIBTPU_WITHOUT_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-def _devices(name: str) -> tuple[Chip, Sequence[jax.Device]]:
-    """The devices of a topology: something to compile for, nothing to run on."""
-    kind, _, size = name.partition(":")
-    chip = CHIPS[kind]
-    module, package = chip.install
-    if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"planning for {name} needs the compiler of such devices, though none of them: "
-            f'pip install "{package}"'
-        )
-    if chip.platform == "tpu":
-        for variable, value in _LIBTPU_WITHOUT_TPU.items():
-            os.environ.setdefault(variable, value)
-        host = {"chips_per_host_bounds": (1, 1, 1)} if size == "1x1" else {}
-        return chip, topologies.get_topology_desc(name, platform="tpu", **host).devices
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to check
-    return chip, topologies.get_topology_desc(
-        platform="cuda",
-        topology=f"1x1x{size}",
-        target_config=Path(__file__).with_name(f"{kind}.txtpb").read_text(),
-    ).devices
-
-
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
     """Keeps what is compiled out of JAX's cache: without such a device it cannot be read back."""
@@ -510,7 +385,7 @@ def _uncached() -> Iterator[None]:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
-def report(config: ConfigDict, estimates: Sequence[Estimate]) -> str:
+def report(config: Config, estimates: Sequence[Estimate]) -> str:
     """The estimates as a table, a column each, and what they leave out."""
     kinds = sorted({c.kind for one in estimates if one.step for c in one.step.collectives})
     columns = [_column(one, kinds) for one in estimates]

@@ -10,7 +10,7 @@ import pytest
 
 from shiftnet.cli import train
 from shiftnet.errors import UserError
-from shiftnet.planning import hlo, plan
+from shiftnet.planning import chips, hlo, plan
 from tests.training.small import recipe
 
 needs_libtpu = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def wrn8(**overrides):
 
 def step_here(**overrides):
     """A step of 64 images for each of the devices that the tests have."""
-    here = plan.CHIPS["v5e"]._replace(platform="cpu", kernels="cpu")
+    here = chips.CHIPS["v5e"]._replace(platform="cpu", kernels="cpu")
     facts = plan.Facts(images=1442, classes=10, side=32, resident=True)
     return plan.compile_step(wrn8(**overrides), facts, here, jax.devices(), 64)
 
@@ -153,7 +153,7 @@ def planned(monkeypatch, step, names=("v5e:2x4",), **overrides):
 
     def devices(name):
         kind, _, size = name.partition(":")
-        return plan.CHIPS[kind], jax.devices()[:1] * plan.CHIPS[kind].topologies[size]
+        return chips.CHIPS[kind], jax.devices()[:1] * chips.CHIPS[kind].topologies[size]
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     monkeypatch.setattr(plan, "_devices", devices)
@@ -221,7 +221,7 @@ def test_a_missing_compiler_says_what_to_install(name, monkeypatch):
     ],
 )
 def test_what_could_not_be_trained_is_not_compiled(overrides, message, monkeypatch):
-    monkeypatch.setattr(plan, "_devices", lambda name: (plan.CHIPS["v5e"], jax.devices() * 4))
+    monkeypatch.setattr(plan, "_devices", lambda name: (chips.CHIPS["v5e"], jax.devices() * 4))
     monkeypatch.setattr(plan, "compile_step", None)
     with pytest.raises(UserError, match=re.escape(message)):
         plan.plan(wrn8(**overrides), ["v5e:2x4"])

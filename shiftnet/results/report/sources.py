@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
-from ml_collections import ConfigDict
 
 import shiftnet.config
 import shiftnet.data
 from shiftnet import models, results
+from shiftnet.config import Config
 from shiftnet.errors import UserError
 from shiftnet.models.counting import count
 from shiftnet.training import metrics
@@ -247,7 +247,7 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
 
 def _trainings(workdirs: Sequence[Path]) -> list[Training]:
     """Of working directories; the seeds of one recipe together, a seed once more on its own."""
-    groups: dict[tuple[str, int], list[tuple[Path, ConfigDict]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Path, Config]]] = {}
     for workdir in workdirs:
         config = _config(workdir)
         recipe = {**config.to_dict(), "seed": 0, "data": {**config.data.to_dict(), "dir": ""}}
@@ -275,7 +275,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _training(name: str, members: Sequence[tuple[Path, ConfigDict]]) -> Training:
+def _training(name: str, members: Sequence[tuple[Path, Config]]) -> Training:
     """Of working directories of one recipe, and that recipe."""
     config = members[0][1]
     runs = [Run(config.seed, _lines(workdir)) for workdir, config in members]
@@ -294,7 +294,7 @@ def _training(name: str, members: Sequence[tuple[Path, ConfigDict]]) -> Training
     )
 
 
-def _config(workdir: Path) -> ConfigDict:
+def _config(workdir: Path) -> Config:
     path = workdir / RECIPE
     try:
         return shiftnet.config.from_json(path.read_text())
@@ -328,7 +328,7 @@ def _checked(lines: Sequence[Any]) -> list[Line]:
     return list(lines)
 
 
-def _of(workdir: Path, config: ConfigDict) -> Confusion | None:
+def _of(workdir: Path, config: Config) -> Confusion | None:
     """What a run wrote beside its metrics, if it did."""
     path = workdir / metrics.CONFUSION
     try:
@@ -359,7 +359,7 @@ def _confusion(counts: Any, class_names: Sequence[str], of: str) -> Confusion:
     return Confusion(names, checked, of)
 
 
-def _count(config: ConfigDict, confusion: Confusion | None):
+def _count(config: Config, confusion: Confusion | None):
     """The costs of a recipe's network; None where the number of its classes is not known."""
     if config.data.source == "tfds" and config.data.name in shiftnet.data.IN_MEMORY:
         classes, side = len(shiftnet.data.class_names(config.data.name)), 32
