@@ -68,7 +68,7 @@ fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.interchange.fuzz
 
 results: $(VENV)/dev
-	$(BIN)/python -m shiftnet report results results/short --out docs/results.md
+	$(BIN)/python -m shiftnet report results results/smoke --out docs/results.md
 	$(BIN)/python -m shiftnet report results --brief --out README.md
 
 torture: $(VENV)/dev

@@ -40,7 +40,7 @@ MOST_SEEDS = 1000
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The dtype of what is not low-bit in the networks that are kept.
 REST = "float16"
-SHORT = "short"
+SHORT = "smoke"
 # Where networks of more bytes go, which are too large to be kept in a repository.
 LARGE, LARGE_BYTES = "large", 5_000_000
 

@@ -3,7 +3,7 @@
 A folder of results holds `table.toml`, the rows with what was reported for them; `NAME.json` for
 each row that was trained, written by `python -m shiftnet reproduce` and never by hand; and
 `NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes; one of more
-than 5 MB is in `large/`, which is no part of the repository. The folder `short/` holds such files
+than 5 MB is in `large/`, which is no part of the repository. The folder `smoke/` holds such files
 of shortened schedules.
 
 A row's JSON file:

@@ -15,7 +15,7 @@ from shiftnet.results.report import charts, grids, markdown, page, sections, sou
 from tests import browser
 
 ROOT = Path(__file__).parents[2]
-SHORT = sorted(path for path in (ROOT / "results" / "short").glob("*_*epochs*") if path.is_dir())
+SHORT = sorted(path for path in (ROOT / "results" / "smoke").glob("*_*epochs*") if path.is_dir())
 HOSTILE = "<script>alert('1')</script>"
 
 TABLE = """
@@ -250,12 +250,12 @@ def test_words_from_files_are_not_markup(folder, tmp_path):
 
 
 def test_a_folder_without_a_table_takes_its_parents(folder, tmp_path):
-    inner = folder / "short"
+    inner = folder / "smoke"
     inner.mkdir()
     (folder / "wrn20_1_1bit_c100.json").rename(inner / "wrn20_1_1bit_c100.json")
     (alone,) = sources.find([inner]).tables
     assert not alone.whole
-    assert list(alone.short) == ["wrn20_1_1bit_c100"]
+    assert list(alone.shortened) == ["wrn20_1_1bit_c100"]
     text = markdown.render(sources.find([inner]))
     assert "not run yet" not in text
     (both,) = sources.find([folder, inner]).tables
@@ -528,7 +528,7 @@ def test_outside_a_command_errors_are_user_errors(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "folders", "brief"),
-    [("docs/results.md", ["results", "results/short"], False), ("README.md", ["results"], True)],
+    [("docs/results.md", ["results", "results/smoke"], False), ("README.md", ["results"], True)],
 )
 def test_the_tables_in_the_docs_are_those_of_the_results(file, folders, brief):
     root = Path(__file__).parents[2]
@@ -540,9 +540,9 @@ def test_the_tables_in_the_docs_are_those_of_the_results(file, folders, brief):
 def test_a_folder_beside_the_table_without_results_is_refused(tmp_path):
     table = Path(__file__).parents[2] / "results" / "table.toml"
     (tmp_path / "table.toml").write_bytes(table.read_bytes())
-    (tmp_path / "short").mkdir()
-    with pytest.raises(UserError, match=r"short has no result of a row of .*table.toml"):
-        sources.find([tmp_path / "short"])
+    (tmp_path / "smoke").mkdir()
+    with pytest.raises(UserError, match=r"smoke has no result of a row of .*table.toml"):
+        sources.find([tmp_path / "smoke"])
 
 
 def test_what_is_kept_in_the_repository_is_small():

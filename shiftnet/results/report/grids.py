@@ -118,7 +118,7 @@ def shortened(filled: Filled) -> Grid:
                 *_seeds_network_and_speed(outcome),
             ]
             for row in filled.table.rows
-            if (outcome := filled.short.get(row.name))
+            if (outcome := filled.shortened.get(row.name))
         ],
     )
 

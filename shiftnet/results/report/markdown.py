@@ -31,7 +31,7 @@ def render(found: Found, *, brief: bool = False) -> str:
         rows = sum(len(filled.table.rows) for filled in found.tables)
         parts.append(f"{missing} of {rows} rows have not been trained on their full schedule yet.")
         return "\n\n".join(parts)
-    short = [filled for filled in found.tables if filled.short]
+    short = [filled for filled in found.tables if filled.shortened]
     if short:
         parts += ["## Shortened schedules", grids.SHORT]
     for filled in short:

@@ -39,7 +39,7 @@ def sections(found: Found) -> list[Section]:
     names = [row.name for filled in found.tables for row in filled.table.rows]
     families = list(dict.fromkeys(map(sources.family, names)))
     parts = [_table(filled, families) for filled in found.tables if filled.whole or filled.full]
-    if any(filled.short for filled in found.tables):
+    if any(filled.shortened for filled in found.tables):
         parts.append(_shortened(found.tables))
     if found.trainings:
         parts.append(_runs(found.trainings))
@@ -65,11 +65,11 @@ def _table(filled: Filled, families: Sequence[str]) -> Section:
 
 
 def _shortened(tables: Sequence[Filled]) -> Section:
-    trainings = [outcome.training for filled in tables for outcome in filled.short.values()]
+    trainings = [outcome.training for filled in tables for outcome in filled.shortened.values()]
     return Section(
         "Shortened schedules",
         [grids.SHORT],
-        [(filled.table.title, grids.shortened(filled)) for filled in tables if filled.short],
+        [(filled.table.title, grids.shortened(filled)) for filled in tables if filled.shortened],
         charts.curves(trainings, means=True) if len(trainings) > 1 else [],
         [of_training(training) for training in trainings],
     )

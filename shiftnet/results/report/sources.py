@@ -99,7 +99,7 @@ class Outcome:
     kept: float | None
 
     @property
-    def is_short(self) -> bool:
+    def is_shortened(self) -> bool:
         """Whether the schedule was shortened, so that no full one compares with it."""
         return self.training.epochs < self.training.full_epochs
 
@@ -109,7 +109,7 @@ class Filled(NamedTuple):
 
     table: results.Table
     full: Mapping[str, Outcome]
-    short: Mapping[str, Outcome]
+    shortened: Mapping[str, Outcome]
     whole: bool  # whether rows that were not trained are shown too
 
 
@@ -200,8 +200,8 @@ def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
             if (outcome := _outcome(folder, row.name))
         ]
         if whole or outcomes:
-            full = {o.training.name: o for o in outcomes if not o.is_short}
-            short = {o.training.name: o for o in outcomes if o.is_short}
+            full = {o.training.name: o for o in outcomes if not o.is_shortened}
+            short = {o.training.name: o for o in outcomes if o.is_shortened}
             filled.append(Filled(table, full, short, whole))
     return filled
 
