@@ -1,28 +1,39 @@
-"""The command `shiftnet SUBCOMMAND`; in a checkout `python -m shiftnet SUBCOMMAND`."""
+"""The command `shiftnet SUBCOMMAND`, in a checkout `python -m shiftnet SUBCOMMAND`."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
+from shiftnet import __version__
 from shiftnet.cli import COMMANDS
 from shiftnet.errors import reported, unknown
+
+USAGE = """\
+usage: shiftnet SUBCOMMAND ...
+
+Trains and uses shift networks and networks with low-bit weights.
+
+{}
+
+shiftnet SUBCOMMAND --help lists a subcommand's options; shiftnet --version prints the version.
+"""
 
 
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand that the command line names; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        print("usage: shiftnet SUBCOMMAND ...   (SUBCOMMAND --help lists its options)\n")
-        for name, (_, summary) in COMMANDS.items():
-            print(f"  {name:{width}}  {summary}")
+        lines = (f"  {command:{width}}  {summary}" for command, summary in COMMANDS.items())
+        print(USAGE.format("\n".join(lines)), end="")
         return 0
-    name, *rest = arguments
+    if name == "--version":
+        print(f"shiftnet {__version__}")
+        return 0
     if name not in COMMANDS:
         raise unknown("subcommand", name, COMMANDS)
-    command = importlib.import_module(f"shiftnet.cli.{COMMANDS[name][0]}")
-    return command.main(rest)
+    return importlib.import_module(f"shiftnet.cli.{name}").main(rest)
 
 
 if __name__ == "__main__":

@@ -464,7 +464,8 @@ class Field:
     @property
     def metavar(self) -> str:
         """What `--help` calls its value."""
-        return "|".join(self.choices) or self.kind.__name__.upper()
+        names = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", tuple: "A,B,..."}
+        return "|".join(self.choices) or names[self.kind]
 
 
 GROUPS: Mapping[str, type[Settings]] = {
@@ -702,14 +703,16 @@ class Parser(argparse.ArgumentParser):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives a command `--config FILE[:ARGUMENT]` and `--config.FIELD VALUE` for every field."""
-    sections = {"": parser.add_argument_group("recipe", "settings of the run, the most used first")}
+    sections = {
+        "": parser.add_argument_group("recipe", "A file of settings, and the most used settings.")
+    }
     for name, kind in GROUPS.items():
-        sections[name] = parser.add_argument_group(f"recipe: {name}", kind.__doc__)
+        sections[name] = parser.add_argument_group(f"{name} settings", kind.__doc__)
     sections[""].add_argument(
         "--config",
         metavar="FILE[:ARGUMENT]",
-        help="the file of settings that the others change, for example "
-        "configs/shiftresnet20_c100.py:expansion=3",
+        help="the recipe, for example configs/shiftresnet20_c100.py:expansion=3; the options below "
+        "change its settings",
     )
     for path in dict.fromkeys((*MOST_USED, *FIELDS)):
         field = FIELDS[path]

@@ -14,6 +14,7 @@ from flax import nnx
 
 from shiftnet import checkpoint, data, interchange, models, tables
 from shiftnet import config as config_lib
+from shiftnet.cli import prog
 from shiftnet.data.cifar import WRN_NORMALIZATION
 from shiftnet.errors import UserError, reported
 from shiftnet.interchange import torch_names
@@ -26,7 +27,7 @@ DATASETS = {10: "cifar10", 100: "cifar100", 1000: "imagenet2012"}
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts the file that the command line names; returns the exit code."""
-    parser = config_lib.Parser(prog="python -m shiftnet.convert_torch", description=__doc__)
+    parser = config_lib.Parser(prog=prog("convert"), description=__doc__)
     parser.add_argument("file", metavar="FILE", help="the original checkpoint")
     parser.add_argument(
         "--out", metavar="DIR", help="the checkpoint to write (default: converted/ and FILE's name)"

@@ -1,8 +1,8 @@
 """Counts a network's parameters and multiply-adds.
 
-For the networks published with arXiv:1711.08141 it prints the lines of the count tool published
-there, in that tool's own convention (see `page_flops`); for the others, and with --true, the true
-counts, layer by layer.
+For the networks published with arXiv:1711.08141 it prints what the count tool published there
+prints, in that tool's convention, which differs from the true count in two layers. For other
+networks, and with --true, it prints the true counts, layer by layer.
 """
 
 import json
@@ -18,12 +18,12 @@ from shiftnet.errors import UserError, reported
 from shiftnet.models import FAMILIES, build, parse_arch
 from shiftnet.models.counting import Counts, count
 
-# Fields of `config.model` that are options, and the families whose counts were published.
+# The fields of `config.model` that are options, and the families whose counts were published.
 OPTIONS = ("expansion", "reduction", "reduction_mode", "width", "weights", "weight_bits")
 PUBLISHED = ("shiftresnet", "resnet", "depthwiseresnet")
 
-# Values in one tensor, channels times pixels. Tracing a shift builds a table of positions as large
-# as what it moves; this bound keeps that to a few GB.
+# The largest tensor that is counted, in channels times pixels. Tracing a shift builds a table of
+# positions as large as the tensor it moves; this bound keeps the table to a few GB.
 MOST_VALUES = 2**28
 
 
@@ -31,12 +31,17 @@ MOST_VALUES = 2**28
 def main(argv: Sequence[str] | None = None) -> int:
     """Counts the network that the command line names; returns the exit code."""
     parser = config_lib.Parser(prog="shiftnet count", description=__doc__)
-    parser.add_argument("--arch", required=True, help="a family and its depth: shiftresnet20")
+    parser.add_argument(
+        "--arch",
+        metavar="TEXT",
+        required=True,
+        help="a family and its depth, such as shiftresnet20",
+    )
     for name in OPTIONS:
         field = config_lib.FIELDS[f"model.{name}"]
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            metavar="|".join(field.choices) or type(field.default).__name__.upper(),
+            metavar=field.metavar,
             help=f"{field.doc} (default: {_default(name)})",
         )
     parser.add_argument(
@@ -45,20 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=config_lib.FIELDS["model.quantize_first_last"].doc,
     )
     parser.add_argument(
-        "--num-classes", metavar="N", type=int, help="default: 10; for ImageNet's networks 1000"
+        "--num-classes",
+        metavar="N",
+        type=int,
+        help="number of classes (default: 10; 1000 for ImageNet networks)",
     )
     parser.add_argument(
         "--image-size",
         metavar="PIXELS",
         type=int,
-        help="height and width, default: 32; for ImageNet's networks 224",
+        help="height and width of the images (default: 32; 224 for ImageNet networks)",
     )
     parser.add_argument(
         "--true",
         action="store_true",
-        help="print what really runs: a line a layer, bytes of weights, peak activations",
+        help="print the true counts: one line per layer, bytes of weights, peak activations",
     )
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON instead")
+    parser.add_argument("--json", action="store_true", help="print all counts as JSON instead")
     arguments = parser.parse_args(argv)
 
     model = _model_config(arguments)
@@ -97,11 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def page_flops(counts: Counts) -> int:
-    """The multiply-adds of one of the published networks, as the published tool counted them.
+    """Returns the multiply-adds of a published network as the published tool counted them.
 
-    It differs from the true count in two layers. The stem counts as 3x3 convolution of one channel
-    to as many as the last stage has (and not of 3 to as many as the first has); a depthwise
-    convolution counts at the size that its block returns, though it runs before the stride.
+    They differ from the true count in two layers. The stem is counted as a 3x3 convolution from one
+    channel to the last stage's channels, instead of from 3 to the first stage's. A depthwise
+    convolution is counted at its block's output size, though it runs before the stride.
     """
     layers = {layer.name: layer for layer in counts.layers}
     height, width, _ = layers["conv1"].output
@@ -124,11 +132,10 @@ def _default(name: str) -> str:
     return str(config_lib.FIELDS[f"model.{name}"].default)
 
 
-def _model_config(arguments: Any) -> Mapping[str, Any]:
-    """A recipe's `config.model` with what the command line says of it."""
+def _model_config(arguments: Any) -> config_lib.ModelConfig:
+    """Returns a recipe's `config.model` with the options of the command line."""
     config = config_lib.default_config()
     config.model.arch = arguments.arch
-    config_lib.validate(config)  # before its depth is taken for a number
     family, _ = parse_arch(arguments.arch)
     if family == "depthwiseresnet":  # published with this mode alone
         config.model.reduction_mode = "block"
@@ -137,19 +144,19 @@ def _model_config(arguments: Any) -> Mapping[str, Any]:
         if text is not None:
             config_lib.override(config, f"model.{name}", text)
     config.model.quantize_first_last = arguments.quantize_first_last
-    config_lib.validate(config)
+    config_lib.check_effects(config)
     return config.model
 
 
 def _count(model: Mapping[str, Any], arguments: Any) -> Counts:
     size = arguments.image_size
-    # Abstract: shapes and types, no memory and no random numbers.
+    # Only shapes and dtypes: this takes no memory and draws no random numbers.
     network = nnx.eval_shape(lambda: build(model, arguments.num_classes, rngs=nnx.Rngs(0)))
     widest = max(leaf.shape[-1] for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
     if widest * size**2 > MOST_VALUES:
         raise UserError(
-            f"{widest} channels at {size}x{size} pixels are more than can be counted: "
-            f"together at most {MOST_VALUES}, found {widest * size**2}"
+            f"{widest} channels at {size}x{size} pixels are too large to count: "
+            f"channels times pixels must be at most {MOST_VALUES}, found {widest * size**2}"
         )
     return count(network, (size, size, 3))
 
@@ -196,16 +203,16 @@ def _table(counts: Counts) -> str:
         [
             tables.aligned(rows),
             "",
-            f"multiply-adds:    {counts.multiply_adds:>15,} an image",
+            f"multiply-adds:    {counts.multiply_adds:>15,} per image",
             f"parameters:       {counts.parameters:>15,}",
             f"weights:          {counts.weight_bytes:>15,} bytes",
-            f"peak activations: {counts.peak_activation_bytes:>15,} bytes an image",
+            f"peak activations: {counts.peak_activation_bytes:>15,} bytes per image",
         ]
     )
 
 
 def _bits(counts: Counts) -> str:
-    """Two lines in the manner of the page's: bits a weight, and bytes packed against float32."""
+    """Returns two lines like the page's: bits per weight, and bytes packed against float32."""
     low = [layer for layer in counts.layers if layer.bits < 32]
     weights = sum(layer.parameters for layer in low)
     plain = 4 * counts.parameters
@@ -215,7 +222,3 @@ def _bits(counts: Counts) -> str:
         f"Bytes: (packed) {counts.weight_bytes} (float32) {plain} "
         f"(reduction) {plain / counts.weight_bytes:.2f}"
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

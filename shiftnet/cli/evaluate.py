@@ -8,6 +8,7 @@ from typing import Any
 import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
+from shiftnet.cli import prog
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
 from shiftnet.training.evaluation import Evaluation, make_evaluator
@@ -18,7 +19,7 @@ from shiftnet.training.processes import use_compilation_cache
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates what the command line names; returns the exit code."""
-    parser = config_lib.Parser(prog="evaluate.py", description=__doc__)
+    parser = config_lib.Parser(prog=prog("evaluate"), description=__doc__)
     parser.add_argument(
         "--ckpt",
         nargs="+",

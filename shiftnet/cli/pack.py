@@ -1,30 +1,30 @@
-"""Writes a network's packed file: low-bit weights at their true width, batch norms folded."""
+"""Writes a network as a packed file: low-bit weights at their true width, batch norms folded."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import shiftnet
 from shiftnet import config as config_lib
 from shiftnet import packing, quantizers, tables
 from shiftnet.errors import UserError, reported
+from shiftnet.files import path_of
 
 
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
     """Packs the checkpoint that the command line names; returns the exit code."""
     parser = config_lib.Parser(prog="shiftnet pack", description=__doc__)
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, as evaluate.py takes it")
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, as for evaluate.py")
     parser.add_argument("out", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument(
         "--rest",
         choices=packing.RESTS,
         default="float32",
-        help="dtype of what is not low-bit (default: float32)",
+        help="dtype of the unquantized parameters (default: float32)",
     )
     arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
+    out = path_of(arguments.out, "OUT.safetensors")
     if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors, by which the file is known again")
+        raise UserError(f"{out} must end in .safetensors, by which packed files are recognized")
 
     model = shiftnet.load(arguments.ckpt)
     network = model.network

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from shiftnet import config as config_lib
+from shiftnet.cli import prog
 from shiftnet.errors import reported
 from shiftnet.planning import plan
 from shiftnet.training.loop import Summary, train
@@ -20,9 +21,9 @@ from shiftnet.training.processes import join, leaving, use_compilation_cache
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line names; returns the exit code."""
     parser = config_lib.Parser(
-        prog="train.py",
+        prog=prog("train"),
         description=__doc__,
-        usage="train.py --config FILE[:ARGUMENT] [--config.FIELD VALUE ...] [--workdir DIR]",
+        usage="%(prog)s --config FILE[:ARGUMENT] [--config.FIELD VALUE ...] [--workdir DIR]",
     )
     parser.add_argument(
         "--workdir",
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="write a trace of a few steps for TensorBoard's profile page, into the workdir",
     )
+    config_lib.add_arguments(parser)
     processes = parser.add_argument_group(
         "several processes",
         "found without these under SLURM, in a Kubernetes Indexed Job and on Cloud TPU; elsewhere "
@@ -55,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes.add_argument("--coordinator", metavar="HOST:PORT", help="the first process's address")
     processes.add_argument("--num-processes", metavar="N", type=int)
     processes.add_argument("--process-id", metavar="I", type=int, help="from 0")
-    config_lib.add_arguments(parser)
     arguments = parser.parse_args(argv)
     config = config_lib.from_arguments(arguments)
     if arguments.plan is not None:

@@ -1,7 +1,8 @@
-"""train.py, evaluate.py and shiftnet.load as a user meets them."""
+"""The commands and shiftnet.load as a user meets them."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 
 import shiftnet
 from shiftnet import checkpoint, data
-from shiftnet.cli import convert, evaluate, export, train
+from shiftnet.__main__ import main as shiftnet_main
+from shiftnet.cli import COMMANDS, convert, evaluate, export, train
+from shiftnet.config import GROUPS, MOST_USED
 from shiftnet.data import augment
 from shiftnet.errors import UserError, reported
 from shiftnet.training import metrics
@@ -287,3 +290,52 @@ def test_importing_the_package_imports_neither_jax_nor_tensorflow():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [(), ("--help",), ("help",)])
+def test_the_command_without_a_subcommand_lists_them(capsys, command):
+    assert shiftnet_main(command) == 0
+    out = capsys.readouterr().out
+    for name, summary in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", out, re.M)
+
+
+def test_a_mistyped_subcommand_is_answered_with_the_nearest(capsys):
+    assert shiftnet_main(["trian"]) == 2
+    assert "unknown subcommand 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_subcommand_explains_itself_under_its_own_name(capsys, name):
+    with pytest.raises(SystemExit) as exit_:
+        shiftnet_main([name, "--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: shiftnet {name} ")
+
+
+@pytest.mark.parametrize(
+    ("script", "main", "usage"),
+    [
+        ("train.py", train.main, "usage: train.py "),
+        ("/there/evaluate.py", evaluate.main, "usage: evaluate.py "),
+        ("convert_torch.py", convert.main, "usage: python -m shiftnet.convert_torch "),
+    ],
+)
+def test_a_script_explains_itself_under_its_own_name(capsys, monkeypatch, script, main, usage):
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith(usage)
+
+
+def test_trains_help_shows_what_people_change_most_before_the_rest(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    out = capsys.readouterr().out
+    most_used = [out.index(f"--config.{path} ") for path in MOST_USED]
+    assert most_used == sorted(most_used)
+    groups = [out.index(f"\n{name} settings:\n") for name in GROUPS]
+    assert groups == sorted(groups)
+    assert out.index("--workdir") < most_used[0]
+    assert most_used[-1] < groups[0]
+    assert groups[-1] < out.index("--coordinator")

@@ -410,7 +410,7 @@ def test_damaged_files_are_a_sentence(folder, tmp_path, capsys, name, text, sent
     [
         (["nowhere", "--out", "report.html"], "nowhere is neither a run's working directory"),
         (["results", "--out", "report.pdf"], "must end in .html or .md"),
-        (["results", "--out", "report.html", "--brief"], "--brief is for Markdown"),
+        (["results", "--out", "report.html", "--brief"], "--brief applies to Markdown"),
         (["results", "--out", "no/folder/report.html"], "cannot write no/folder/report.html"),
         (["results"], "--out"),
     ],
