@@ -39,9 +39,7 @@ MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> shiftnet.config.Config:
     """The default recipe with this net: `depth` and `expansion` (`num_classes` is the data's)."""
     config = shiftnet.config.default_config()
-    config.model.arch = f"shiftresnet{net['depth']}"
-    config.model.expansion = float(net["expansion"])
-    config.model.dtype = dtype
+    config.model.update(arch=f"shiftresnet{net['depth']}", expansion=net["expansion"], dtype=dtype)
     config.batch_size = batch_size
     return config
 

@@ -473,9 +473,10 @@ GROUPS: Mapping[str, type[Settings]] = {
     for declared in dataclasses.fields(Config)
     if isinstance(declared.type, type) and issubclass(declared.type, Settings)
 }
+_CLASSES: Sequence[type[Settings]] = (Config, *GROUPS.values())
 FIELDS: Mapping[str, Field] = {
     path: Field.of(path, declared)
-    for kind in (Config, *GROUPS.values())
+    for kind in _CLASSES
     for declared in kind.__dataclass_fields__.values()
     if (path := f"{kind._prefix}{declared.name}") not in GROUPS
 }
