@@ -2,6 +2,14 @@
 
 The mean of `x @ kernel` is that of `x`, times `kernel`; its variances are the diagonal of
 `kernel.T @ covariance @ kernel`. Neither needs the product.
+
+Variances are the differences of larger numbers where a kernel cancels what the channels of `x` have
+in common. Rounding then leaves an error below `bound = eps * (|kernel|.T @ s)^2`, where `s` are the
+channels' standard deviations and `eps` is the dtype's resolution (the largest error found was 0.35
+of that, over batches of 2^17 pixels), since a sum of squares cannot hold more digits. No variance
+below `bound` is returned. So an inverse standard deviation has a relative error of at most
+`min(1, bound / variance)`: values normalised by it can be less accurate than those normalised by
+the product's own variance, but they are never inflated, and never NaN.
 """
 
 import functools
@@ -27,7 +35,8 @@ EXACT = jax.lax.Precision.HIGHEST
 def of_product(x: jax.Array, kernel: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of `x @ kernel`, `[features]` each, in the dtype of `kernel`."""
     total, products = (value / pixels(x, layout) for value in _sums(x, None, layout))
-    return _exact(total, kernel), (kernel * _exact(products, kernel)).sum(0)
+    var = (kernel * _exact(products, kernel)).sum(0)
+    return _exact(total, kernel), jnp.maximum(var, _least_variance(products, kernel))
 
 
 def of_shifted_product(
@@ -75,7 +84,15 @@ def of_shifted_product(
     rest = mean - share * at
     square = (w * _exact(products, w)).sum(1)
     var = square - rest * rest + (1 - share) * at * (2 * rest + share * at)
-    return mean[group, place], var[group, place]
+    least = _least_variance(sums[0][1] / pixels(x, layout), kernel)
+    return mean[group, place], jnp.maximum(var[group, place], least)
+
+
+def _least_variance(covariance: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The `bound` of this module's docstring, `[features]`, without gradients."""
+    deviations = jnp.sqrt(jax.lax.stop_gradient(jnp.diagonal(covariance)))
+    largest = _exact(deviations, jnp.abs(jax.lax.stop_gradient(kernel)))
+    return jnp.finfo(kernel.dtype).eps * jnp.square(largest)
 
 
 def _exact(x: jax.Array, y: jax.Array) -> jax.Array:

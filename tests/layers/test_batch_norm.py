@@ -222,6 +222,39 @@ def test_a_mean_far_from_zero_costs_no_digits_through_a_kernel():
     np.testing.assert_allclose(bn.var[...], 0.9 + 0.1 * variance, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("common", [0, 100, 1e4, 1e6])
+def test_a_kernel_that_cancels_what_channels_share_keeps_its_bound_and_stays_finite(
+    common, shifted
+):
+    """The truth is the layers' own formula in float64."""
+    rng = np.random.default_rng(0)
+    x = common * rng.normal(size=(8, 32, 32, 1)) * rng.uniform(0.5, 2, 8)
+    x += rng.normal(size=(8, 32, 32, 8))
+    kernel = rng.normal(size=(8, 12)) / 3
+    _, _, (strongest, *_) = np.linalg.svd((x - x.mean((0, 1, 2))).reshape(-1, 8), False)
+    kernel -= np.outer(strongest, strongest @ kernel)
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    offsets = (np.arange(12) % 3 - 1, np.arange(12) // 3 % 3 - 1) if shifted else None
+
+    def loss(x, kernel):
+        bn = BatchNorm(12)
+        folded, bias = bn.through(x, kernel, train=True, offsets=offsets)
+        return jnp.sin(x @ folded + bias).sum(), folded
+
+    (_, folded), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, kernel)
+    exact = x.astype(np.float64) @ kernel.astype(np.float64)
+    if shifted:
+        with jax.enable_x64(True):
+            exact = np.asarray(plain_shift(jnp.asarray(exact), *offsets, "NHWC"))
+    variance = exact.var((0, 1, 2)) + 1e-5
+    deviations = x.astype(np.float64).std((0, 1, 2))
+    bound = np.finfo(np.float32).eps * (deviations @ abs(kernel)) ** 2
+    error = abs(np.asarray(folded) * np.sqrt(variance) / kernel - 1)
+    assert (error <= np.minimum(bound / variance, 1) + 1e-6).all()
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
 @pytest.mark.usefixtures("float64")
 def test_each_share_has_its_own_statistics_and_the_first_ones_are_kept():
     x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 4, 5, 3)))
