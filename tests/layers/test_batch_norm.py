@@ -1,7 +1,5 @@
 """Batch normalisation: PyTorch's statistics, whatever the precision and however it is spread."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shiftnet.kernels.layouts import per_channel, product
-from shiftnet.kernels.shift import plain as plain_shift
 from shiftnet.layers import BatchNorm
-from shiftnet.layers.batch_norm import per_share
 
 pytestmark = pytest.mark.core
 
@@ -166,104 +161,3 @@ def test_a_batch_over_two_devices_is_normalised_as_a_whole():
     assert len(spread[0].devices()) == 2
     for mine, theirs in zip(spread, pulled_back(plain, x, scale, bias, dy), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-13)
-
-
-# One row and one column for each channel, some beyond the image.
-OFFSETS = ([0, 1, -2, 3, 0], [0, -1, 1, 0, -5])
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize(
-    ("affine", "layout", "offsets"),
-    [(True, "NHWC", OFFSETS), (True, "HWCN", None), (False, "HWCN", OFFSETS)],
-)
-@pytest.mark.usefixtures("float64")
-def test_what_goes_through_a_kernel_is_what_follows_it(train, affine, layout, offsets):
-    """Values, gradients and running statistics of `x @ kernel` and of the folded kernel."""
-    offsets = offsets and tuple(map(np.array, offsets))
-    rng = np.random.default_rng(0)
-    shape = (4, 3, 2, 3) if layout == "NHWC" else (3, 2, 3, 4)
-    x, kernel = jnp.asarray(rng.normal(1, 2, shape)), jnp.asarray(rng.normal(size=(3, 5)))
-    bn = BatchNorm(5, affine=affine)
-    for variable in jax.tree.leaves(bn, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
-        variable.set_value(jnp.asarray(rng.uniform(0.5, 2, 5)))
-
-    def folded(bn, x, kernel):
-        kernel, bias = bn.through(x, kernel, train=train, layout=layout, offsets=offsets)
-        return moved(product(x, kernel, layout)) + per_channel(bias, layout)
-
-    def in_turn(bn, x, kernel):
-        return bn(moved(product(x, kernel, layout)), train=train, layout=layout)
-
-    def moved(y):
-        return y if offsets is None else plain_shift(y, *offsets, layout)
-
-    def run(forward):
-        graphdef, params, stats = nnx.split(bn, nnx.Param, nnx.BatchStat)
-
-        def loss(params, x, kernel):
-            copy = nnx.merge(graphdef, params, stats, copy=True)
-            y = forward(copy, x, kernel)
-            return jnp.sin(y).sum(), (y, nnx.state(copy, nnx.BatchStat))
-
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, x, kernel)
-
-    found, expected = run(folded), run(in_turn)
-    compare = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
-    jax.tree.map(compare, found, expected)
-
-
-def test_a_mean_far_from_zero_costs_no_digits_through_a_kernel():
-    x = np.random.default_rng(0).normal(1000, 1, (4096, 4)).astype(np.float32)
-    kernel = np.eye(4, dtype=np.float32)
-    bn = BatchNorm(4)
-    bn.through(jnp.asarray(x), jnp.asarray(kernel), train=True)
-    variance = x.astype(np.float64).var(0, ddof=1)
-    np.testing.assert_allclose(bn.var[...], 0.9 + 0.1 * variance, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("common", [0, 100, 1e4, 1e6])
-def test_a_kernel_that_cancels_what_channels_share_keeps_its_bound_and_stays_finite(
-    common, shifted
-):
-    """The truth is the layers' own formula in float64."""
-    rng = np.random.default_rng(0)
-    x = common * rng.normal(size=(8, 32, 32, 1)) * rng.uniform(0.5, 2, 8)
-    x += rng.normal(size=(8, 32, 32, 8))
-    kernel = rng.normal(size=(8, 12)) / 3
-    _, _, (strongest, *_) = np.linalg.svd((x - x.mean((0, 1, 2))).reshape(-1, 8), False)
-    kernel -= np.outer(strongest, strongest @ kernel)
-    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
-    offsets = (np.arange(12) % 3 - 1, np.arange(12) // 3 % 3 - 1) if shifted else None
-
-    def loss(x, kernel):
-        bn = BatchNorm(12)
-        folded, bias = bn.through(x, kernel, train=True, offsets=offsets)
-        return jnp.sin(x @ folded + bias).sum(), folded
-
-    (_, folded), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, kernel)
-    exact = x.astype(np.float64) @ kernel.astype(np.float64)
-    if shifted:
-        with jax.enable_x64(True):
-            exact = np.asarray(plain_shift(jnp.asarray(exact), *offsets, "NHWC"))
-    variance = exact.var((0, 1, 2)) + 1e-5
-    deviations = x.astype(np.float64).std((0, 1, 2))
-    bound = np.finfo(np.float32).eps * (deviations @ abs(kernel)) ** 2
-    error = abs(np.asarray(folded) * np.sqrt(variance) / kernel - 1)
-    assert (error <= np.minimum(bound / variance, 1) + 1e-6).all()
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
-
-
-@pytest.mark.usefixtures("float64")
-def test_each_share_has_its_own_statistics_and_the_first_ones_are_kept():
-    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 4, 5, 3)))
-    alone = [BatchNorm(3) for _ in range(2)]
-    expected = [bn(part, train=True) for bn, part in zip(alone, (x[:3], x[3:]), strict=True)]
-    together = BatchNorm(3)
-    with per_share(2):
-        y = together(x, train=True)
-    np.testing.assert_allclose(y, jnp.concatenate(expected), rtol=1e-12)
-    np.testing.assert_allclose(together.mean[...], alone[0].mean[...], rtol=1e-12)
-    np.testing.assert_allclose(together.var[...], alone[0].var[...], rtol=1e-12)
-    assert not np.allclose(alone[0].mean[...], alone[1].mean[...])
