@@ -36,12 +36,10 @@ from shiftnet.data import augment
 from shiftnet.errors import UserError, reported
 from shiftnet.inference import Classifier
 from shiftnet.interchange import torch_names
-from shiftnet.kernels.implementations import only_xla
-from shiftnet.kernels.shift import Implementation
-from shiftnet.layers import Shift
+from shiftnet.kernels.implementations import lowered_for, only_xla
+from shiftnet.layers.folding import fix_weights, fold_batch_norms
 from shiftnet.models import FAMILIES, parse_arch
-from shiftnet.models.folding import fix_weights, fold_batch_norms
-from shiftnet.quantizers.levels import Levels
+from shiftnet.quantizers import LowBitWeight
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAMS = (".stablehlo", ".onnx")
@@ -105,24 +103,20 @@ def image_size(model: Classifier) -> int:
     return FAMILIES[family].image_size
 
 
-def program(
-    model: Classifier, shift: Implementation | None = None
-) -> Callable[[jax.Array], jax.Array]:
+def program(model: Classifier, platform: str | None = None) -> Callable[[jax.Array], jax.Array]:
     """From uint8 `[N, H, W, 3]` to float32 logits, with batch norms folded, to be traced.
 
     Args:
       model: a trained network.
-      shift: the implementation of shifts; None chooses by the device that the program runs on.
+      platform: the program's operations are chosen for "cpu", "gpu" or "tpu"; None leaves that to
+        the device it runs on.
     """
     network = model.network
     fold_batch_norms(network)
-    fix_weights(network, Levels)
-    for _, layer in nnx.iter_modules(network):
-        if isinstance(layer, Shift):
-            layer.implementation = shift
+    fix_weights(network, LowBitWeight.quantized)
 
     def logits(images: jax.Array) -> jax.Array:
-        with only_xla():
+        with only_xla(), lowered_for(platform) if platform else contextlib.nullcontext():
             return network(augment.normalize(images, model.mean, model.std))
 
     return logits
@@ -140,8 +134,8 @@ def onnx(model: Classifier, size: int) -> bytes:
     Raises:
       UserError: where jax2onnx is not installed.
     """
-    # ONNX has no choice by platform.
-    converted = _converter(".onnx").to_onnx(program(model, shift="select"), [_images(size)])
+    # ONNX has no choice by platform, and no gathering of single values.
+    converted = _converter(".onnx").to_onnx(program(model, platform="tpu"), [_images(size)])
     return converted.SerializeToString()
 
 

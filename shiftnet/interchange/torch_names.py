@@ -91,7 +91,7 @@ def from_torch(
       state_dict: arrays by PyTorch's names. Names that the model lacks are ignored.
       naming: whose names they are.
       codes: of low-bit weights whose latents are not in `state_dict`, in PyTorch's layout and by
-        the name of the weight; see `LowBitWeight.set_codes`.
+        the name of the weight; see `LowBitWeight.set_quantized`.
 
     Raises:
       KeyError: for a name that is missing.
@@ -101,7 +101,7 @@ def from_torch(
     for layer, weight in quantizers.of_layers(model).items():
         name = _torch_name((*layer.split("."), "weight", "value"), naming)
         if codes and name in codes and isinstance(weight, quantizers.LowBitWeight):
-            weight.set_codes(_from_torch_layout(name, codes[name], weight.shape))
+            weight.set_quantized(_from_torch_layout(name, codes[name], weight.shape))
             coded.add(f"{layer}.weight")
     for path, leaf in _leaves(model):
         if ".".join(path[:-1]) not in coded:

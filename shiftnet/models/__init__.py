@@ -10,9 +10,8 @@ from flax import nnx
 
 from shiftnet import quantizers
 from shiftnet.errors import UserError, unknown
-from shiftnet.layers import Conv, Linear
 from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
-from shiftnet.models.network import Network
+from shiftnet.models.network import Forms, Network
 
 __all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
 
@@ -21,7 +20,7 @@ class Family(NamedTuple):
     """Networks of one kind.
 
     Attributes:
-      build: `build(depth, num_classes, dtype=..., rngs=..., **fields)`.
+      build: `build(depth, num_classes, weights=..., dtype=..., rngs=..., **fields)`.
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
@@ -112,23 +111,12 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
                 f"got {model[field]}"
             )
     form = quantizers.make(model["weights"], model["weight_bits"])
-    network = family.build(
+    ends = form if model["quantize_first_last"] else quantizers.Float
+    return family.build(
         depth,
         num_classes,
+        weights=Forms(form, ends),
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},
     )
-    if form is not quantizers.Float:
-        spared = () if model["quantize_first_last"] else network.first_and_last
-        _set_weights(network, form, spared, rngs)
-    return network
-
-
-def _set_weights(
-    network: Network, form: Callable[..., quantizers.Weight], spared: Sequence[str], rngs: nnx.Rngs
-) -> None:
-    """Gives every convolution and linear layer but the spared ones weights of a form."""
-    for path, layer in nnx.iter_modules(network):
-        if isinstance(layer, Conv | Linear) and ".".join(map(str, path)) not in spared:
-            layer.weight = form(layer.weight.shape, rngs=rngs)

@@ -30,7 +30,7 @@ class Layer(NamedTuple):
         latents they come from, and its other `nnx.Param`s; running statistics are left out.
       bits: of one of its weights; 32 where it has none.
       weight_bytes: of the parameters: the weights' packed, the others in the type they are kept in.
-      output: shape of what it returns, without the batch.
+      output: shape of what it returns, or its convolution does, without the batch.
     """
 
     name: str
@@ -93,17 +93,28 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             path.pop()
         return ".".join(path)
 
+    forms = quantizers.of_layers(model)
+
+    def is_latent(name: str) -> bool:
+        return any(name.startswith(f"{layer}.weight.") for layer in forms)
+
     multiply_adds: Counter[str] = Counter()
+    outputs: dict[str, tuple[int, ...]] = {}
     for step in steps:
-        if step.is_forward and (step.variables or step.multiply_adds):
-            multiply_adds[owner(step.variables)] += step.multiply_adds
+        if not step.is_forward or not (step.variables or step.multiply_adds):
+            continue
+        # A batch norm that is folded into a weight computes nothing by itself.
+        of_weights = set(filter(is_latent, step.variables))
+        layer = owner(of_weights or step.variables)
+        multiply_adds[layer] += step.multiply_adds
+        if step.multiply_adds:
+            for name in {layer, *(owner([variable]) for variable in step.variables)}:
+                outputs.setdefault(name, step.writes[0].shape[1:])
     parameters: Counter[str] = Counter()
     weight_bytes: Counter[str] = Counter()
     bits: dict[str, int] = {}
-    forms = quantizers.of_layers(model)
     for name, variable in variables.items():
-        is_latent = any(name.startswith(f"{layer}.weight.") for layer in forms)
-        if isinstance(variable, nnx.Param) and not is_latent:
+        if isinstance(variable, nnx.Param) and not is_latent(name):
             size = math.prod(variable.shape)
             parameters[owner([name])] += size
             weight_bytes[owner([name])] += size * variable.dtype.itemsize
@@ -119,7 +130,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             parameters[name],
             bits.get(name, 32),
             weight_bytes[name],
-            modules[name],
+            modules[name] or outputs.get(name, ()),
         )
         for name in {**multiply_adds, **parameters}
     )
@@ -131,6 +142,7 @@ class _Value:
 
     Attributes:
       nbytes: its size.
+      shape: its shape, or the one that it is reshaped to later.
       variables: names of the model's variables that it is computed from; None for an activation,
         which depends on the image.
     """
@@ -138,6 +150,7 @@ class _Value:
     def __init__(self, aval, variables: frozenset[str] | None):
         self.nbytes = math.prod(aval.shape) * aval.dtype.itemsize
         self.variables = variables
+        self.shape: tuple[int, ...] = aval.shape
 
     @property
     def is_activation(self) -> bool:
@@ -165,13 +178,14 @@ class _Trace(NamedTuple):
     """A network's forward pass.
 
     Attributes:
-      modules: shape of what each module of the forward pass returns, without the batch, by path.
+      modules: the layers, blocks and so on, by path: shape of what each returns, without the batch;
+        None for one that is not called.
       variables: the network's, by path.
       steps: in the program's order.
       logits: the result.
     """
 
-    modules: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, tuple[int, ...] | None]
     variables: Mapping[str, nnx.Variable]
     steps: Sequence[_Step]
     logits: _Value
@@ -209,11 +223,16 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
     steps: list[_Step] = []
     *results, logits = _follow(program.jaxpr, inputs, steps)
     # A module that returns a weight is part of the layer that multiplies with it.
-    modules = {
-        name: output.shape[1:]
-        for (name, output), value in zip(outputs.items(), results, strict=True)
-        if value.is_activation
+    modules: dict[str, tuple[int, ...] | None] = {
+        ".".join(map(str, path)): None
+        for path, module in nnx.iter_modules(model)
+        if not isinstance(module, nnx.List | nnx.Dict | quantizers.Weight)
     }
+    for (name, output), value in zip(outputs.items(), results, strict=True):
+        if value.is_activation:
+            modules[name] = output.shape[1:]
+        else:
+            modules.pop(name, None)
     return _Trace(modules, variables, steps, logits)
 
 
@@ -239,6 +258,8 @@ def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> lis
             variables = None if step.is_forward else step.variables
             writes = [_Value(out.aval, variables) for out in equation.outvars]
             steps.append(step._replace(writes=writes))
+            if equation.primitive.name == "reshape":
+                reads[0].shape = writes[0].shape
         values.update(zip(equation.outvars, writes, strict=True))
     return [value(atom) for atom in program.outvars]
 

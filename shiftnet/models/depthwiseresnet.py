@@ -8,6 +8,7 @@ from flax import nnx
 from shiftnet.layers import BatchNorm, Conv
 from shiftnet.models import resnet
 from shiftnet.models.resnet import Shortcut
+from shiftnet.quantizers import Float, Form
 
 
 class DepthwiseBlock(nnx.Module):
@@ -20,15 +21,17 @@ class DepthwiseBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
+        weights: Form = Float,
         rngs: nnx.Rngs,
     ):
-        self.conv1 = Conv(in_features, middle_features, 1, rngs=rngs)
+        conv = functools.partial(Conv, weights=weights, rngs=rngs)
+        self.conv1 = conv(in_features, middle_features, 1)
         self.bn1 = BatchNorm(middle_features)
-        self.depth = Conv(middle_features, middle_features, 3, groups=middle_features, rngs=rngs)
+        self.depth = conv(middle_features, middle_features, 3, groups=middle_features)
         self.bn2 = BatchNorm(middle_features)
-        self.conv3 = Conv(middle_features, out_features, 1, stride=stride, rngs=rngs)
+        self.conv3 = conv(middle_features, out_features, 1, stride=stride)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out_features, stride, weights=weights, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))

@@ -1,17 +1,33 @@
-"""What every network is."""
+"""The base of all networks."""
 
-from typing import ClassVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.kernels.implementations import is_only_xla, platform, shares
+from shiftnet.quantizers import Float, Form
 
 # Images of 32x32 that a CPU evaluates at a time, so that their activations stay in its caches. Of
 # 8, 16, 32 and all of 128, 32 was the fastest for ShiftResNet20 and ResNet20 on two cores of a Xeon
 # (0.7 and 0.85 of the time of all at once), and for a WRN-20-1 no slower.
 IMAGES_AT_A_TIME = 32
+
+
+class Forms(NamedTuple):
+    """The forms of a network's weights.
+
+    Attributes:
+      inner: of all layers but two.
+      ends: of the first convolution and the last layer.
+    """
+
+    inner: Form = Float
+    ends: Form = Float
+
+
+FLOAT = Forms()
 
 
 class Network(nnx.Module):
@@ -21,35 +37,30 @@ class Network(nnx.Module):
 
     Args:
       dtype: compute in this dtype whatever the input's; None computes in the input's.
-
-    Attributes:
-      first_and_last: the paths of its first convolution and its last layer.
     """
-
-    first_and_last: ClassVar[tuple[str, str]]
 
     def __init__(self, dtype: jnp.dtype | None):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = x.astype(self.dtype or x.dtype)
+        def compute(images: jax.Array) -> jax.Array:
+            y = images.astype(self.dtype or images.dtype)
+            return self.logits(y, train=train).astype(images.dtype)
+
         if train or not _in_pieces(x):
-            return self.logits(y, train=train).astype(x.dtype)
-
-        def few(images: jax.Array) -> jax.Array:
-            return self.logits(images, train=False).astype(x.dtype)
-
-        count, whole = len(x), len(x) // IMAGES_AT_A_TIME * IMAGES_AT_A_TIME
-        pieces = y[:whole].reshape(-1, IMAGES_AT_A_TIME, *y.shape[1:])
-        logits = jax.lax.map(few, pieces).reshape(whole, -1)
-        return logits if whole == count else jnp.concatenate([logits, few(y[whole:])])
+            return compute(x)
+        pieces = -(-len(x) // IMAGES_AT_A_TIME)
+        missing = -len(x) % pieces
+        filled = jnp.pad(x, [(0, missing), (0, 0), (0, 0), (0, 0)])
+        logits = jax.lax.map(compute, filled.reshape(pieces, -1, *x.shape[1:]))
+        return logits.reshape(len(filled), -1)[: len(x)]
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         raise NotImplementedError
 
 
 def _in_pieces(x: jax.Array) -> bool:
-    """Whether a few of these images at a time are faster: on one CPU, and where they are small."""
+    """Whether a few of these images at a time are faster: on one CPU, where they are small."""
     if is_only_xla() or platform() != "cpu" or not all(isinstance(n, int) for n in x.shape):
         return False
     return len(x) == shares(len(x)) > IMAGES_AT_A_TIME and x.shape[1] * x.shape[2] <= 32 * 32
