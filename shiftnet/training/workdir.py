@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 import shiftnet.config
 from shiftnet.errors import UserError
+from shiftnet.files import write_atomically
 
 RECIPE, LOCK = "config.json", "lock"
 
@@ -52,9 +53,7 @@ def claimed(
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(workdir))
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(shiftnet.config.to_json(config) + "\n")
-                temporary.replace(path)
+                write_atomically(path, shiftnet.config.to_json(config) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
         meet("workdir claimed")
