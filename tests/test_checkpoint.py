@@ -96,6 +96,14 @@ def test_the_newest_few_are_kept(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "3"]
 
 
+def test_the_checkpoints_of_other_steps_are_deleted(tmp_path):
+    manager = CheckpointManager(tmp_path, keep=4)
+    save(manager, 1, 2, 3, 4)
+    manager.delete(before=2, after=3)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "3"]
+    assert manager.metadata(3) == {"step": 3}
+
+
 def test_what_lies_beyond_a_restored_step_goes_only_after_a_good_save(tmp_path):
     save(CheckpointManager(tmp_path, keep=2), 1, 5)
     flip(tmp_path / "5")

@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 
 import shiftnet.config
 from shiftnet.errors import UserError
-from shiftnet.files import write_atomically
 
 RECIPE, LOCK = "config.json", "lock"
 
@@ -53,7 +52,9 @@ def claimed(
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(workdir))
-                write_atomically(path, shiftnet.config.to_json(config) + "\n")
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(shiftnet.config.to_json(config) + "\n")
+                temporary.replace(path)
             except OSError as error:
                 raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
         meet("workdir claimed")
