@@ -251,11 +251,17 @@ def test_a_file_skipped_in_evaluation_counts_as_no_image(source):
     np.testing.assert_array_equal(found[0].images[3], next(iter(evaluation(source))).images[3])
 
 
-def test_a_file_that_went_away_ends_the_run_whatever_is_skipped(tmp_path):
-    folder = FolderSource(image_files.write_folder(tmp_path), "val")
-    Path(folder[0].name).unlink()
+def test_a_file_that_went_away_is_skipped_or_ends_the_run_as_a_corrupt_one(tmp_path):
+    folder = FolderSource(image_files.write_folder(tmp_path) / "val")
+    gone = folder[0].name
+    Path(gone).unlink()
     with pytest.raises(UserError, match=r"_0\.JPEG cannot be read \(No such file"):
-        next(iter(evaluation(folder, on_corrupt="skip")))
+        next(iter(evaluation(folder)))
+    (batch,) = evaluation(folder, on_corrupt="skip")
+    assert batch.skipped == (gone,)
+    assert batch.labels.tolist() == [-1, 1, 1, 2, -1]
+    settings = {"batch_size": 4, "steps_per_epoch": 1, "total_steps": 1}
+    assert next(train(folder, on_corrupt="skip", **settings)).skipped == (gone,)
 
 
 @pytest.mark.parametrize(
