@@ -141,7 +141,7 @@ def _reading(model: Classifier, on_corrupt: str) -> Reading:
     data = model.config.data
     size, resize = data.size, data.resize
     if data.source == "tfds" and data.name != shiftnet.data.IMAGENET:
-        # Not trained on files: whole images, in the size that it was trained or its family made for.
+        # Not trained on files: whole images, in its data set's size or that of its family.
         family, _ = models.parse_arch(model.config.model.arch)
         in_memory = data.name in shiftnet.data.IN_MEMORY
         usual = cifar.SIDE if in_memory else models.FAMILIES[family].image_size
