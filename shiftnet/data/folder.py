@@ -1,16 +1,14 @@
 """Images in folders, one per class, as PyTorch users have: `train/<class>/*`, `val/<class>/*`."""
 
-import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from shiftnet.data.classes import listed
-from shiftnet.data.images import CorruptImage, Encoded
+from shiftnet.data.images import CorruptImage, Encoded, extensions
 from shiftnet.errors import UserError
 from shiftnet.files import path_of
 
@@ -19,20 +17,6 @@ TEST = ("val", "valid", "validation", "test")  # the first of these that exists 
 
 # Folders that systems put beside people's files; Synology's holds thumbnails of each image.
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")
-
-# Pillow opens these, but runs another program for them (EPS) or cannot decode them by itself.
-NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-
-
-@functools.cache
-def extensions() -> frozenset[str]:
-    """Returns the endings of the image files that are read, in lower case, such as `.jpg`."""
-    Image.init()
-    return frozenset(
-        ending
-        for ending, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in NOT_DECODED
-    )
 
 
 class FolderSource:

@@ -18,6 +18,7 @@ instructions: 0.21 ms in place of 0.65 ms (Pillow's where that is not installed)
 Pillow's.
 """
 
+import functools
 import io
 import math
 import warnings
@@ -31,6 +32,9 @@ try:
     import cykooz_resizer as resizer
 except ImportError:  # it has no wheel for Linux on ARM
     resizer = None
+
+# Pillow opens these, but runs another program for them (EPS) or cannot decode them by itself.
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 # torchvision's `RandomResizedCrop`: parts of the area, ratios of width to height, and tries.
 SCALE = (0.08, 1.0)
@@ -76,6 +80,22 @@ class Encoded(NamedTuple):
     exif: bool = False
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Returns the kinds of image files that are read, by Pillow's names, such as `JPEG`."""
+    Image.init()
+    return tuple(kind for kind in Image.ID if kind not in NOT_DECODED)
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Returns the endings of the image files that are read, in lower case, such as `.jpg`."""
+    known = formats()
+    return frozenset(
+        ending for ending, kind in Image.registered_extensions().items() if kind in known
+    )
+
+
 class CorruptImage(ValueError):
     """An image that cannot be read. The message is one sentence: which file, and why.
 
@@ -96,8 +116,7 @@ def decode(data: bytes, *, name: str, exif: bool = False) -> np.ndarray:
     """Decodes an image file in full.
 
     Args:
-      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG, WebP, BMP or whatever else Pillow
-        reads.
+      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG or another of `formats()`.
       name: what an error calls it.
       exif: whether it is turned as its EXIF orientation says.
 
@@ -246,7 +265,7 @@ def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # About metadata that nothing here uses; some files of ImageNet have damaged EXIF.
         warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=formats())
 
 
 def _read(data: bytes, exif: bool) -> Image.Image:

@@ -129,6 +129,15 @@ def test_damaged_exif_turns_nothing():
     )
 
 
+def test_no_other_program_is_run_for_a_file_whatever_its_name():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")  # Pillow would run Ghostscript
+    with pytest.raises(images.CorruptImage, match="no image of a known kind"):
+        images.decode(buffer.getvalue(), name="a.jpg")
+    assert {".jpg", ".png", ".tif", ".gif", ".jfif", ".ppm"} <= images.extensions()
+    assert not {".eps", ".ps", ".wmf", ".mpg", ".h5", ".pdf"} & images.extensions()
+
+
 GREY = np.arange(0, 65536, 37, np.uint16)[:1764].reshape(42, 42)
 
 
