@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import models
-from shiftnet.data import cifar, classes, folder
+from shiftnet.data import cifar, classes
 from shiftnet.errors import UserError, reported
 from shiftnet.files import expand_pattern, path_of
 from shiftnet.inference import Classifier
@@ -72,20 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     """One checkpoint's row: its path, what it is, and the numbers."""
-    test = _images(model, arguments)
-    trained_on = model.config.data
-    own_names = trained_on.name in shiftnet.data.IN_MEMORY or trained_on.source == "folder"
-    labels, matched = classes.match(
-        model.class_names,
-        test.class_names,
-        numbers=not own_names,
-        network=str(model.path),
-        dataset=test.name,
-    )
+    data = model.config.data
+    name, source, directory = _place(model, arguments)
+
+    def match(found: Sequence[str], dataset: str) -> classes.Matching:
+        own_names = data.name in shiftnet.data.IN_MEMORY or data.source == "folder"
+        return classes.match(
+            model.class_names,
+            found,
+            numbers=not own_names,
+            network=str(model.path),
+            dataset=dataset,
+        )
+
+    if source == "tfds" and name in shiftnet.data.IN_MEMORY:
+        match(shiftnet.data.class_names(name), name)  # before it is downloaded
+    test = shiftnet.data.load_test(name, source=source, data_dir=directory, exif=data.exif)
+    labels, matched = match(test.class_names, test.name)
     result = make_evaluator(
         model.graphdef,
         classes.relabel(test.part, labels),
-        _reading(model, arguments.on_corrupt or trained_on.on_corrupt),
+        _reading(model, arguments.on_corrupt or data.on_corrupt),
         mean=model.mean,
         std=model.std,
         batch_size=arguments.batch_size or model.config.eval.batch_size,
@@ -112,28 +120,36 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     return row
 
 
-def _images(model: Classifier, arguments: Any) -> shiftnet.data.Test:
-    """The images that the command line names, or those that the network was tested on."""
-    trained_on, directory = model.config.data, arguments.data_dir
+def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
+    """`data.name`, `data.source` and `data.dir` of the images that the command line names.
+
+    By default they are those of training. A directory of images is told from one of prepared data
+    sets by what it holds.
+
+    Raises:
+      UserError: if neither the command line nor the network says what to evaluate on.
+    """
+    data, directory = model.config.data, arguments.data_dir
     if arguments.dataset:
-        return shiftnet.data.load_test(arguments.dataset, data_dir=directory or "")
-    known = trained_on.source == "folder" or trained_on.name in shiftnet.data.NAMES
+        return arguments.dataset, "tfds", directory or ""
+    in_tfds = data.source == "tfds" and data.name in shiftnet.data.NAMES
     if directory is None:
-        if not known:
+        if data.source == "tfds" and not in_tfds:
             raise UserError(
                 f"{model.path} does not say which images its network was trained on; name them by "
                 "--data-dir or --dataset"
             )
-        directory = trained_on.dir
-        source = trained_on.source
-    else:
-        prepared = known and (path_of(directory, "--data-dir") / trained_on.name).is_dir()
-        in_tfds = trained_on.source == "tfds" and known
-        is_folder = not in_tfds or (not prepared and folder.is_image_folder(directory))
-        source = "folder" if is_folder else "tfds"
-    return shiftnet.data.load_test(
-        trained_on.name, source=source, data_dir=directory, exif=trained_on.exif
-    )
+        return data.name, data.source, data.dir
+    source = "tfds" if in_tfds and _is_tfds(path_of(directory, "--data-dir")) else "folder"
+    return data.name, source, directory
+
+
+def _is_tfds(directory: Path) -> bool:
+    """Tells whether prepared data sets are in a directory, or can be without mixing with others."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return True
+    prepared = directory.glob("*/*.*.*/dataset_info.json")
+    return (directory / "downloads").is_dir() or any(prepared)
 
 
 def _reading(model: Classifier, on_corrupt: str) -> Reading:

@@ -136,15 +136,6 @@ def open_test(directory: str, *, exif: bool) -> FolderSource:
     return FolderSource(test or root, exif=exif)
 
 
-def is_image_folder(directory: str) -> bool:
-    """Tells whether `open_test` would find images in a directory."""
-    try:
-        open_test(directory, exif=False)
-    except UserError:
-        return False
-    return True
-
-
 def found(train: FolderSource | None, test: FolderSource) -> str:
     """Returns what was found and what was left out, for a person to read, in one line."""
     parts = []

@@ -324,8 +324,7 @@ def _batches(
     ahead = AHEAD
     if workers:
         workers, ahead, message = fit_shared_memory(workers, size * 3 * example.size**2)
-        if message:
-            print(message, file=sys.stderr, flush=True)
+        _print_once(message)
     numbers = grain.MapDataset.range(first * size, stop * size)
     # Batched before it is split among the workers, each makes whole batches, and which images are
     # in a batch does not depend on how many they are. Each works for itself, without threads.
@@ -338,6 +337,12 @@ def _batches(
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
     return iter(batches)
+
+
+@functools.cache
+def _print_once(message: str) -> None:
+    if message:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _stack(examples: Sequence[_Example], *, shared: bool) -> Batch:

@@ -69,7 +69,7 @@ def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int, str]:
       a sentence if they are fewer than wanted, or else an empty string.
     """
     try:
-        free = shutil.disk_usage(SHARED_MEMORY).free
+        size, _, free = shutil.disk_usage(SHARED_MEMORY)
     except OSError:  # not Linux
         return workers, AHEAD, ""
     for count in range(workers, 0, -1):
@@ -78,14 +78,16 @@ def fit_shared_memory(workers: int, batch_bytes: int) -> tuple[int, int, str]:
             if count * (ahead + HELD) * batch_bytes <= 0.75 * free:
                 if (count, ahead) == (workers, AHEAD):
                     return count, ahead, ""
-                return count, ahead, _less(workers, count, ahead, batch_bytes, free)
-    return 0, AHEAD, _less(workers, 0, 0, batch_bytes, free) if workers else ""
+                return count, ahead, _less(workers, count, ahead, batch_bytes, size)
+    return 0, AHEAD, _less(workers, 0, 0, batch_bytes, size) if workers else ""
 
 
-def _less(workers: int, count: int, ahead: int, batch_bytes: int, free: int) -> str:
-    instead = f"{count} with {ahead} ahead each decode" if count else "the run's own decodes"
+def _less(workers: int, count: int, ahead: int, batch_bytes: int, size: int) -> str:
+    instead = (
+        f"{count} with {ahead} ahead each decode" if count else "the run's own process decodes"
+    )
     return (
-        f"{SHARED_MEMORY} has {free >> 20} MiB free, too few for {workers} worker processes with "
-        f"batches of {batch_bytes / 2**20:.1f} MiB: {instead} images (data.workers; in a "
-        f"container, give it more, as by docker run --shm-size=2g)"
+        f"{SHARED_MEMORY} of {size >> 20} MiB has too little room for {workers} worker processes "
+        f"with batches of {batch_bytes / 2**20:.1f} MiB: {instead} images (data.workers; a "
+        f"container is given more as by docker run --shm-size=2g)"
     )

@@ -130,6 +130,9 @@ def test_a_network_of_the_digits_is_not_evaluated_on_other_images(evaluated, tmp
     assert evaluated(names=digits, name="digits")["images"] == 355
     error = evaluated("--dataset", "digits", name="cifar10")
     assert "does not know 10 of the 10 classes of digits (0, 1, 2," in error
+    # Without looking for the images, or downloading them.
+    error = evaluated("--dataset", "cifar10", "--data-dir", "/nowhere", names=digits, name="digits")
+    assert "does not know 10 of the 10 classes of cifar10 (airplane, automobile," in error
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,18 @@ def test_a_folder_of_photos_is_not_filled_with_a_download(evaluated, tmp_path):
     photos = write(tmp_path / "photos", {"otter": "ant"})
     before = sorted(photos.rglob("*"))
     assert "does not know 1 of the 1 classes" in evaluated("--data-dir", photos, name="cifar10")
+    error = evaluated("--data-dir", photos / "otter", name="cifar10")
+    assert "has no class folders with images; move its 2 images into one folder per cl" in error
     assert sorted(photos.rglob("*")) == before
+
+
+def test_a_directory_of_prepared_data_sets_is_told_from_photos(evaluated, tmp_path):
+    other = tmp_path / "tfds" / "mnist" / "3.0.1"
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").write_text("{}")
+    for directory in (tmp_path / "tfds", tmp_path / "not there"):
+        error = evaluated("--data-dir", directory, name="imagenet2012")
+        assert f"{directory}/imagenet2012 holds no 5.*.*" in error
 
 
 def test_a_corrupt_file_is_skipped_where_that_is_asked_for(evaluated, tmp_path):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import types
 
 import pytest
 
@@ -60,11 +59,13 @@ def test_a_quota_counts_as_cores_and_one_is_always_there(monkeypatch, quota, cor
     ],
 )
 def test_workers_are_as_many_as_shared_memory_has_room_for(monkeypatch, megabytes, wanted, found):
-    usage = types.SimpleNamespace(free=megabytes << 20)
+    usage = (megabytes << 20, 0, megabytes << 20)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: usage)
     *numbers, message = workers.fit_shared_memory(wanted, 128 * 224 * 224 * 3)
     assert tuple(numbers) == found
     assert bool(message) == (found != (wanted, 2))
     if message:
-        assert message.startswith(f"/dev/shm has {megabytes} MiB free")
+        assert message.startswith(
+            f"/dev/shm of {megabytes} MiB has too little room for {wanted} worker"
+        )
         assert "data.workers" in message
