@@ -278,6 +278,12 @@ class DataConfig(Settings, group="data"):
         "what to do with an image file that cannot be decoded: stop, or skip and count it",
         scope=IMAGE_FILES,
     )
+    exif: bool = setting(
+        True,
+        "rotate the images of a folder as their EXIF orientation says; those of imagenet2012 never "
+        "are, as in its published results",
+        scope=IMAGE_FILES,
+    )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
 
 
