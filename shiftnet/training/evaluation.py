@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from shiftnet.data import RGB, Source, Split, augment
 from shiftnet.kernels.implementations import over
-from shiftnet.training.feed import gather_names, num_workers
+from shiftnet.training.data_iterator import gather_names, num_workers
 from shiftnet.training.mesh import batch_sharded, compiled, replicate, replicated, shard_batch
 
 
