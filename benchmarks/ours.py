@@ -24,7 +24,7 @@ from shiftnet.inference import Classifier
 from shiftnet.interchange import torch_names
 from shiftnet.kernels import selftest
 from shiftnet.kernels.implementations import only_xla
-from shiftnet.training import loop
+from shiftnet.training import engine
 from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
 from shiftnet.training.processes import use_compilation_cache
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
@@ -184,7 +184,7 @@ class PlainInference(Inference):
 
 
 class Loop:
-    """Our training loop, `shiftnet.training.loop.train`; one run of this is one epoch of it.
+    """Our training loop, `shiftnet.training.engine.train`; one run of this is one epoch of it.
 
     It is the real loop on random images in memory: order, crop, flip and normalisation, dispatch,
     running means, progress and the check for a finite loss. Evaluation and checkpoints, which come
@@ -225,9 +225,9 @@ class Loop:
         try:
             with (
                 mock.patch.object(shiftnet.data, "load", return_value=self._dataset),
-                mock.patch.object(loop.MetricsLog, "write", epoch_ends),
+                mock.patch.object(engine.MetricsLog, "write", epoch_ends),
             ):
-                loop.train(self._config, self._workdir)
+                engine.train(self._config, self._workdir)
         except Exception as error:
             self._epochs.put(error)
 

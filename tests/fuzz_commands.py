@@ -43,7 +43,7 @@ from shiftnet.cli import convert, count, evaluate, export, pack, reproduce, trai
 from shiftnet.cli.report import main as report
 from shiftnet.errors import UserError
 from shiftnet.layers import Linear
-from shiftnet.training.loop import Summary
+from shiftnet.training.engine import Outcome
 
 HANG = 2.0  # seconds
 REAL = 0.05  # share of the networks that are really counted, or built
@@ -490,7 +490,9 @@ class Stubs:
             "shiftnet.cli.convert.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
             "shiftnet.cli.reproduce.use_compilation_cache": lambda: None,
-            "shiftnet.cli.reproduce._train": lambda *_: SimpleNamespace(finished=True, signal=0),
+            "shiftnet.results.reproduce._train": lambda *_: SimpleNamespace(
+                finished=True, signal=0
+            ),
             "shiftnet.results.report.page.render": lambda found: "page",
             "shiftnet.results.report.sources._count": lambda *_: None,
             "shiftnet.cli.export._converter": self.converter,
@@ -501,14 +503,14 @@ class Stubs:
             stack.enter_context(mock.patch(name, stub))
         return stack
 
-    def train(self, settings: Any, workdir: Path, *, init: Any, profile: bool) -> Summary:
+    def train(self, settings: Any, workdir: Path, *, init: Any, profile: bool) -> Outcome:
         self.trained = True
         if config.from_json(config.to_json(settings)) != settings:
             raise AssertionError("the recipe does not come back from its JSON")
         models.parse_arch(settings.model.arch)
         if self.real and _is_small(settings.model.arch):
             models.check(settings.model)
-        return Summary(True, 7, 0.5, None, "test")
+        return Outcome(True, 7, [0.5], [None], "test")
 
     def load(self, path: str) -> Any:
         return SimpleNamespace(

@@ -13,8 +13,8 @@ from shiftnet import checkpoint, packing, quantizers
 from shiftnet import config as config_lib
 from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
-from shiftnet.quantizers import form
 from shiftnet.inference import classifier
+from shiftnet.quantizers import form
 from tests import networks
 
 FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]

@@ -9,8 +9,8 @@ from typing import Any
 import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
-from shiftnet.cli import prog
 from shiftnet import models
+from shiftnet.cli import prog
 from shiftnet.data import cifar, classes
 from shiftnet.errors import UserError, reported
 from shiftnet.files import expand_pattern, path_of

@@ -1,6 +1,7 @@
-"""Trains a network, or goes on training it."""
+"""Trains a network, or continues training it."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from shiftnet import config as config_lib
 from shiftnet.cli import prog
 from shiftnet.errors import reported
 from shiftnet.planning import plan
-from shiftnet.training.loop import Summary, train
+from shiftnet.training.engine import Outcome, train
 from shiftnet.training.processes import join, leaving, use_compilation_cache
 
 
@@ -65,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = Path(arguments.workdir or _default_workdir(arguments.config))
-    summary = train(config, workdir, init=arguments.init, profile=arguments.profile)
+    outcome = train(config, workdir, init=arguments.init, profile=arguments.profile)
     if jax.process_index() == 0:
-        print(_report(summary, workdir, f"--config {arguments.config}"))
-    return 0 if summary.finished else 128 + summary.signal
+        given = sys.argv[1:] if argv is None else argv
+        print(_report(outcome, workdir, _command(given, workdir)))
+    return 0 if outcome.finished else 128 + outcome.signal
 
 
 def _plan(config: Any, topologies: str) -> int:
@@ -88,19 +90,26 @@ def _default_workdir(recipe: str) -> str:
     return os.path.join("runs", f"{name}-{argument}" if argument else name)
 
 
-def _report(summary: Summary, workdir: Path, recipe: str) -> str:
-    best = summary.best
-    lines = [summary.weights, ""] if summary.weights and summary.finished else []
-    if summary.final is not None:
-        lines.append(f"test accuracy {summary.final:.2%} after the last epoch")
+def _command(argv: Sequence[str], workdir: Path) -> str:
+    """Returns the command that was given, with its working directory, for a shell."""
+    program = Path(sys.argv[0]).name
+    start = ["python", "train.py"] if program == "train.py" else ["shiftnet", "train"]
+    if program == "__main__.py":
+        start = ["python", "-m", *start]
+    named = any(word.partition("=")[0] == "--workdir" for word in argv)
+    return shlex.join([*start, *argv, *([] if named else [f"--workdir={workdir}"])])
+
+
+def _report(outcome: Outcome, workdir: Path, command: str) -> str:
+    final, best = outcome.final[0], outcome.best[0]
+    lines = [outcome.weights, ""] if outcome.weights and outcome.finished else []
+    if final is not None:
+        lines.append(f"test accuracy {final:.2%} after the last epoch")
     if best:
-        chosen = f"best epoch {best['epoch']}, chosen on the {summary.chosen_on} images: "
+        chosen = f"best epoch {best['epoch']}, chosen on the {outcome.chosen_on} images: "
         lines.append(f"{chosen}test accuracy {best['test_accuracy']:.2%}")
-    if summary.finished:
-        lines.append(f"evaluate it: python evaluate.py --ckpt {workdir}")
+    if outcome.finished:
+        lines.append(f"evaluate it: python evaluate.py --ckpt {shlex.quote(str(workdir))}")
     else:
-        lines.append(
-            f"stopped after step {summary.step}, saved; "
-            f"to go on: python train.py {recipe} --workdir {workdir}, with the same overrides"
-        )
+        lines.append(f"stopped after step {outcome.step}, saved; to continue: {command}")
     return "\n".join(lines)

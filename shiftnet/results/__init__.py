@@ -13,7 +13,7 @@ A row's JSON file:
   schedule was shortened;
 - `parameters`, `multiply_adds` (an image), `bytes` (of all parameters, low-bit weights packed);
 - `runs`: a list, one for each seed:
-    - `seed`; `epochs`: a list of the lines of its `metrics.jsonl`, one an epoch;
+    - `seed`; `epochs`: a list of the lines of its `metrics.jsonl`, one an epoch, without `time`;
     - `final_accuracy`, `best_accuracy` (fractions of the test set, after the last epoch and after
       the best) and `best_epoch`;
     - `together`: how many seeds were trained in one program; `seconds`: what those took together,

@@ -16,7 +16,7 @@ from shiftnet.data import RGB, Source, Split, augment
 from shiftnet.data.workers import num_workers
 from shiftnet.errors import UserError
 from shiftnet.kernels.implementations import over
-from shiftnet.training.feed import gather_names
+from shiftnet.training.data_iterator import gather_names
 from shiftnet.training.mesh import batch_sharded, compiled, replicate, replicated, shard_batch
 
 # Steps that may wait on the devices. One keeps them busy while the next batch is prepared. Without

@@ -25,12 +25,13 @@ class LevelWatch:
 
     Args:
       program: what trains the network.
+      runs: how many of them are trained at once; several have a first axis on each array.
 
     Attributes:
       codes: `codes(params, stats)`, the weights' levels by layer, replicated over the mesh.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, runs: int = 1):
         def low_bit(params: nnx.State, stats: nnx.State) -> dict[str, LowBitWeight]:
             network = nnx.merge(program.graphdef, params, stats)
             found = quantizers.of_layers(network)
@@ -44,7 +45,7 @@ class LevelWatch:
         found = low_bit(abstract.params, abstract.stats)
         self._levels = {name: weight.levels for name, weight in found.items()}
         everywhere = replicated(program.mesh)
-        self.codes = jax.jit(codes, out_shardings=everywhere)
+        self.codes = jax.jit(codes if runs == 1 else jax.vmap(codes), out_shardings=everywhere)
         self._compare = jax.jit(self._count_changes, out_shardings=everywhere)
 
     def __bool__(self) -> bool:

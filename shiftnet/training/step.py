@@ -58,6 +58,7 @@ class Program:
 
     Attributes:
       mesh: as given.
+      runs: 1.
       shardings: where each array of a `TrainState` goes: a tree like it.
       graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
       order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
@@ -83,6 +84,7 @@ class Program:
         self._mean, self._std = mean, std
         self._steps_per_epoch = steps_per_epoch
         self.mesh = mesh
+        self.runs = 1
         self._optimizer = make_optimizer(config, steps_per_epoch)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
         everywhere = replicated(mesh)
@@ -115,6 +117,12 @@ class Program:
         _, *states = nnx.split(self._build(seed), nnx.Param, nnx.BatchStat)
         params, stats = states
         return TrainState(jnp.zeros((), jnp.int32), params, stats, self._optimizer.init(params))
+
+    @staticmethod
+    def of(tree: Any, run: int) -> Any:
+        """Returns the arrays of a run, as `StackedProgram.of` does; there is one run."""
+        del run
+        return tree
 
     def update(
         self, state: TrainState, images: jax.Array, labels: jax.Array
@@ -226,30 +234,24 @@ class StackedProgram:
     """A program over several runs at once, of one recipe and different seeds.
 
     All arrays of their states have a first axis, the runs. Run for run the numbers are those that
-    the program gives alone: for one run to the bit, for several up to the rounding of sums, since
-    XLA then computes with other shapes. Several take no kernel of ours, which know one network.
+    the program gives alone, up to the rounding of sums, since XLA then computes with other shapes.
+    They take no kernel of ours, which know one network.
 
     Args:
-      program: of the recipe, on one device.
-      runs: how many.
+      program: the recipe's, on one device.
+      runs: how many, at least 2.
 
     Attributes:
       mesh: the program's.
-      init: `init(seeds)`, uint32 `[runs]`, draws the states.
+      runs: as given.
+      graphdef: the program's.
+      init: `init(seeds)`, uint32 `[runs]`, gives the states that training starts from.
       order: `order(seeds, epoch, num_examples)`, int32 `[runs, num_examples]`.
       train: `train(states, seeds, images, labels, orders, length=n)`, see `Program.steps`; losses
         and numbers of correctly classified images are `[runs, n]`. Donates the states.
     """
 
     def __init__(self, program: Program, runs: int):
-        self.mesh = program.mesh
-        everywhere = replicated(self.mesh)
-        if runs == 1:  # the program itself, as XLA compiles it alone
-            self.init = _alone(program.init, "r")
-            self.order = _alone(program.order, "r--")
-            self.train = _alone(program.train, "rr--r")
-            return
-
         def steps(states, seeds, images, labels, orders, *, length):
             with only_xla():
                 take = jax.vmap(
@@ -257,10 +259,19 @@ class StackedProgram:
                 )
                 return take(states, seeds, images, labels, orders)
 
+        self.mesh = program.mesh
+        self.runs = runs
+        self.graphdef = program.graphdef
+        everywhere = replicated(self.mesh)
         order = jax.vmap(augment.epoch_order, in_axes=(0, None, None))
         self.init = compiled_quickly(jax.vmap(program.draw), self.mesh, out_shardings=everywhere)
         self.order = compiled_quickly(order, self.mesh, static_argnums=2, out_shardings=everywhere)
         self.train = compiled(steps, self.mesh, donate_argnums=0, static_argnames="length")
+
+    @staticmethod
+    def of(tree: Any, run: int) -> Any:
+        """Returns one run's arrays of a tree of stacked ones."""
+        return jax.tree.map(lambda leaf: leaf[run], tree)
 
 
 def _gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -314,33 +325,16 @@ def _on_each_device(gradient: Callable[..., Any], mesh: Mesh) -> Callable[..., A
     )
 
 
-def _alone(function: Callable[..., Any], axes: str) -> Callable[..., Any]:
-    """The function of one run with a first axis: of those arguments that `axes` has an r for."""
-
-    def alone(*arguments: Any, **options: Any) -> Any:
-        pairs = zip(axes, arguments, strict=True)
-        own = [_first(value) if axis == "r" else value for axis, value in pairs]
-        return _stack(function(*own, **options))
-
-    return alone
-
-
-def run_of(stacked: Any, run: int | jax.Array) -> Any:
-    """One run's arrays of a tree of stacked ones."""
-    return jax.tree.map(lambda leaf: leaf[run], stacked)
-
-
-_first = jax.jit(functools.partial(run_of, run=0))
-_stack = jax.jit(functools.partial(jax.tree.map, lambda leaf: leaf[None]))
-
-
 def steps_per_dispatch(steps_per_epoch: int, platform: str) -> int:
-    """How many steps one call to `Program.train` takes.
+    """Returns how many steps one call of `Program.train` takes, but for an epoch's last call.
 
-    One on CPU, where a compiled loop slows convolutions down by an order of magnitude. Elsewhere
-    the largest divisor of `steps_per_epoch` up to 50, so that launching costs little and every call
-    is the same program; it depends on nothing that changes when a run is resumed.
+    One on CPU, where a compiled loop slows convolutions down by an order of magnitude. Elsewhere up
+    to 50, so that launching costs little: a divisor of `steps_per_epoch` if there is one from 25 to
+    50, so that every call is the same program, or else 50, and the epoch's last call is a program
+    of its own. It depends on nothing that changes when a run is resumed.
     """
     if platform == "cpu":
         return 1
-    return max(n for n in range(1, min(50, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
+    most = min(50, steps_per_epoch)
+    divisors = [n for n in range((most + 1) // 2, most + 1) if steps_per_epoch % n == 0]
+    return max(divisors, default=most)

@@ -1,23 +1,33 @@
 """The rows of the results: from the table to a file that `evaluate.py` takes."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from flax import nnx
 
+import shiftnet.data
 from shiftnet import config, results
 from shiftnet.checkpoint import DIGESTS, LATEST
-from shiftnet.cli import evaluate, reproduce
+from shiftnet.cli import evaluate
+from shiftnet.cli import reproduce as command
+from shiftnet.data import Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.models import build
 from shiftnet.models.counting import count
+from shiftnet.results import reproduce
+from shiftnet.training.deadline import Deadline
+from shiftnet.training.engine import Outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,8 +88,13 @@ def folders_of(place):
     return ("--results", str(place / "results"), "--workdir", str(place / "runs"))
 
 
+def options_of(place, **more):
+    folders = {"results": place / "results", "workdir": place / "runs"}
+    return reproduce.Options(**folders, pattern="cheap", **more)
+
+
 def run(place, *arguments):
-    return reproduce.main([*arguments, *folders_of(place)])
+    return command.main([*arguments, *folders_of(place)])
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +187,10 @@ def test_a_result_of_another_recipe_keeps_nothing_else_from_being_listed(stale, 
 
 def test_rows_that_do_not_fit_are_passed_over(place, capsys, monkeypatch):
     trained = []
-    monkeypatch.setattr(reproduce, "_train_row", lambda work, *_: trained.append(work.row.name))
+    monkeypatch.setattr(reproduce, "_train_row", lambda job, *_: trained.append(job.row.name))
 
-    def seconds(work, works):
-        return 1000.0 if work.row.name == "cheap" else 1.0
+    def seconds(job, jobs):
+        return 1000.0 if job.row.name == "cheap" else 1.0
 
     monkeypatch.setattr(reproduce, "_estimate", seconds)
     assert run(place, "--next", "--budget", "9m") == 0
@@ -185,7 +200,7 @@ def test_rows_that_do_not_fit_are_passed_over(place, capsys, monkeypatch):
 
 def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monkeypatch):
     stop_after(monkeypatch, 5)
-    assert reproduce.seconds_of("9m") == 540
+    assert command.seconds_of("9m") == 540
     assert run(place, "--next", "--budget", "9m") == 0
     assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
     assert results.read(place / "results", "cheap") is None
@@ -198,7 +213,7 @@ def test_next_takes_the_cheapest_and_a_budget_stops_in_time(place, capsys, monke
 def stop_after(monkeypatch, questions):
     """Lets time run out at the so-manieth question whether there is any."""
 
-    class Short(reproduce.Deadline):
+    class Short(Deadline):
         def __init__(self, seconds):
             super().__init__(None)
             self.questions = questions
@@ -208,14 +223,14 @@ def stop_after(monkeypatch, questions):
             self.questions -= 1
             return self.questions
 
-    monkeypatch.setattr(reproduce, "Deadline", Short)
+    monkeypatch.setattr(command, "Deadline", Short)
 
 
 @pytest.mark.slow
 def test_what_was_begun_goes_on_when_more_seeds_are_asked_for(place, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 5)
-        patched.setattr(reproduce, "_visit", lambda: {"device": "another", "commit": "1"})
+        patched.setattr(reproduce, "_session", lambda: {"device": "another", "commit": "1"})
         assert run(place, "--only", "cheap", "--seeds", "1") == 0
     assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
     assert run(place, "--only", "cheap", "--seeds", "3", "--together", "2") == 0
@@ -248,24 +263,82 @@ def test_a_seed_that_another_process_finished_counts_once(trained, tmp_path, mon
     shutil.copytree(trained, place)
     before = results.read(place / "results", "cheap")
     monkeypatch.setattr(reproduce.results, "read", lambda *_: None)
-    (work,) = reproduce._works(reproduce._arguments(["--only", "cheap", *folders_of(place)]))
+    options = options_of(place)
+    (job,) = reproduce.find(options)
     monkeypatch.undo()
-    assert work.groups[0][0] == [0]
-    assert reproduce._train_row(work, "", reproduce.Deadline(None)) is None  # nothing to do
+    assert job.groups[0][0] == [0]
+    assert reproduce._train_row(job, options, Deadline(None)) is None  # nothing to do
     assert results.read(place / "results", "cheap") == before
-    outcome = reproduce._train(work, *work.groups[0], "", reproduce.Deadline(None))
+    outcome = reproduce._train(job, *job.groups[0], options, Deadline(None))
     assert outcome.finished
     after = results.read(place / "results", "cheap")
     assert [one["seed"] for one in after["runs"]] == [0, 1]
     assert after["runs"][0]["finished"] > before["runs"][0]["finished"]
 
 
+def test_two_seeds_that_end_at_the_same_time_are_both_kept(trained, tmp_path, monkeypatch):
+    place = tmp_path / "copy"
+    shutil.copytree(trained, place)
+    options = options_of(place, seeds=4, together=1)
+    (job,) = reproduce.find(options)
+    assert [seeds for seeds, _ in job.groups] == [[2], [3]]
+
+    def slowly(job, before, seeds, *_):
+        time.sleep(0.2)
+        return before | {"runs": [*before["runs"], before["runs"][0] | {"seed": seeds[0]}]}
+
+    monkeypatch.setattr(
+        reproduce, "train", lambda *_, **__: Outcome(True, 22, [0.5], [None], "test")
+    )
+    monkeypatch.setattr(reproduce, "_result", slowly)
+    monkeypatch.setattr(reproduce, "_summary", lambda *_: "")
+    for _, workdir in job.groups:
+        workdir.mkdir()
+    with ThreadPoolExecutor() as threads:
+        ends = [
+            threads.submit(reproduce._train, job, *group, options, Deadline(None))
+            for group in job.groups
+        ]
+    assert all(end.result().finished for end in ends)
+    runs = results.read(place / "results", "cheap")["runs"]
+    assert sorted(one["seed"] for one in runs) == [0, 1, 2, 3]
+
+
+def test_seeds_that_another_process_trains_are_left_to_it(trained, tmp_path, capsys, monkeypatch):
+    place = tmp_path / "copy"
+    shutil.copytree(trained, place)
+    tried = []
+
+    def train(job, seeds, *_):
+        tried.append(seeds)
+        return Outcome(True, 22, [0.5], [None], "test")
+
+    monkeypatch.setattr(reproduce, "_train", train)
+    with reproduce._alone_with(place / "runs" / "cheap_seeds2"):
+        assert run(place, "--only", "cheap", "--seeds", "4", "--together", "1") == 0
+    assert tried == [[3]]
+    message = rf"cheap, seeds 2, left out: .*cheap_seeds2 is in use .*process {os.getpid()}"
+    assert re.search(message, capsys.readouterr().out)
+    assert not list((place / "runs").iterdir())
+
+
+def test_a_data_set_of_another_size_makes_no_row(place, capsys, monkeypatch):
+    digits = shiftnet.data.load("digits")
+    few = Split(digits.train.images[:100], digits.train.labels[:100])
+    fewer = dataclasses.replace(digits, train=few)
+    monkeypatch.setattr(shiftnet.data, "load", lambda *_, **__: fewer)
+    assert run(place, "--only", "cheap") == 2
+    message = "cheap is of digits with 1442 training images, the one that is here has 100"
+    assert message in capsys.readouterr().err
+    assert not list((place / "runs").iterdir())
+
+
 def test_a_row_that_fails_does_not_keep_the_next_from_training(place, capsys, monkeypatch):
     tried = []
 
-    def fails(work, *arguments):
-        tried.append(work.row.name)
-        if work.row.name == "cheap":
+    def fails(job, *arguments):
+        tried.append(job.row.name)
+        if job.row.name == "cheap":
             raise RunFailed("the loss of seed 0 became nan at step 3")
 
     monkeypatch.setattr(reproduce, "_train_row", fails)

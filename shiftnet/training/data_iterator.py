@@ -1,4 +1,4 @@
-"""Where a run's batches come from: data that lies on the devices, or images read from files."""
+"""Where a run's batches come from: data on the devices, or image files."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -18,44 +18,54 @@ from shiftnet.training.times import Times
 Taken = tuple[TrainState, jax.Array, jax.Array]
 
 
-class Feed(Protocol):
-    """Takes a run's steps, one call of the device after the other."""
+class DataIterator(Protocol):
+    """Iterates over a run's batches, and takes the steps on them."""
 
     def advance(self, state: TrainState, step: int) -> Taken:
-        """Takes the next steps from `step`, none beyond the end of its epoch."""
+        """Takes the next steps from `step`, in one call, none beyond the end of its epoch."""
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """Where the feed is, for a checkpoint's note."""
+        """Returns the iterator's position, for a checkpoint's metadata."""
         ...
 
     def skipped(self) -> list[str]:
-        """The corrupt files that were met since the last call, by any process of the job."""
+        """Returns the corrupt files met since the last call, by any process of the job."""
         ...
 
     def close(self) -> None: ...
 
 
-def make_feed(
+def make_data_iterator(
     config: Any,
-    program: Program,
+    program: Program | StackedProgram,
+    seed: np.uint32 | np.ndarray,
     part: Split | Source,
     *,
     steps_per_epoch: int,
     mesh: Mesh,
     state: Mapping[str, Any],
     times: Times,
-) -> Feed:
-    """The feed of a run's training images, from where `state` (of `get_state`) says on.
+) -> DataIterator:
+    """Makes the iterator over a run's training images, from the position `state` on.
 
-    What it waits for is counted in `times`.
+    Args:
+      config: the recipe; of several runs, the first one's.
+      program: what trains.
+      seed: uint32 []; or `[runs]`, for a stacked program.
+      part: the training set; of files, for one run only.
+      steps_per_epoch: full batches in it.
+      mesh: from `make_mesh`.
+      state: from `get_state`, or empty.
+      times: counts what the iterator waits for.
     """
     if isinstance(part, Split):
-        return ResidentFeed(np.uint32(config.seed), program, part, steps_per_epoch, mesh)
-    return FileFeed(config, program, part, steps_per_epoch, mesh, state, times)
+        return ResidentData(seed, program, part, steps_per_epoch, mesh)
+    assert isinstance(program, Program)
+    return FileData(config, program, part, steps_per_epoch, mesh, state, times)
 
 
-class ResidentFeed:
+class ResidentData:
     """Batches drawn on the devices, which hold all images; see `Program.steps`.
 
     Args:
@@ -92,7 +102,7 @@ class ResidentFeed:
             self._images,
             self._labels,
             self._order[1],
-            length=min(self._chunk, self._steps_per_epoch - within),
+            length=min(self._chunk - within % self._chunk, self._steps_per_epoch - within),
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -105,7 +115,7 @@ class ResidentFeed:
         pass
 
 
-class FileFeed:
+class FileData:
     """Batches that worker processes decode; one a call. See `shiftnet.data.stream`."""
 
     def __init__(
@@ -164,7 +174,7 @@ class FileFeed:
 
 
 def gather_names(mine: list[str]) -> list[str]:
-    """The names of all processes of the job, in the order of the processes."""
+    """Returns the names of all processes of the job, in the order of the processes."""
     if jax.process_count() == 1:
         return mine
     text = "\n".join(mine).encode()
