@@ -186,7 +186,50 @@ FIELDS: Mapping[str, Field] = {
     ),
     "data.flip": Field(True, "mirror every second training image, at random (original)"),
     "optimizer.lr": Field(0.1, "learning rate at the start (original)", ABOVE_0),
-    "optimizer.momentum": Field(0.9, "of stochastic gradient descent (original)", FRACTION),
+    "optimizer.name": Field(
+        "sgd",
+        "sgd (original), adamw, lamb, lion; muon: momentum orthogonalised, for the kernels between "
+        "the first and the last layer, the rest takes sgd",
+        choices=("sgd", "adamw", "lamb", "lion", "muon"),
+    ),
+    "optimizer.momentum": Field(
+        0.9, "momentum coefficient, the first beta of adamw, lamb and lion (original)", FRACTION
+    ),
+    "optimizer.nesterov": Field(False, "Nesterov momentum for sgd"),
+    "optimizer.beta2": Field(
+        0.999,
+        "second coefficient of adamw and lamb (their papers), and of lion (there 0.99)",
+        FRACTION,
+    ),
+    "optimizer.eps": Field(1e-8, "added to the denominator of adamw and lamb", ABOVE_0),
+    "optimizer.muon_lr": Field(
+        0.1, "learning rate of the kernels that muon takes; it follows the schedule too", ABOVE_0
+    ),
+    "optimizer.clip_norm": Field(
+        0.0,
+        "largest norm of all gradients together, larger ones are scaled down to it; 0: none",
+        AT_LEAST_0,
+    ),
+    "optimizer.accumulate": Field(
+        1,
+        "batches whose gradients are averaged before each optimizer step; batch norm's statistics "
+        "are still those of one batch",
+        AT_LEAST_1,
+    ),
+    "optimizer.decay": Field(
+        "all",
+        "what weight decay applies to: all (original), or kernels, which leaves out biases and "
+        "batch norms",
+        choices=("all", "kernels"),
+    ),
+    "optimizer.groups": Field(
+        "", "multipliers of the learning rate by path, such as 'layer1.*:0.1,linear:10'"
+    ),
+    "optimizer.freeze": Field(
+        "",
+        "paths of what is not trained, such as 'conv1,bn1,layer1.*'; frozen batch norms keep "
+        "their statistics",
+    ),
     "optimizer.weight_decay": Field(
         5e-4, "on every parameter, batch norm and biases included (original)", AT_LEAST_0
     ),
@@ -200,7 +243,20 @@ FIELDS: Mapping[str, Field] = {
         "step",
         "step: the rate times factor at each boundary; cosine: from the rate to lr_min at the end; "
         "sgdr: a cosine that starts anew at each boundary",
-        choices=("step", "cosine", "sgdr"),
+        choices=("step", "cosine", "sgdr", "linear", "onecycle", "wsd"),
+    ),
+    "schedule.by": Field(
+        "epoch",
+        "whether the rate changes with every epoch (originals) or every step",
+        choices=("epoch", "step"),
+    ),
+    "schedule.warmup": Field(
+        0.0,
+        "epochs in which the rate rises from near 0; of onecycle 0 means 0.3 of the run",
+        AT_LEAST_0,
+    ),
+    "schedule.decay": Field(
+        0.2, "share of the run, at its end, in which wsd's rate falls", FRACTION
     ),
     "schedule.boundaries": Field(
         (82, 123), "epochs, counted from 0, of step and sgdr (original)", RISING, item=int

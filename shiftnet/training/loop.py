@@ -25,9 +25,9 @@ from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import Codes, LevelWatch
 from shiftnet.training.mesh import make_mesh, replicated
 from shiftnet.training.metrics import MetricsLog, Tally
-from shiftnet.training.optimizer import learning_rates
 from shiftnet.training.profile import Profile
 from shiftnet.training.progress import Progress
+from shiftnet.training.schedules import learning_rates
 from shiftnet.training.step import Program, TrainState
 from shiftnet.training.times import Times
 from shiftnet.training.workdir import claimed

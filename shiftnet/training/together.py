@@ -23,8 +23,8 @@ from shiftnet.training.loop import explained
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicated
 from shiftnet.training.metrics import MetricsLog, Tally, read
-from shiftnet.training.optimizer import learning_rates
 from shiftnet.training.progress import Progress
+from shiftnet.training.schedules import learning_rates
 from shiftnet.training.step import Program, StackedProgram, TrainState, run_of
 from shiftnet.training.times import Times
 from shiftnet.training.workdir import RECIPE, claimed

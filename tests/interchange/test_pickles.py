@@ -3,11 +3,11 @@
 import struct
 
 import pytest
-from tests.interchange.files import Build, Call, Name, New, Persistent, Raw, code
 
 from shiftnet.interchange import limits, pickles
 from shiftnet.interchange.limits import Clock, Refusal
 from shiftnet.interchange.pickles import Global, Machine, Record
+from tests.interchange.files import Build, Call, Name, New, Persistent, Raw, code
 
 ORDERED = Name("collections", "OrderedDict")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.interchange import files
 
 from shiftnet.errors import UserError
 from shiftnet.interchange import UNFORESEEN, read
 from tests import oracle
+from tests.interchange import files
 
 CHECKPOINTS = oracle.FOLDER / "checkpoints"
 
