@@ -25,6 +25,7 @@ def main() -> None:
         "gradients": gradients.tolist(),
         "optimizers": {},
         "schedules": schedules(),
+        "losses": losses(generator),
     }
     recipes = {
         "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -67,6 +68,44 @@ def trajectory(make, start, gradients, *, clip_norm=None, accumulate=1):
             parameter.grad = None
         values.append(parameter.detach().tolist())
     return values
+
+
+def losses(generator):
+    """Losses of four images and their gradients to the logits."""
+    logits = (3 * torch.randn(4, 5, generator=generator)).requires_grad_()
+    teacher = 4 * torch.randn(4, 5, generator=generator)
+    labels = torch.tensor([2, 0, 4, 1])
+    functional = torch.nn.functional
+
+    def divergence(student, teacher, temperature):
+        return temperature**2 * functional.kl_div(
+            functional.log_softmax(student / temperature, 1),
+            functional.softmax(teacher / temperature, 1),
+            reduction="batchmean",
+        )
+
+    def standardized(logits):  # the code published with arXiv:2403.01427
+        return (logits - logits.mean(-1, keepdims=True)) / (1e-7 + logits.std(-1, keepdims=True))
+
+    found = {
+        "cross_entropy": functional.cross_entropy(logits, labels),
+        "smoothed": functional.cross_entropy(logits, labels, label_smoothing=0.1),
+        "soft_targets": functional.cross_entropy(logits, torch.softmax(teacher, 1)),
+        "distillation": divergence(logits, teacher, 4.0),
+        "standardized": divergence(standardized(logits), standardized(teacher), 2.0),
+    }
+    return {
+        "logits": logits.tolist(),
+        "teacher": teacher.tolist(),
+        "labels": labels.tolist(),
+        **{
+            name: {
+                "loss": loss.item(),
+                "gradient": torch.autograd.grad(loss, logits)[0].tolist(),
+            }
+            for name, loss in found.items()
+        },
+    }
 
 
 def schedules():
