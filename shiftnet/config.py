@@ -51,6 +51,7 @@ class Scope(NamedTuple):
 AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 # A number of channels, multiplied or divided by the factor, stays a 64-bit integer.
 FACTOR = Rule(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-6 to 1e6")
@@ -93,8 +94,19 @@ STEP = Scope(lambda config: config.schedule.name == "step", "schedule.name=step"
 STEP_SGDR = Scope(
     lambda config: config.schedule.name in ("step", "sgdr"), "schedule.name=step and sgdr"
 )
-COSINE_SGDR = Scope(
-    lambda config: config.schedule.name in ("cosine", "sgdr"), "schedule.name=cosine and sgdr"
+FALLING = Scope(
+    lambda config: config.schedule.name in ("cosine", "sgdr", "linear", "wsd"),
+    "schedule.name=cosine, sgdr, linear and wsd",
+)
+WSD = Scope(lambda config: config.schedule.name == "wsd", "schedule.name=wsd")
+SGD = Scope(lambda config: config.optimizer.name in ("sgd", "muon"), "optimizer.name=sgd and muon")
+MUON = Scope(lambda config: config.optimizer.name == "muon", "optimizer.name=muon")
+ADAM = Scope(
+    lambda config: config.optimizer.name in ("adamw", "lamb"), "optimizer.name=adamw and lamb"
+)
+ADAPTIVE = Scope(
+    lambda config: config.optimizer.name in ("adamw", "lamb", "lion"),
+    "optimizer.name=adamw, lamb and lion",
 )
 
 
@@ -285,18 +297,91 @@ class DataConfig(Settings, group="data"):
         scope=IMAGE_FILES,
     )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
+    policy: Literal["none", "trivial", "rand"] = setting(
+        "none",
+        "random operations on every training image: trivial: TrivialAugment (arXiv:2103.10158); "
+        "rand: RandAugment (arXiv:1909.13719), two of strength 9",
+    )
+    mixup: float = setting(
+        0.0,
+        "alpha of mixup (arXiv:1710.09412); 0: none; with cutmix too, batches alternate at random",
+        AT_LEAST_0,
+    )
+    cutmix: float = setting(0.0, "alpha of CutMix (arXiv:1905.04899); 0: none", AT_LEAST_0)
+    erase: float = setting(
+        0.0, "probability that a rectangle of an image is erased (arXiv:1708.04896)", SHARE
+    )
+
+
+@dataclasses.dataclass
+class LossConfig(Settings, group="loss"):
+    """The training loss."""
+
+    label_smoothing: float = setting(
+        0.0,
+        "share of every target that is spread evenly over all classes (arXiv:1512.00567); 0: none",
+        FRACTION,
+    )
 
 
 @dataclasses.dataclass
 class OptimizerConfig(Settings, group="optimizer"):
-    """Stochastic gradient descent (SGD)."""
+    """The optimizer."""
 
+    name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = setting(
+        "sgd",
+        "sgd (original), adamw, lamb or lion; muon: orthogonalized momentum for the kernels between "
+        "the first and the last layer, sgd for the other arrays",
+    )
     lr: float = setting(0.1, "initial learning rate (original)", ABOVE_0)
-    momentum: float = setting(0.9, "SGD momentum coefficient, in [0, 1) (original)", FRACTION)
+    muon_lr: float = setting(
+        0.1,
+        "learning rate of the kernels that muon takes; it follows the schedule too",
+        ABOVE_0,
+        scope=MUON,
+    )
+    momentum: float = setting(
+        0.9,
+        "momentum coefficient, in [0, 1); the first coefficient of adamw, lamb and lion (original)",
+        FRACTION,
+    )
+    nesterov: bool = setting(False, "Nesterov momentum for sgd", scope=SGD)
+    beta2: float = setting(
+        0.999,
+        "second coefficient of adamw, lamb (the papers' 0.999) and lion (its paper: 0.99)",
+        FRACTION,
+        scope=ADAPTIVE,
+    )
+    eps: float = setting(
+        1e-8, "added to the denominator of adamw and lamb (PyTorch's)", ABOVE_0, scope=ADAM
+    )
     weight_decay: float = setting(
         5e-4,
         "L2 penalty on every parameter, batch norms and biases included (original)",
         AT_LEAST_0,
+    )
+    decay: Literal["all", "kernels"] = setting(
+        "all",
+        "parameters that decay: all (original), or kernels, which leaves out biases and batch norms",
+    )
+    clip_norm: float = setting(
+        0.0,
+        "largest norm of all gradients together, to which larger ones are scaled; 0: no limit",
+        AT_LEAST_0,
+    )
+    accumulate: int = setting(
+        1,
+        "batches whose gradients are averaged for one update; batch norm's statistics are still "
+        "those of each batch",
+        AT_LEAST_1,
+    )
+    groups: str = setting(
+        "", "multipliers of the learning rate by path, such as 'layer1.*:0.1,linear:10'"
+    )
+    freeze: str = setting(
+        "",
+        "paths that are not trained, such as 'conv1,bn1,layer1.*'; their batch norms keep their "
+        "running statistics",
     )
     regularizer: float = setting(
         1e-5,
@@ -309,12 +394,21 @@ class OptimizerConfig(Settings, group="optimizer"):
 
 @dataclasses.dataclass
 class ScheduleConfig(Settings, group="schedule"):
-    """The learning rate over the epochs."""
+    """The learning rate over the run."""
 
-    name: Literal["step", "cosine", "sgdr"] = setting(
+    name: Literal["step", "cosine", "sgdr", "linear", "onecycle", "wsd"] = setting(
         "step",
-        "step: multiplied by schedule.factor at each boundary; cosine: falls to schedule.lr_min at "
-        "the end; sgdr: a cosine that restarts at each boundary",
+        "step: multiplied by schedule.factor at each boundary; cosine, linear: falls to "
+        "schedule.lr_min at the end; sgdr: a cosine that restarts at each boundary; onecycle: rises "
+        "and falls once; wsd: constant, then linear over schedule.decay of the run",
+    )
+    by: Literal["epoch", "step"] = setting(
+        "epoch", "change the rate with every epoch (originals) or with every step"
+    )
+    warmup: float = setting(
+        0.0,
+        "epochs in which the rate rises linearly from 0; for onecycle 0 means 0.3 of the run",
+        AT_LEAST_0,
     )
     boundaries: tuple[int, ...] = setting(
         (82, 123),
@@ -325,7 +419,12 @@ class ScheduleConfig(Settings, group="schedule"):
     factor: float = setting(
         0.1, "what step multiplies the rate by at each boundary (original)", ABOVE_0, scope=STEP
     )
-    lr_min: float = setting(0.0, "rate that cosine and sgdr fall to", AT_LEAST_0, scope=COSINE_SGDR)
+    lr_min: float = setting(
+        0.0, "rate that cosine, sgdr, linear and wsd fall to", AT_LEAST_0, scope=FALLING
+    )
+    decay: float = setting(
+        0.2, "share of the run, at its end, in which wsd's rate falls", FRACTION, scope=WSD
+    )
 
 
 @dataclasses.dataclass
@@ -386,6 +485,7 @@ class Config(Settings):
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

@@ -14,7 +14,7 @@ from shiftnet import errors
 PAD_MODES = {"zero": "constant", "reflect": "reflect"}  # ours -> jnp.pad's
 
 # Streams of one seed, so that epoch 3 and step 3 do not share their random numbers.
-_ORDER, _AUGMENT, _CUTOUT = 0, 1, 2
+_ORDER, _AUGMENT, _CUTOUT, _POLICY, _ERASING, _MIXING = range(6)
 
 
 def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
@@ -39,6 +39,21 @@ def augment_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
 def cutout_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """The random key of a step's cutout; `step` counts from 0 over the whole run."""
     return _key(seed, _CUTOUT, step)
+
+
+def policy_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's TrivialAugment or RandAugment."""
+    return _key(seed, _POLICY, step)
+
+
+def erasing_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's random erasing."""
+    return _key(seed, _ERASING, step)
+
+
+def mixing_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's mixup and CutMix."""
+    return _key(seed, _MIXING, step)
 
 
 def _key(seed: int | jax.Array, stream: int, number: int | jax.Array) -> jax.Array:

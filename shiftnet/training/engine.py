@@ -28,7 +28,7 @@ from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.metrics import MetricAccumulator, MetricsLog
-from shiftnet.training.optimizer import learning_rates
+from shiftnet.training.schedules import learning_rates
 from shiftnet.training.profile import Profile
 from shiftnet.training.progress import Progress
 from shiftnet.training.restore import Record, check_same_data, facts, restore, start_from
@@ -151,7 +151,7 @@ def train(
         numbers = np.array([one.seed for one in configs], np.uint32)
         seed = numbers[0] if runs == 1 else numbers
         watch = LevelWatch(single, runs)
-        lrs = learning_rates(config)
+        lrs = learning_rates(config, steps_per_epoch)
 
         # --- Restore ------------------------------------------------------------------------------
         # What the working directory holds comes before --init, and that before a fresh network.

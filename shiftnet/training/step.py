@@ -15,6 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from shiftnet import models, quantizers
 from shiftnet.data import RGB, augment
+from shiftnet.data.mixing import erase, mix
+from shiftnet.data.policies import rand_augment, trivial_augment
 from shiftnet.kernels.implementations import only_xla, over
 from shiftnet.training.mesh import (
     BATCH_AXIS,
@@ -24,7 +26,8 @@ from shiftnet.training.mesh import (
     parameters_sharded,
     replicated,
 )
-from shiftnet.training.optimizer import make_optimizer
+from shiftnet.training.losses import cross_entropy
+from shiftnet.training.optimizer import keep_frozen, make_optimizer
 
 
 @functools.partial(
@@ -85,8 +88,11 @@ class Program:
         self._steps_per_epoch = steps_per_epoch
         self.mesh = mesh
         self.runs = 1
-        self._optimizer = make_optimizer(config, steps_per_epoch)
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
+        network = nnx.eval_shape(lambda: self._build(0))
+        self.graphdef = nnx.graphdef(network)
+        self._optimizer = make_optimizer(
+            config, steps_per_epoch, first_and_last=network.first_and_last
+        )
         everywhere = replicated(mesh)
         state = jax.eval_shape(self.draw, np.uint32(0))
         self.shardings = (
@@ -125,7 +131,11 @@ class Program:
         return tree
 
     def update(
-        self, state: TrainState, images: jax.Array, labels: jax.Array
+        self,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        targets: jax.Array | None = None,
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         """One step of gradient descent on one batch.
 
@@ -133,6 +143,7 @@ class Program:
           state: where to start from.
           images: normalised `[N, H, W, 3]`.
           labels: int32 `[N]`.
+          targets: `[N, num_classes]` that the loss takes in place of the labels, as of mixed images.
 
         Returns:
           The next state, the mean cross entropy before the step (without the weights' regulariser,
@@ -142,20 +153,24 @@ class Program:
 
         per_device = self._config.parallel.batch_norm == "per_device" and self.mesh.size > 1
 
-        def loss_of(params, stats, images, labels):
+        def loss_of(params, stats, images, labels, *targets):
             # Gathered for the products, whatever XLA might prefer; `shard_map` does so by itself.
             if self._config.parallel.fsdp and not per_device:
                 params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             model = nnx.merge(self.graphdef, params, stats, copy=True)
             logits = model(images, train=True)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            loss = cross_entropy(
+                logits, labels, *targets, smoothing=self._config.loss.label_smoothing
+            )
             total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
         gradient = _gradient(loss_of)
         with contextlib.nullcontext() if per_device else over(self.mesh):
             gradient = _on_each_device(gradient, self.mesh) if per_device else gradient
-            grads, (loss, stats, logits) = gradient(state.params, state.stats, images, labels)
+            batch = (images, labels) if targets is None else (images, labels, targets)
+            grads, (loss, stats, logits) = gradient(state.params, state.stats, *batch)
+        stats = keep_frozen(state.stats, stats, self._config.optimizer.freeze)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -177,10 +192,20 @@ class Program:
         Returns:
           As `update`.
         """
+        data = self._config.data
         dtype = jax.tree.leaves(state.params)[0].dtype
-        key = augment.cutout_key(seed, state.step)
-        images = augment.cutout(key, images, self._config.data.cutout)
-        return self.update(state, augment.normalize(images, self._mean, self._std, dtype), labels)
+        if data.policy != "none":
+            policy = {"trivial": trivial_augment, "rand": rand_augment}[data.policy]
+            images = policy(augment.policy_key(seed, state.step), images)
+        images = augment.cutout(augment.cutout_key(seed, state.step), images, data.cutout)
+        images = augment.normalize(images, self._mean, self._std, dtype)
+        images = erase(augment.erasing_key(seed, state.step), images, data.erase)
+        targets = None
+        if data.mixup or data.cutmix:
+            targets = jax.nn.one_hot(labels, self._num_classes, dtype=dtype)
+            key = augment.mixing_key(seed, state.step)
+            images, targets = mix(key, images, targets, mixup=data.mixup, cutmix=data.cutmix)
+        return self.update(state, images, labels, targets)
 
     def steps(
         self,
@@ -308,21 +333,25 @@ def _on_each_device(gradient: Callable[..., Any], mesh: Mesh) -> Callable[..., A
     running statistics are kept.
     """
 
-    def on_one(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
-        grads, (loss, stats, logits) = gradient(params, stats, images, labels)
+    def on_one(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        grads, (loss, stats, logits) = gradient(params, stats, *batch)
         is_first = jax.lax.axis_index(BATCH_AXIS) == 0
         first = jax.tree.map(lambda stat: jnp.where(is_first, stat, 0), stats)
         grads, loss = jax.lax.pmean((grads, loss), BATCH_AXIS)
         return grads, (loss, jax.lax.psum(first, BATCH_AXIS), logits)
 
     everywhere, divided = PartitionSpec(), PartitionSpec(BATCH_AXIS)
-    return jax.shard_map(
-        on_one,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, divided, divided),
-        out_specs=(everywhere, (everywhere, everywhere, divided)),
-        check_vma=False,
-    )
+
+    def on_all(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        return jax.shard_map(
+            on_one,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, *[divided] * len(batch)),
+            out_specs=(everywhere, (everywhere, everywhere, divided)),
+            check_vma=False,
+        )(params, stats, *batch)
+
+    return on_all
 
 
 def steps_per_dispatch(steps_per_epoch: int, platform: str) -> int:
