@@ -41,8 +41,8 @@ class RunFailed(RuntimeError):
 def reported(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a command's `main`: errors meant for people become a sentence and an exit code.
 
-    2 for `UserError` and for a path that the system refuses, 1 for `RunFailed`, 130 for Ctrl-C, 141
-    where nobody reads what is printed.
+    2 for `UserError`, a path that the system refuses and a platform that JAX does not find, 1 for
+    `RunFailed`, 130 for Ctrl-C, 141 where nobody reads what is printed.
     """
 
     @functools.wraps(main)
@@ -65,11 +65,33 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             return say(f"{error.filename}: {error.strerror}", 2)
         except RunFailed as error:
             return say(str(error), 1)
+        except (RuntimeError, AssertionError):
+            if sentence := _missing_platform():
+                return say(sentence, 2)
+            raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
 
     return wrapper
+
+
+def _missing_platform() -> str | None:
+    """Says that JAX does not find the platform it is told to use, if that is so."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or "jax" not in sys.modules:
+        return None
+    import jax  # which commands that compute have imported before
+
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion for cuda (0.11.2)
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return (
+            f"JAX finds no device of JAX_PLATFORMS={platforms}{reason}: "
+            "unset it to use those there are, or install JAX for that platform"
+        )
+    return None
 
 
 def say(sentence: str, code: int) -> int:
