@@ -449,6 +449,10 @@ class Field:
         except (KeyError, ValueError):
             raise UserError(f"{self.path} must be {self.expected}, found {text!r}") from None
 
+    def applies(self, config: Config) -> bool:
+        """Returns whether the field has an effect in a configuration."""
+        return self.scope is None or self.scope.holds(config)
+
     @property
     def expected(self) -> str:
         """The field's type in the words of a sentence."""
@@ -524,18 +528,22 @@ def validate(config: Config) -> None:
         )
 
 
-def check_effects(config: Config) -> None:
+def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
     """Refuses settings of a new run that would be ignored, or fail when they are first used.
+
+    Args:
+      config: the configuration.
+      allowed: fields that may have no effect.
 
     Raises:
       UserError: for the first field that differs from its default where it does not apply, and for
         a `data.resize` below `data.size`.
     """
     for path, field in FIELDS.items():
-        value = _get(config, path)
-        if field.scope and value != field.default and not field.scope.holds(config):
+        value, scope = _get(config, path), field.scope
+        if scope and value != field.default and path not in allowed and not scope.holds(config):
             raise UserError(
-                f"{path}={_written(value)} would be ignored: it applies to {field.scope.words}; "
+                f"{path}={_written(value)} would be ignored: it applies to {scope.words}; "
                 f"leave it at {_written(field.default)}"
             )
     data = config.data
@@ -560,7 +568,7 @@ def differences(old: Config, new: Config, *, ignore: Sequence[str] = ()) -> list
         for path, field in sorted(FIELDS.items())
         if _get(old, path) != _get(new, path)
         and not any(fnmatch.fnmatchcase(path, pattern) for pattern in ignore)
-        and (field.scope is None or field.scope.holds(old) or field.scope.holds(new))
+        and (field.applies(old) or field.applies(new))
     ]
 
 
@@ -626,11 +634,14 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
         config = _run(path, [argument] if argument else [])
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
-    for field, text in (overrides or {}).items():
-        override(config, field, text)
+    overrides = overrides or {}
+    # A recipe's own settings may lose their effect by an override; those given here must have one.
+    own = {name for name, field in FIELDS.items() if field.applies(config)} - overrides.keys()
+    for name, text in overrides.items():
+        override(config, name, text)
     try:
         validate(config)
-        check_effects(config)
+        check_effects(config, allowed=own)
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
     return config
