@@ -80,6 +80,7 @@ def _reads_files(config: "Config") -> bool:
 
 
 IMAGE_FILES = Scope(_reads_files, "image files, from data.source=folder or data.name=imagenet2012")
+FOLDER = Scope(lambda config: config.data.source == "folder", "data.source=folder")
 IN_MEMORY = Scope(
     lambda config: not _reads_files(config), "data sets held in memory, such as cifar10"
 )
@@ -277,6 +278,12 @@ class DataConfig(Settings, group="data"):
         "error",
         "what to do with an image file that cannot be decoded: stop, or skip and count it",
         scope=IMAGE_FILES,
+    )
+    exif: bool = setting(
+        True,
+        "rotate the images of a folder by their EXIF orientation; those of imagenet2012 never are, "
+        "as in its published results",
+        scope=FOLDER,
     )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
 

@@ -162,6 +162,10 @@ def test_settings_read_and_change_as_mappings_too():
             "data.on_corrupt=skip",
             "data.on_corrupt=skip would be ignored: it applies to image files",
         ),
+        (
+            "data.name=imagenet2012 data.exif=false",
+            "data.exif=false would be ignored: it applies to data.source=folder; leave it at true",
+        ),
         ("data.source=folder data.pad=2", "data.pad=2 would be ignored: it applies to data sets"),
         (
             "data.name=imagenet2012 data.pad_mode=reflect",
