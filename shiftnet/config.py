@@ -140,6 +140,8 @@ class Settings(Mapping[str, Any]):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python asks for many, to copy and to pickle
+            raise AttributeError(name)
         raise UnknownField(str(_unknown("field", f"{self._prefix}{name}", FIELDS)))
 
     def __getitem__(self, name: str) -> Any:
