@@ -52,9 +52,9 @@ AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
-# A number of channels, multiplied or divided by the factor, stays a 64-bit integer.
+# Multiplying or dividing any number of channels by it gives a possible number of channels.
 FACTOR = Rule(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-6 to 1e6")
-# Positions in an image are 16-bit integers on the device, areas 32-bit ones.
+# Positions and areas in pixels are 32-bit integers on the device.
 SIDE = Rule(lambda value: 0 <= value < 2**15, "at least 0 and below 2**15")
 # jax.random.key silently drops the higher bits when 64-bit types are off.
 SEED = Rule(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
@@ -90,13 +90,12 @@ CIFAR = Scope(
 )
 LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
 S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
-STEP = Scope(lambda config: config.schedule.name == "step", "schedule.name=step")
-STEP_SGDR = Scope(
-    lambda config: config.schedule.name in ("step", "sgdr"), "schedule.name=step and sgdr"
-)
-COSINE_SGDR = Scope(
-    lambda config: config.schedule.name in ("cosine", "sgdr"), "schedule.name=cosine and sgdr"
-)
+
+
+def schedules(*names: str) -> Scope:
+    """Returns the scope of a field that only these schedules use."""
+    words = f"schedule.name={' and '.join(names)}"
+    return Scope(lambda config: config.schedule.name in names, words)
 
 
 def setting(default: Any, doc: str, rule: Rule | None = None, scope: Scope | None = None) -> Any:
@@ -323,12 +322,17 @@ class ScheduleConfig(Settings, group="schedule"):
         (82, 123),
         "epochs, counted from 0, at which step and sgdr change the rate (original)",
         INCREASING,
-        scope=STEP_SGDR,
+        scope=schedules("step", "sgdr"),
     )
     factor: float = setting(
-        0.1, "what step multiplies the rate by at each boundary (original)", ABOVE_0, scope=STEP
+        0.1,
+        "what step multiplies the rate by at each boundary (original)",
+        ABOVE_0,
+        scope=schedules("step"),
     )
-    lr_min: float = setting(0.0, "rate that cosine and sgdr fall to", AT_LEAST_0, scope=COSINE_SGDR)
+    lr_min: float = setting(
+        0.0, "rate that cosine and sgdr fall to", AT_LEAST_0, scope=schedules("cosine", "sgdr")
+    )
 
 
 @dataclasses.dataclass
