@@ -207,17 +207,6 @@ class CheckpointManager:
                 if int(path.name) < before or (after is not None and int(path.name) > after):
                     _remove(path)
 
-    def metadata(self, step: int) -> Mapping[str, Any]:
-        """Reads the metadata of a checkpoint."""
-        return _note(self.path(step))
-
-    def delete(self, *, before: int = 0, after: int | None = None) -> None:
-        """Deletes the checkpoints of the steps before one, and of those after another."""
-        if jax.process_index() == 0:
-            for step in self._steps():
-                if step < before or (after is not None and step > after):
-                    shutil.rmtree(self.path(step))
-
     def wait(self) -> None:
         """Waits until the checkpoint that is being written is sealed.
 

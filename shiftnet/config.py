@@ -53,9 +53,9 @@ AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
 SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
-# A number of channels, multiplied or divided by the factor, stays a 64-bit integer.
+# Multiplying or dividing any number of channels by it gives a possible number of channels.
 FACTOR = Rule(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-6 to 1e6")
-# Positions in an image are 16-bit integers on the device, areas 32-bit ones.
+# Positions and areas in pixels are 32-bit integers on the device.
 SIDE = Rule(lambda value: 0 <= value < 2**15, "at least 0 and below 2**15")
 # jax.random.key silently drops the higher bits when 64-bit types are off.
 SEED = Rule(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
@@ -81,6 +81,7 @@ def _reads_files(config: "Config") -> bool:
 
 
 IMAGE_FILES = Scope(_reads_files, "image files, from data.source=folder or data.name=imagenet2012")
+FOLDER = Scope(lambda config: config.data.source == "folder", "data.source=folder")
 IN_MEMORY = Scope(
     lambda config: not _reads_files(config), "data sets held in memory, such as cifar10"
 )
@@ -90,24 +91,20 @@ CIFAR = Scope(
 )
 LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
 S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
-STEP = Scope(lambda config: config.schedule.name == "step", "schedule.name=step")
-STEP_SGDR = Scope(
-    lambda config: config.schedule.name in ("step", "sgdr"), "schedule.name=step and sgdr"
-)
-FALLING = Scope(
-    lambda config: config.schedule.name in ("cosine", "sgdr", "linear", "wsd"),
-    "schedule.name=cosine, sgdr, linear and wsd",
-)
-WSD = Scope(lambda config: config.schedule.name == "wsd", "schedule.name=wsd")
-SGD = Scope(lambda config: config.optimizer.name in ("sgd", "muon"), "optimizer.name=sgd and muon")
-MUON = Scope(lambda config: config.optimizer.name == "muon", "optimizer.name=muon")
-ADAM = Scope(
-    lambda config: config.optimizer.name in ("adamw", "lamb"), "optimizer.name=adamw and lamb"
-)
-ADAPTIVE = Scope(
-    lambda config: config.optimizer.name in ("adamw", "lamb", "lion"),
-    "optimizer.name=adamw, lamb and lion",
-)
+
+
+def schedules(*names: str) -> Scope:
+    """Returns the scope of a field that only these schedules use."""
+    return Scope(
+        lambda config: config.schedule.name in names, f"schedule.name={' and '.join(names)}"
+    )
+
+
+def optimizers(*names: str) -> Scope:
+    """Returns the scope of a field that only these optimizers use."""
+    return Scope(
+        lambda config: config.optimizer.name in names, f"optimizer.name={' and '.join(names)}"
+    )
 
 
 def setting(default: Any, doc: str, rule: Rule | None = None, scope: Scope | None = None) -> Any:
@@ -151,6 +148,8 @@ class Settings(Mapping[str, Any]):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python asks for many, to copy and to pickle
+            raise AttributeError(name)
         raise UnknownField(str(_unknown("field", f"{self._prefix}{name}", FIELDS)))
 
     def __getitem__(self, name: str) -> Any:
@@ -292,9 +291,9 @@ class DataConfig(Settings, group="data"):
     )
     exif: bool = setting(
         True,
-        "rotate the images of a folder as their EXIF orientation says; those of imagenet2012 never "
-        "are, as in its published results",
-        scope=IMAGE_FILES,
+        "rotate the images of a folder by their EXIF orientation; those of imagenet2012 never are, "
+        "as in its published results",
+        scope=FOLDER,
     )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
     policy: Literal["none", "trivial", "rand"] = setting(
@@ -338,22 +337,25 @@ class OptimizerConfig(Settings, group="optimizer"):
         0.1,
         "learning rate of the kernels that muon takes; it follows the schedule too",
         ABOVE_0,
-        scope=MUON,
+        scope=optimizers("muon"),
     )
     momentum: float = setting(
         0.9,
         "momentum coefficient, in [0, 1); the first coefficient of adamw, lamb and lion (original)",
         FRACTION,
     )
-    nesterov: bool = setting(False, "Nesterov momentum for sgd", scope=SGD)
+    nesterov: bool = setting(False, "Nesterov momentum for sgd", scope=optimizers("sgd", "muon"))
     beta2: float = setting(
         0.999,
         "second coefficient of adamw, lamb (the papers' 0.999) and lion (its paper: 0.99)",
         FRACTION,
-        scope=ADAPTIVE,
+        scope=optimizers("adamw", "lamb", "lion"),
     )
     eps: float = setting(
-        1e-8, "added to the denominator of adamw and lamb (PyTorch's)", ABOVE_0, scope=ADAM
+        1e-8,
+        "added to the denominator of adamw and lamb (PyTorch's)",
+        ABOVE_0,
+        scope=optimizers("adamw", "lamb"),
     )
     weight_decay: float = setting(
         5e-4,
@@ -414,16 +416,28 @@ class ScheduleConfig(Settings, group="schedule"):
         (82, 123),
         "epochs, counted from 0, at which step and sgdr change the rate (original)",
         INCREASING,
-        scope=STEP_SGDR,
+        scope=schedules("step", "sgdr"),
     )
     factor: float = setting(
-        0.1, "what step multiplies the rate by at each boundary (original)", ABOVE_0, scope=STEP
+        0.1,
+        "what step multiplies the rate by at each boundary (original)",
+        ABOVE_0,
+        scope=schedules("step"),
     )
     lr_min: float = setting(
-        0.0, "rate that cosine, sgdr, linear and wsd fall to", AT_LEAST_0, scope=FALLING
+        0.0, "rate that cosine and sgdr fall to", AT_LEAST_0, scope=schedules("cosine", "sgdr")
+    )
+    lr_min: float = setting(
+        0.0,
+        "rate that cosine, sgdr, linear and wsd fall to",
+        AT_LEAST_0,
+        scope=schedules("cosine", "sgdr", "linear", "wsd"),
     )
     decay: float = setting(
-        0.2, "share of the run, at its end, in which wsd's rate falls", FRACTION, scope=WSD
+        0.2,
+        "share of the run, at its end, in which wsd's rate falls",
+        FRACTION,
+        scope=schedules("wsd"),
     )
 
 
@@ -555,6 +569,10 @@ class Field:
         except (KeyError, ValueError):
             raise UserError(f"{self.path} must be {self.expected}, found {text!r}") from None
 
+    def applies(self, config: Config) -> bool:
+        """Returns whether the field has an effect in a configuration."""
+        return self.scope is None or self.scope.holds(config)
+
     @property
     def expected(self) -> str:
         """The field's type in the words of a sentence."""
@@ -630,18 +648,22 @@ def validate(config: Config) -> None:
         )
 
 
-def check_effects(config: Config) -> None:
+def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
     """Refuses settings of a new run that would be ignored, or fail when they are first used.
+
+    Args:
+      config: the configuration.
+      allowed: fields that may have no effect.
 
     Raises:
       UserError: for the first field that differs from its default where it does not apply, and for
         a `data.resize` below `data.size`.
     """
     for path, field in FIELDS.items():
-        value = _get(config, path)
-        if field.scope and value != field.default and not field.scope.holds(config):
+        value, scope = _get(config, path), field.scope
+        if scope and value != field.default and path not in allowed and not scope.holds(config):
             raise UserError(
-                f"{path}={_written(value)} would be ignored: it applies to {field.scope.words}; "
+                f"{path}={_written(value)} would be ignored: it applies to {scope.words}; "
                 f"leave it at {_written(field.default)}"
             )
     data = config.data
@@ -666,7 +688,7 @@ def differences(old: Config, new: Config, *, ignore: Sequence[str] = ()) -> list
         for path, field in sorted(FIELDS.items())
         if _get(old, path) != _get(new, path)
         and not any(fnmatch.fnmatchcase(path, pattern) for pattern in ignore)
-        and (field.scope is None or field.scope.holds(old) or field.scope.holds(new))
+        and (field.applies(old) or field.applies(new))
     ]
 
 
@@ -732,11 +754,14 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
         config = _run(path, [argument] if argument else [])
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
-    for field, text in (overrides or {}).items():
-        override(config, field, text)
+    overrides = overrides or {}
+    # A recipe's own settings may lose their effect by an override; those given here must have one.
+    own = {name for name, field in FIELDS.items() if field.applies(config)} - overrides.keys()
+    for name, text in overrides.items():
+        override(config, name, text)
     try:
         validate(config)
-        check_effects(config)
+        check_effects(config, allowed=own)
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
     return config

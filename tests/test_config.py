@@ -162,6 +162,10 @@ def test_settings_read_and_change_as_mappings_too():
             "data.on_corrupt=skip",
             "data.on_corrupt=skip would be ignored: it applies to image files",
         ),
+        (
+            "data.name=imagenet2012 data.exif=false",
+            "data.exif=false would be ignored: it applies to data.source=folder; leave it at true",
+        ),
         ("data.source=folder data.pad=2", "data.pad=2 would be ignored: it applies to data sets"),
         (
             "data.name=imagenet2012 data.pad_mode=reflect",
@@ -230,6 +234,25 @@ def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(
 )
 def test_a_setting_where_it_applies_is_taken(recipe, given):
     parse("--config", recipe, *(f"--config.{word}" for word in given.split()))
+
+
+def test_a_recipes_own_settings_may_lose_their_effect_by_an_override(tmp_path):
+    path = tmp_path / "padded.py"
+    path.write_text(RECIPE.replace("config.epochs = 7", "config.data.pad = 2"))
+    files = ["--config", str(path), "--config.data.source=folder"]
+    assert parse(*files).data.pad == 2
+    with pytest.raises(UserError, match=r"data\.pad=3 would be ignored"):
+        parse(*files, "--config.data.pad=3")
+
+
+def test_a_recipe_is_refused_for_what_it_sets_without_effect_unless_an_override_gives_it_one(
+    tmp_path,
+):
+    path = tmp_path / "large.py"
+    path.write_text(RECIPE.replace("config.epochs = 7", "config.data.size = 64"))
+    with pytest.raises(UserError, match=r"large\.py: data\.size=64 would be ignored"):
+        parse("--config", str(path))
+    assert parse("--config", str(path), "--config.data.source=folder").data.size == 64
 
 
 def test_a_saved_configuration_with_ignored_settings_still_loads_and_resumes():
@@ -669,11 +692,7 @@ def test_no_other_field_may_change_when_a_run_resumes():
             other = next(choice for choice in entry.choices if choice != entry.default)
         if name == "data.sha256":
             other = "0" * 64
-        where = next(
-            old
-            for old in ({}, low_bit, files, sgdr)
-            if entry.scope is None or entry.scope.holds(changed(**old))
-        )
+        where = next(old for old in ({}, low_bit, files, sgdr) if entry.applies(changed(**old)))
         new = changed(**where, **{name.replace(".", "__"): other})
         before = changed(**where)
         assert field(new, name) != field(before, name)

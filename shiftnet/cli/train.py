@@ -85,7 +85,7 @@ def _plan(config: Any, topologies: str) -> int:
 
 
 def _default_workdir(recipe: str) -> str:
-    file, _, argument = recipe.partition(":")
+    file, argument = config_lib.split_recipe(recipe)
     name = Path(file).stem
     return os.path.join("runs", f"{name}-{argument}" if argument else name)
 

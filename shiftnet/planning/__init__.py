@@ -1,1 +1,1 @@
-"""Training steps compiled for devices that are not here: memory, traffic, speed at best."""
+"""Compiles training steps for devices that are not here: memory, traffic, and best speed."""

@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its text: XLA's HLO, as `Compiled.as_text()` gives it.
+"""Reads a compiled program's traffic from its text: XLA's HLO, as `Compiled.as_text()` gives it.
 
-The compiler's own analysis counts every operand alike, on a TPU also those that it keeps in the
-chip's own memory, knows nothing of collectives, and does not exist for CUDA.
+The compiler's own analysis does not serve: on a TPU it also counts operands that stay in the chip's
+own memory, it ignores collectives, and it does not exist for CUDA.
 """
 
 import math
@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-# What XLA's collectives send from each device, over the bytes that `Collective.nbytes` counts, if
-# the n devices pass them around in a ring: in reduce-scatter and all-gather each device sends all
-# parts but one, and an all-reduce is one after the other.
+# Bytes that each of n devices sends in a collective around a ring, as a multiple of
+# `Collective.nbytes`: in reduce-scatter and all-gather each device sends all parts but one, and an
+# all-reduce is a reduce-scatter followed by an all-gather.
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -28,7 +28,7 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
-# Operations that name values and move nothing.
+# Operations that give values names and move nothing.
 _NAMING = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("opt-barrier", "partition-id", "replica-id", "add-dependency", "domain"),
@@ -43,10 +43,10 @@ class Collective(NamedTuple):
     """An operation in which devices exchange data.
 
     Attributes:
-      kind: a key of XLA's: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or
+      kind: XLA's name: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or
         "collective-permute".
-      group: how many devices exchange data with one another.
-      nbytes: of its operands on one device; of an all-gather, of its results.
+      group: number of devices that exchange data with one another.
+      nbytes: bytes of its operands on one device; for an all-gather, of its results.
       times: how often the program runs it.
     """
 
@@ -57,16 +57,16 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends in all, around a ring of the group."""
+        """Total bytes that one device sends, around a ring of the group."""
         return self.times * self.nbytes * _SENT[self.kind](self.group)
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives that a program runs, in its order; those of a loop with its trips.
+    """Returns the collectives that a program runs, in order; loops multiply their `times`.
 
     Args:
-      text: the compiled program, of one device.
-      devices: how many run it.
+      text: the compiled program of one device.
+      devices: number of devices that run it.
     """
     found, carried = [], set()
     for op, times, fusion in _executed(text, into_fusions=True):
@@ -85,19 +85,19 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def memory_traffic(text: str) -> int:
-    """Bytes that a program reads from and writes to its device's memory.
+    """Returns the bytes that a program reads from and writes to its device's memory.
 
-    Each operand and each result of each operation of the compiled program once, whole (of a slice,
-    what it takes; of an update in place, what it sets), a fusion or a kernel being one operation.
-    What the TPU compiler placed in the chip's own memory is not counted, nor are the zeros that
-    fill up the tiles of a layout; what it carries through a fusion for a collective is. A loop
-    without a known number of trips counts as one.
+    Counts each operand and each result of each operation once and whole, where a fusion or a kernel
+    is one operation; a slice counts only what it reads, an update in place only what it writes.
+    Arrays that the TPU compiler placed in the chip's own memory are not counted, nor is the padding
+    of a layout's tiles; data that it carries through a fusion for a collective are. A loop of
+    unknown trip count counts as one.
     """
     return sum(times * _traffic(op) for op, times, _ in _executed(text))
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
-    """For each kind of collective how often it runs, and all bytes of its operands."""
+    """Returns how often each kind of collective runs, and the total bytes of its operands."""
     totals = {one.kind: (0, 0) for one in found}
     for one in found:
         times, nbytes = totals[one.kind]
@@ -106,12 +106,12 @@ def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
 
 
 class _Operation(NamedTuple):
-    """One operation; an asynchronous one as if it were not.
+    """One operation; the start and done of an asynchronous one count as one.
 
     Attributes:
       name: XLA's opcode.
-      result: its type, as written.
-      operands: their types, each operand once.
+      result: the type of its result, as written.
+      operands: the types of its operands, each operand once.
       attributes: the rest of the line.
     """
 
@@ -122,7 +122,7 @@ class _Operation(NamedTuple):
 
 
 def _executed(text: str, *, into_fusions: bool = False) -> Iterator[tuple[_Operation, int, str]]:
-    """Every operation that the program runs, how often, and the fusion that it is in, if any."""
+    """Yields each operation that runs, how often, and the fusion that contains it, or `""`."""
     computations, entry = _computations(text)
     calling = (*_CALLING, "fusion") if into_fusions else _CALLING
 
@@ -140,7 +140,7 @@ def _executed(text: str, *, into_fusions: bool = False) -> Iterator[tuple[_Opera
 
 
 def _computations(text: str) -> tuple[Mapping[str, Sequence[str]], str]:
-    """The lines of each computation, and the name of the one that the program starts with."""
+    """Returns the lines of each computation, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", None
     for line in text.splitlines():
@@ -178,12 +178,12 @@ def _operations(lines: Sequence[str]) -> Iterator[_Operation]:
 
 
 def _operand_names(text: str) -> Iterator[str]:
-    """Of `"f32[2] %a, /*index=1*/%b"`: a, b."""
+    """Yields a and b for `"f32[2] %a, /*index=1*/%b"`."""
     return (match[1] for match in re.finditer(r"%?([\w.-]+)(?=\s*(?:,|$))", text))
 
 
 def _split(text: str, stop: str) -> tuple[str, str]:
-    """What is before the first `stop` outside of brackets, and what is after it."""
+    """Splits a text at the first `stop` outside of brackets."""
     depth = 0
     for match in re.finditer(rf"[][(){{}}]|{re.escape(stop)}", text):
         if depth == 0 and match[0] == stop:
@@ -193,7 +193,7 @@ def _split(text: str, stop: str) -> tuple[str, str]:
 
 
 def _arrays(written: str) -> Iterator[tuple[int, bool]]:
-    """The arrays of a type: bytes, and whether they are in the device's main memory (space 0)."""
+    """Yields a type's arrays: bytes, and whether they are in the device's main memory (space 0)."""
     for dtype, shape, layout in _ARRAY.findall(written):
         digits = re.search(r"\d+", dtype)
         bits = 8 if dtype == "pred" else int(digits[0]) if digits else 0  # token: 0
@@ -222,7 +222,7 @@ def _traffic(op: _Operation) -> int:
 
 
 def _group(attributes: str, devices: int) -> int:
-    """How many devices one group of a collective has, from any form of its `replica_groups`."""
+    """Returns the devices per group of a collective, from any form of its `replica_groups`."""
     if named := re.search(r"replica_groups=mesh\[([^]]*)\]\s*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))

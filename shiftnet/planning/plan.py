@@ -1,8 +1,8 @@
-"""What training a recipe takes on devices that are not here: memory, traffic, and speed at best.
+"""Estimates the memory, traffic and best speed of training a recipe on devices that are not here.
 
-The real training step is compiled for the devices, which needs their compiler (libtpu, or JAX's
-CUDA plugin) and none of them. What the compiled program holds and moves, over the devices' peak
-rates, bounds how fast it can be: a roofline (Williams, Waterman, Patterson, CACM 52(4), 2009).
+The real training step is compiled for the devices. That needs their compiler (libtpu, or JAX's
+CUDA plugin), not the devices. The compiled program's arithmetic and traffic, divided by the
+devices' peak rates, bound its speed: a roofline (Williams, Waterman, Patterson, CACM 52(4), 2009).
 Nothing is run, downloaded or written.
 """
 
@@ -28,8 +28,8 @@ from shiftnet.planning.chips import CHIPS, Chip
 from shiftnet.training.mesh import batch_sharded, make_mesh, replicated
 from shiftnet.training.step import Program
 
-# Of the training set, by `data.name`. ImageNet's are those of the ILSVRC 2012 classification task
-# (Russakovsky et al., arXiv:1409.0575).
+# Sizes of the training sets, by `data.name`. ImageNet's is that of the ILSVRC 2012 classification
+# task (Russakovsky et al., arXiv:1409.0575).
 TRAINING_IMAGES = {
     "cifar10": 50_000,
     "cifar100": 50_000,
@@ -38,9 +38,9 @@ TRAINING_IMAGES = {
 }
 
 NOT_MODELLED = (
-    "Estimates, the best case: products, memory and network all at their peaks, and at the same "
-    "time; not modelled: the input pipeline, latency, work within the chip other than products, "
-    "evaluation, checkpoints."
+    "These are best-case estimates, with products, memory and network all at their peak rates at "
+    "the same time. Not modelled: the input pipeline, latency, work within the chip other than "
+    "products, evaluation, checkpoints."
 )
 
 
@@ -48,11 +48,11 @@ class Memory(NamedTuple):
     """Bytes on each device during a step.
 
     Attributes:
-      arguments: parameters, the optimiser's state, statistics and the batch.
+      arguments: parameters, optimizer state, statistics and the batch.
       temporaries: activations, gradients and whatever else the compiler keeps.
-      outputs: those that do not take an argument's place.
-      code: the program itself, where the compiler keeps it there.
-      data: the training set, where the run keeps that on its devices.
+      outputs: outputs that do not reuse an argument's memory.
+      code: the program itself, if the compiler keeps it in the device's memory.
+      data: the training set, if the run keeps it on its devices.
     """
 
     arguments: int
@@ -68,16 +68,16 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step as compiled for some devices; all figures are of one device.
+    """A compiled training step; all figures are per device.
 
     Attributes:
-      batch: images of one device.
-      memory: what it holds.
-      flops: twice the multiply-adds of the network's products (`shiftnet.models.counting`), times
-        3: the backward pass has two products for each of the forward pass.
-      compiler_flops: as the compiler counts them, with everything else that is computed and
-        without the kernels; None where it does not.
-      traffic: bytes to and from the device's memory, see `hlo.memory_traffic`.
+      batch: number of images.
+      memory: bytes in use.
+      flops: 6 times the multiply-adds of the network's products (`shiftnet.models.counting`): two
+        operations each, in the forward pass and in the two products of the backward pass.
+      compiler_flops: the compiler's own count, which includes everything else that is computed and
+        excludes kernels; None if it has none.
+      traffic: bytes read from and written to the device's memory, see `hlo.memory_traffic`.
       collectives: see `hlo.collectives`.
     """
 
@@ -95,18 +95,19 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a recipe takes on a topology.
+    """What training a recipe needs on a topology.
 
     Attributes:
-      topology: as it was asked for.
-      chip: of each device.
-      devices: how many.
-      batch: images a step, all devices together.
-      step: the compiled step; None where the compiler ran out of the device's memory.
-      seconds: of a step at least, for "compute", "memory" and "network"; empty without a step.
-      images_per_second: at most.
-      hours: at least, for the recipe's epochs.
-      largest: the largest batch found to fit, all devices together; 0 where none was.
+      topology: its name, as the user gave it.
+      chip: the kind of its devices.
+      devices: the number of its devices.
+      batch: images per step, over all devices.
+      step: the compiled step; None if the compiler ran out of the device's memory.
+      seconds: lower bounds of a step's time, for "compute", "memory" and "network"; empty without a
+        step.
+      images_per_second: an upper bound.
+      hours: a lower bound for the recipe's epochs.
+      largest: the largest batch found to fit, over all devices; 0 if none was.
     """
 
     topology: str
@@ -125,18 +126,18 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What takes the longest."""
+        """The resource that takes the longest."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Of a data set, as far as a step depends on it.
+    """The facts about a data set that a step depends on.
 
     Attributes:
-      images: to train on.
-      classes: how many.
-      side: of the square images of a batch, in pixels.
+      images: number of training images.
+      classes: number of classes.
+      side: height and width of a batch's images, in pixels.
       resident: whether every device holds the whole training set.
     """
 
@@ -147,10 +148,10 @@ class Facts:
 
 
 def parse(text: str) -> list[str]:
-    """The topologies in `"v5e:4x4,h200:8"`.
+    """Returns the topologies in a text such as `"v5e:4x4,h200:8"`.
 
     Raises:
-      UserError: for one that is not known.
+      UserError: if one of them is unknown.
     """
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -164,15 +165,15 @@ def parse(text: str) -> list[str]:
 def plan(
     config: Config, names: Sequence[str], say: Callable[[str], None] = lambda text: None
 ) -> list[Estimate]:
-    """Compiles the recipe's step for each topology, and some with other batches, for the largest.
+    """Compiles the recipe's step for each topology, and searches the largest batch that fits.
 
-    How many images fit is found for the first topology of a chip and taken for its others: what a
-    device holds depends on its own share of the batch.
+    The search runs on the first topology of each chip; its result is taken for the chip's other
+    topologies, because a device's memory depends only on its own part of the batch.
 
     Args:
       config: a validated recipe.
       names: topologies, see `parse`.
-      say: told what is being compiled, since each takes from seconds to minutes.
+      say: is called with what is being compiled, since each compilation takes seconds to minutes.
 
     Raises:
       UserError: for a recipe that cannot be trained, a batch that does not divide over the devices,
@@ -207,14 +208,14 @@ def plan(
 def compile_step(
     config: Config, facts: Facts, chip: Chip, devices: Sequence[jax.Device], batch: int
 ) -> Step | None:
-    """Compiles `Program.train_batch`; None where the device's memory is too small for it.
+    """Compiles `Program.train_batch`; returns None if the device's memory is too small for it.
 
     Args:
-      config: the recipe, whose batch size is not looked at.
-      facts: of its data set.
-      chip: what the devices are.
-      devices: of a topology.
-      batch: images of each device.
+      config: the recipe; its batch size is not used.
+      facts: the facts about its data set.
+      chip: the kind of the devices.
+      devices: the devices of a topology.
+      batch: images per device.
     """
     config = dataclasses.replace(config, batch_size=batch * len(devices))
     mesh = make_mesh(config.batch_size, devices)
@@ -266,21 +267,22 @@ def compile_step(
 def largest(
     compiled: Callable[[int], Step | None], first: Step | None, batch: int, limit: float, most: int
 ) -> int:
-    """The most images a device that were compiled and fit; at most four times is compiled.
+    """Returns the largest number of images per device that was compiled and fits.
 
-    What a step holds is nearly a line over its images, but not quite: the compiler recomputes when
-    it lacks memory, and kernels take some batches and not others. So the line through what is known
-    says what to compile next, and only what was compiled counts.
+    Memory grows almost linearly with the number of images, but not quite: the compiler recomputes
+    when memory is short, and kernels take some batches and not others. So a linear fit to the known
+    steps only proposes what to compile next, at most four times, and only compiled steps count.
 
     Args:
-      compiled: a step of so many images a device; None where the compiler ran out of memory.
-      first: what it gave for `batch`.
-      batch: images a device.
-      limit: bytes.
-      most: images a device at most.
+      compiled: compiles a step of that many images per device; returns None if the compiler ran out
+        of memory.
+      first: its result for `batch`.
+      batch: images per device.
+      limit: bytes of the device's memory.
+      most: upper bound of images per device.
 
     Returns:
-      `batch`, `most`, or what `_round` makes of a number of images; 0 where nothing fits.
+      `batch`, `most`, or a number rounded by `_round`; 0 if nothing fits.
     """
     known = {batch: first}
 
@@ -300,24 +302,24 @@ def largest(
 
 
 def _images_at(limit: float, known: Mapping[int, Step | None]) -> int:
-    """How many images take `limit` bytes, on the line through the largest step and another."""
+    """Extrapolates how many images take `limit` bytes, from the largest step and another."""
     points = sorted((batch, step.memory) for batch, step in known.items() if step)
     if not points:
         return min(known) // 2
     batch, held = points.pop()
-    # Of two steps that are close the difference is mostly in what the compiler chose.
+    # Two steps of nearly the same size differ mostly in what the compiler chose.
     for smaller, less in reversed(points):
         if smaller <= 0.8 * batch:
             each = (held.total - less.total) / (batch - smaller)
             return max(0, int(batch + (limit - held.total) / each)) if each > 0 else 2 * batch
-    # Of one point, or of close ones: as if all temporaries were the images'. That gives too few, so
-    # if it does not go far, it is no second point for the line.
+    # With a single point, assume that all temporaries grow with the images. That underestimates,
+    # so if the result is close to the point, it would not help as a second one.
     guess = int(batch + (limit - held.total) * batch / max(held.temporaries, 1))
     return 2 * batch if batch <= guess < 1.25 * batch else max(0, guess)
 
 
 def _round(batch: int) -> int:
-    """Less by at most a tenth: a multiple of the lanes that kernels want to fill, or of 8."""
+    """Rounds down by at most a tenth, to a multiple of the lanes that kernels fill, or of 8."""
     multiples = (batch // n * n for n in (LANES, 8))
     return next((near for near in multiples if near >= 0.9 * batch), batch)
 
@@ -356,7 +358,7 @@ def _estimate(
 
 
 def _facts(config: Config) -> Facts:
-    """Those of the recipe's data set; a folder of image files is looked at, nothing else is."""
+    """Returns the facts about the recipe's data set; of data on disk it reads only folders."""
     data = config.data
     if data.source == "folder":
         dataset = shiftnet.data.load(
@@ -375,7 +377,7 @@ def _facts(config: Config) -> Facts:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Keeps what is compiled out of JAX's cache: without such a device it cannot be read back."""
+    """Keeps programs out of JAX's cache, because without such a device they cannot be read back."""
     flags: Any = jax.config  # older versions of JAX do not declare what it holds
     seconds = flags.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
@@ -386,7 +388,7 @@ def _uncached() -> Iterator[None]:
 
 
 def report(config: Config, estimates: Sequence[Estimate]) -> str:
-    """The estimates as a table, a column each, and what they leave out."""
+    """Returns the estimates as a table, with one column each, and what they leave out."""
     kinds = sorted({c.kind for one in estimates if one.step for c in one.step.collectives})
     columns = [_column(one, kinds) for one in estimates]
     rows: list[Sequence[object]] = [("", *(one.topology for one in estimates))]
@@ -394,25 +396,25 @@ def report(config: Config, estimates: Sequence[Estimate]) -> str:
         rows.append((title, *(column.get(title, "-") for column in columns)))
     title = (
         f"{config.model.arch} on {config.data.dir or config.data.name}, {config.model.dtype}, "
-        f"{config.epochs} epochs in steps of {config.batch_size} images; of a step, on each device:"
+        f"{config.epochs} epochs in steps of {config.batch_size} images; per step and device:"
     )
     return "\n".join([title, "", tables.aligned(rows), "", NOT_MODELLED])
 
 
 def _column(one: Estimate, kinds: Sequence[str]) -> dict[str, object]:
-    """An estimate's cells, by the titles of their rows."""
+    """Returns an estimate's cells, by the titles of their rows."""
     column: dict[str, object] = {
         "devices": one.devices,
-        "images a device": one.batch // one.devices,
+        "images per device": one.batch // one.devices,
     }
     if step := one.step:
         column |= {
             "memory: state and batch": _si(step.memory.arguments, "B"),
             "memory: temporaries": _si(step.memory.temporaries, "B"),
-            "memory: outputs besides": _si(step.memory.outputs, "B"),
+            "memory: other outputs": _si(step.memory.outputs, "B"),
             "memory: program": _si(step.memory.code, "B"),
             "memory: training set": _si(step.memory.data, "B"),
-            "memory: in all": _si(step.memory.total, "B"),
+            "memory: total": _si(step.memory.total, "B"),
         }
     column |= {"of": _si(one.chip.memory, "B"), "fits": "yes" if one.fits else "NO"}
     if step:
@@ -436,7 +438,7 @@ def _column(one: Estimate, kinds: Sequence[str]) -> dict[str, object]:
 
 
 def _si(value: float, unit: str) -> str:
-    """With four digits and a prefix: `229.4 MB`, `1.962 ms`."""
+    """Formats a value with four digits and a prefix: `229.4 MB`, `1.962 ms`."""
     for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1), ("m", 1e-3)):
         if value >= scale or (value == 0 and scale == 1):
             return f"{value / scale:.4g} {prefix}{unit}"

@@ -28,10 +28,10 @@ from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.metrics import MetricAccumulator, MetricsLog
-from shiftnet.training.schedules import learning_rates
 from shiftnet.training.profile import Profile
 from shiftnet.training.progress import Progress
 from shiftnet.training.restore import Record, check_same_data, facts, restore, start_from
+from shiftnet.training.schedules import learning_rates
 from shiftnet.training.step import Program, StackedProgram
 from shiftnet.training.times import Times
 from shiftnet.training.workdir import locked, write_recipe

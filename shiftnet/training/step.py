@@ -18,6 +18,7 @@ from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
 from shiftnet.kernels.implementations import only_xla, over
+from shiftnet.training.losses import cross_entropy
 from shiftnet.training.mesh import (
     BATCH_AXIS,
     batch_sharded,
@@ -26,7 +27,6 @@ from shiftnet.training.mesh import (
     parameters_sharded,
     replicated,
 )
-from shiftnet.training.losses import cross_entropy
 from shiftnet.training.optimizer import keep_frozen, make_optimizer
 
 

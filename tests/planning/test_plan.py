@@ -87,7 +87,7 @@ def test_the_command_plans_for_a_tpu_that_is_not_here(tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out
     cells = dict(re.findall(r"^(\S.*?)  +(\S.*)$", printed, re.MULTILINE))
     assert cells["devices"] == "8"
-    assert cells["images a device"] == "180"
+    assert cells["images per device"] == "180"
     assert cells["fits"] == "yes"
     assert cells["all-reduce: operands"] == f"{REDUCED / 1000:.4g} kB"
     assert cells["FLOPs of products"] == f"{6 * 180 * MULTIPLY_ADDS / 1e9:.4g} GFLOP"

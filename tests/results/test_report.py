@@ -260,7 +260,7 @@ def test_a_folder_without_a_table_takes_its_parents(folder, tmp_path):
     assert "not run yet" not in text
     (both,) = sources.find([folder, inner]).tables
     assert list(both.full) == ["shiftresnet20_3c_c100"]
-    assert list(both.short) == ["wrn20_1_1bit_c100"]
+    assert list(both.shortened) == ["wrn20_1_1bit_c100"]
 
 
 def test_short_schedules_are_in_no_figure_with_full_ones(folder):
@@ -351,10 +351,10 @@ def test_what_is_not_there_is_said(tmp_path):
     first = make_workdir(tmp_path / "first", [0.1], low_bit=False)
     (first / "confusion.json").unlink()
     made = [sections.of_training(training) for training in sources.find([empty, first]).trainings]
-    assert made[0].sentences == ["Nothing to draw: no epoch of it has ended."]
+    assert made[0].sentences == ["There is nothing to draw: no epoch has finished yet."]
     assert made[1].sentences == [
         "Curves need two epochs; so far there are fewer.",
-        "There is no confusion matrix with it.",
+        "This run has no confusion matrix.",
     ]
     assert not made[0].charts
     assert not made[1].charts

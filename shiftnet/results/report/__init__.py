@@ -1,6 +1,6 @@
-"""The report: what runs and results say, as one HTML page or as Markdown.
+"""Reports on runs and results, as one HTML page or as Markdown.
 
-`sources` reads working directories and folders of results; `grids` makes the tables of both;
-`charts` the figures of the page, `sections` puts these in order, and `page` and `page.html` write
-it; `markdown` writes the other. The command is `python -m shiftnet report`.
+`sources` reads working directories and folders of results, `grids` makes the tables of both forms,
+and `charts` the figures of the page. `sections` puts these in order, `page` and `page.html` write
+the page, and `markdown` writes Markdown. The command is `shiftnet report`.
 """

@@ -1,7 +1,7 @@
-"""The figures of the report, as Vega-Lite specifications.
+"""Makes the figures of the report, as Vega-Lite specifications.
 
-Colours and fonts are the page's, which has a light and a dark theme: a scale here says what it
-distinguishes (`category`, `heatmap`), and the page what that looks like.
+Colors and fonts are the page's, which has a light and a dark theme: a scale here names what it
+distinguishes (`category`, `heatmap`), and the page defines how that looks.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from shiftnet.results.report.sources import Confusion, Filled, Run, Training
 
 Records = list[dict[str, Any]]
 
-HEIGHT = 260  # pixels of a chart whose height says nothing
-FEW_RUNS = 8  # more colours than these cannot be told apart
-FEW_EPOCHS = 40  # with more, the points of a line hide it
-NAMED_CLASSES = 20  # a confusion matrix has room for the names of
-MATRIX_CLASSES = 200  # and is readable with
-LISTED_CLASSES = 40  # bars with a name beside each
+HEIGHT = 260  # default height in pixels
+FEW_RUNS = 8  # more colors than these cannot be told apart
+FEW_EPOCHS = 40  # with more, a line's points hide it
+NAMED_CLASSES = 20  # most classes whose names fit beside a confusion matrix
+MATRIX_CLASSES = 200  # most classes with which a confusion matrix is readable
+LISTED_CLASSES = 40  # most bars that have a name beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Chart:
     """A figure.
 
     Attributes:
-      title: for its caption, and for those who do not see it.
-      spec: of Vega-Lite, with its data under `datasets`.
-      note: a sentence below it, or nothing.
-      wide: whether it wants a line of its own.
-      square: whether its height is its width.
+      title: its caption, and its description for screen readers.
+      spec: Vega-Lite's specification, with the data under `datasets`.
+      note: a sentence below it, or `""`.
+      wide: whether it takes a row of its own.
+      square: whether its height equals its width.
     """
 
     title: str
@@ -45,11 +45,11 @@ class Chart:
 
 
 def costs(filled: Filled, families: Sequence[str]) -> list[Chart]:
-    """Accuracy against parameters, multiply-adds and bytes: what was reported, and ours.
+    """Draws accuracy against parameters, multiply-adds and bytes, as reported and ours.
 
     Args:
-      filled: a table. Rows on a shortened schedule are left out.
-      families: all that have a colour.
+      filled: a table; its rows on a shortened schedule are left out.
+      families: all families that have a color.
     """
     reported, ours = [], []
     for row in filled.table.rows:
@@ -80,14 +80,14 @@ def costs(filled: Filled, families: Sequence[str]) -> list[Chart]:
             )
     if not reported and not ours:
         return []
-    note = "Hollow: as reported."
+    note = "Hollow: reported."
     if ours:
-        note += " Filled: ours, with ± one standard deviation; a line joins the two."
+        note += " Filled: ours, ± one standard deviation. A line connects the two."
     return [
         Chart(f"Accuracy against {title}", _cost(reported, ours, cost, families), note, wide=wide)
         for cost, title, wide in (
             ("parameters", "parameters", True),
-            ("multiply-adds", "multiply-adds of an image", False),
+            ("multiply-adds", "multiply-adds per image", False),
             ("bytes", "bytes, low-bit weights packed", False),
         )
     ]
@@ -150,11 +150,11 @@ def _cost(reported: Records, ours: Records, cost: str, families: Sequence[str]) 
 
 
 def curves(trainings: Sequence[Training], *, means: bool = False) -> list[Chart]:
-    """Loss, accuracy and learning rate over the epochs.
+    """Draws loss, accuracy and learning rate over the epochs.
 
     Args:
-      trainings: to compare; those with fewer than two epochs are left out.
-      means: draw test accuracy alone, and of each training the mean of its seeds.
+      trainings: the trainings to compare; those with fewer than two epochs are left out.
+      means: draw only the test accuracy, as the mean over each training's seeds.
     """
     trainings = [training for training in trainings if training.epochs_done > 1]
     if not trainings:
@@ -208,7 +208,7 @@ def _mean_accuracies(training: Training) -> Records:
 
 
 def sign_flips(trainings: Sequence[Training]) -> list[Chart]:
-    """The share of all low-bit weights whose sign changed in each epoch, a line a seed."""
+    """Draws the fraction of low-bit weights whose sign changed in each epoch, one line per seed."""
     records = [
         {"run": training.name, "seed": run.seed, "epoch": line["epoch"], "share": _short(share)}
         for training in trainings
@@ -218,12 +218,12 @@ def sign_flips(trainings: Sequence[Training]) -> list[Chart]:
     ]
     if len({record["epoch"] for record in records}) < 2:
         return []
-    spec = _lines(records, "share", "of the weights", percent=True)
+    spec = _lines(records, "share", "fraction of weights", percent=True)
     return [Chart("Low-bit weights that changed their sign in an epoch", spec)]
 
 
 def levels(run: Run) -> list[Chart]:
-    """A run's low-bit weights: their levels over the epochs and by layer, sign flips by layer."""
+    """Draws a run's levels of low-bit weights over the epochs and by layer, and sign flips."""
     lines = [line for line in run.lines if _layers(line)]
     if not lines:
         return []
@@ -278,7 +278,7 @@ def _level_color(records: Records) -> alt.Color:
     found = sorted({record["order"] for record in records})
     negative = [level for level in found if level < 0]
     positive = [level for level in found if level > 0]
-    # With few levels those in the middle of each ramp, which stand out most.
+    # With few levels, take the middle of each ramp, which stands out most.
     start = 2 if max(len(negative), len(positive)) == 1 else 1
     colors = [
         *(_NEGATIVE[::-1][start - 1 :][: len(negative)][::-1]),
@@ -295,7 +295,7 @@ def _areas(records: Records) -> dict[str, Any]:
         .mark_area()
         .encode(
             x=_epochs(records),
-            y=alt.Y("share:Q", stack="normalize", title="of the weights", axis=_PERCENT),
+            y=alt.Y("share:Q", stack="normalize", title="fraction of weights", axis=_PERCENT),
             color=_level_color(records),
             order=alt.Order("order:Q"),
             tooltip=["level:N"],
@@ -309,7 +309,7 @@ def _layer_bars(records: Records, layers: int) -> dict[str, Any]:
         alt.Chart(_named("records"))
         .mark_bar()
         .encode(
-            x=alt.X("share:Q", stack="normalize", title="of the weights", axis=_PERCENT),
+            x=alt.X("share:Q", stack="normalize", title="fraction of weights", axis=_PERCENT),
             y=alt.Y("layer:N", sort=None, title=None, axis=alt.Axis(labelLimit=130)),
             color=_level_color(records),
             order=alt.Order("order:Q"),
@@ -325,13 +325,13 @@ def _layer_lines(records: Records) -> dict[str, Any]:
     legend = alt.Legend(title="layer, from the first", values=shown, format="d")
     place = alt.Color("place:Q", scale=alt.Scale(range="ramp"), legend=legend)
     tooltip = ["layer:N", "epoch:Q", alt.Tooltip("share:Q", format=".2%")]
-    y = alt.Y("share:Q", title="of the weights", axis=_PERCENT)
+    y = alt.Y("share:Q", title="fraction of weights", axis=_PERCENT)
     lines = _hovered(records, y, tooltip, color=place, detail="layer:N", width=1.5)
     return _spec(lines, records)
 
 
 def per_class(confusion: Confusion) -> Chart:
-    """The accuracy of every class that has images, from the worst to the best."""
+    """Draws the accuracy of every class that has images, from the worst to the best."""
     images, right = _totals(confusion)
     ranked = sorted(images, key=lambda label: right.get(label, 0) / images[label])
     records = [
@@ -376,7 +376,7 @@ def per_class(confusion: Confusion) -> Chart:
 
 
 def matrix(confusion: Confusion) -> Chart | None:
-    """The confusion matrix; None of more classes than it is readable with."""
+    """Draws the confusion matrix; returns None if it has too many classes to be readable."""
     names = confusion.class_names
     if len(names) > MATRIX_CLASSES:
         return None
@@ -400,25 +400,27 @@ def matrix(confusion: Confusion) -> Chart | None:
             x=alt.X("prediction:N", title="predicted", scale=scale, axis=axis),
             y=alt.Y("label:N", title="class", scale=scale, axis=axis),
             color=alt.Color(
-                # The root, because nearly everything is on the diagonal.
+                # A square-root scale, because nearly everything is on the diagonal.
                 "share:Q",
                 scale=alt.Scale(type="sqrt", domain=[0, 1], range="heatmap"),
-                legend=alt.Legend(title="of the class", format=".0%", values=[0, 0.1, 0.5, 1]),
+                legend=alt.Legend(
+                    title="fraction of the class", format=".0%", values=[0, 0.1, 0.5, 1]
+                ),
             ),
             tooltip=[
                 alt.Tooltip("label:N", title="class"),
                 alt.Tooltip("prediction:N", title="predicted"),
                 "images:Q",
-                alt.Tooltip("share:Q", title="of the class", format=".1%"),
+                alt.Tooltip("share:Q", title="fraction of the class", format=".1%"),
             ],
         )
     )
-    note = f"{confusion.of}; the colour grows with the root of the share"
+    note = f"{confusion.of}; colors on a square-root scale"
     return Chart("Confusion matrix", _spec(chart, records), note, wide=True, square=True)
 
 
 def _totals(confusion: Confusion) -> tuple[dict[int, int], dict[int, int]]:
-    """The images of each class that has any, and how many of them were recognised."""
+    """Returns the images of each class that has any, and how many were predicted correctly."""
     images: dict[int, int] = {}
     right: dict[int, int] = {}
     for label, prediction, count in confusion.counts:
@@ -432,7 +434,7 @@ _PERCENT = alt.Axis(format="~%", tickCount=5)
 
 
 def _lines(records: Records, field: str, axis: str, *, percent: bool = False) -> dict[str, Any]:
-    """A field over the epochs: a colour a run, or a family where these are many; a line a seed."""
+    """Draws a field over the epochs: one line per seed, one color per run, or family if many."""
     runs = list(dict.fromkeys(record["run"] for record in records))
     if len(runs) > FEW_RUNS:
         records = [{**record, "family": sources.family(record["run"])} for record in records]
@@ -466,7 +468,7 @@ def _lines(records: Records, field: str, axis: str, *, percent: bool = False) ->
 
 
 def _powers(values: Sequence[float]) -> list[float]:
-    """The powers of ten to mark a logarithmic axis with; none where a linear one shows as much."""
+    """Returns the powers of ten to mark on a logarithmic axis; none if a linear axis will do."""
     low, high = min(values), max(values)
     if low <= 0 or high < 30 * low:
         return []
@@ -482,7 +484,7 @@ def _hovered(
     step: bool = False,
     **encoding: Any,
 ) -> alt.LayerChart:
-    """Lines over the epochs whose point nearest to the pointer tells what it is."""
+    """Draws lines over the epochs; the point nearest to the pointer shows its values."""
     x = _epochs(records)
     few = len({record["epoch"] for record in records}) <= FEW_EPOCHS
     base = alt.Chart(_named("records")).encode(x=x, y=y, **encoding)
@@ -513,19 +515,19 @@ def _epochs(records: Iterable[Mapping[str, Any]]) -> alt.X:
 
 
 def _named(name: str) -> alt.NamedData:
-    """Data that `_spec` gets under this name: Altair would copy and check every record."""
+    """Names data that `_spec` adds later, since Altair would copy and check every record."""
     return alt.NamedData(name=name)
 
 
 def _short(value: float) -> float:
-    """As many digits as a picture has."""
+    """Rounds to the digits that a figure can show."""
     return float(f"{value:.5g}")
 
 
 def _spec(
     chart: alt.Chart | alt.LayerChart, data: Records | Mapping[str, Records], height: int = HEIGHT
 ) -> dict[str, Any]:
-    """The specification with its data: records, or several by the names that the chart has."""
+    """Returns the specification with its data: records, or several sets by the chart's names."""
     datasets = data if isinstance(data, Mapping) else {"records": data}
     spec = chart.properties(width="container", height=height).to_dict()
     return {**spec, "datasets": {name: found for name, found in datasets.items() if found}}

@@ -1,4 +1,4 @@
-"""The tables of the report, as text in cells: the same for the page and for Markdown."""
+"""Makes the tables of the report, as texts in cells, for both the page and Markdown."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from shiftnet.tables import duration
 
 NOT_RUN = "not run yet"
 NONE = "\N{EN DASH}"
-FAR = 1.0  # points; a row that misses what was reported by more is marked
-NOTHING = "There is no result in what was named."
+FAR = 1.0  # points; a row that differs by more from what was reported is marked
+NOTHING = "The given paths have no results."
 SHORT = (
-    "They show that a recipe learns. Their accuracies are not those of the full schedule, and are "
-    "not compared with what was reported."
+    "These runs show that a recipe learns. Their accuracies are not those of the full schedule, "
+    "and are not compared with what was reported."
 )
 
 
 class Cell(NamedTuple):
-    """A text; marked where it is to stand out."""
+    """A text, marked if it should stand out."""
 
     text: str
     marked: bool = False
@@ -31,8 +31,8 @@ class Grid(NamedTuple):
 
     Attributes:
       head: the columns' titles.
-      rows: of cells, the first of them the row's title.
-      notes: sentences, each with the row it is on; "" where it is on all.
+      rows: the cells of each row; the first is the row's title.
+      notes: pairs of a row's title and a sentence about it.
     """
 
     head: Sequence[str]
@@ -41,27 +41,27 @@ class Grid(NamedTuple):
 
     @property
     def are_words(self) -> list[bool]:
-        """Of each column, whether it holds words and not numbers."""
+        """For each column, whether it holds words rather than numbers."""
         return [title in _WORDS for title in self.head]
 
 
 def reading(filled: Filled) -> str:
-    """How to read a table of `compared` or `brief`, in sentences."""
+    """Returns sentences that explain a table of `compared` or `brief`."""
     table = filled.table
     words = (
-        f"Reported: {table.source}. Accuracies are top-1 on the test set in per cent, ours the "
-        "mean of n seeds ± their standard deviation."
+        f"Reported: {table.source}. Accuracies are top-1 on the test set in percent; ours are "
+        "means over n seeds ± the standard deviation."
     )
     if any(row.reported is not None for row in table.rows):
         words += (
-            f" The difference is that of the accuracy after the {table.epoch} epoch from the "
-            f"reported one, bold where it is more than {FAR:g} point."
+            f" The difference is our accuracy after the {table.epoch} epoch minus the reported "
+            f"one, in bold if it is more than {FAR:g} point."
         )
     return words
 
 
 def compared(filled: Filled) -> Grid:
-    """Ours beside what was reported, every row of a table, on the full schedule."""
+    """Returns every row of a table, on the full schedule: what was reported, and ours."""
     older = any(row.older is not None for row in filled.table.rows)
     rows = [row for row in filled.table.rows if filled.whole or row.name in filled.full]
     head = ["row", "parameters", "reported", *(["older"] if older else [])]
@@ -85,7 +85,7 @@ def compared(filled: Filled) -> Grid:
 
 
 def brief(filled: Filled) -> Grid:
-    """Of the rows that were trained only what they are compared by."""
+    """Returns the rows that were trained, with only the accuracy that is compared."""
     epoch = filled.table.epoch
     rows = [row for row in filled.table.rows if row.name in filled.full]
     return Grid(
@@ -106,7 +106,7 @@ def brief(filled: Filled) -> Grid:
 
 
 def shortened(filled: Filled) -> Grid:
-    """The rows of a table that were trained on a shortened schedule; compared with nothing."""
+    """Returns the rows that were trained on a shortened schedule, without a comparison."""
     return Grid(
         head=["row", "schedule", "parameters", "ours, final", "ours, best", "n", *_KEPT_AND_SPEED],
         rows=[
@@ -124,7 +124,7 @@ def shortened(filled: Filled) -> Grid:
 
 
 def of_trainings(trainings: Sequence[Training]) -> Grid:
-    """The runs in working directories."""
+    """Returns the runs in working directories."""
     costs = ("parameters", "multiply-adds", "bytes, packed")
     accuracies = ("train, last", "test, last", "test, best")
     return Grid(
@@ -134,12 +134,12 @@ def of_trainings(trainings: Sequence[Training]) -> Grid:
 
 
 def missing(filled: Filled) -> int:
-    """How many rows of a table were not trained on the full schedule."""
+    """Returns how many rows of a table were not trained on the full schedule."""
     return len(filled.table.rows) - len(filled.full)
 
 
 def schedule(training: Training) -> str:
-    """How far the runs are, and whether that is the recipe's whole schedule."""
+    """Returns how far the runs are, and whether that is the recipe's whole schedule."""
     if training.epochs < training.full_epochs:
         return f"{training.epochs} of {training.full_epochs} epochs"
     if training.epochs_done < training.epochs:
@@ -163,7 +163,7 @@ def _ours(outcome: Outcome | None) -> list[Cell]:
 
 
 def _difference(filled: Filled, row: Row) -> Cell:
-    """Ours less what was reported, both of the epoch that the table is about."""
+    """Returns ours minus what was reported, for the epoch that the table compares."""
     outcome = filled.full.get(row.name)
     if outcome is None or row.reported is None:
         return Cell(NONE)

@@ -1,4 +1,4 @@
-"""The tables in Markdown, in a file of their own or between two lines of another."""
+"""Writes the tables in Markdown, to a file of their own or between two lines of another file."""
 
 import re
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
 def render(found: Found, *, brief: bool = False) -> str:
-    """All tables, with headings.
+    """Returns all tables, with headings.
 
     Args:
       found: what to report on.
-      brief: only the rows that were trained, and a line on how many were not.
+      brief: include only the rows that were trained, and the number of those that were not.
     """
     parts: list[str] = []
     for filled in found.tables:
@@ -42,10 +42,10 @@ def render(found: Found, *, brief: bool = False) -> str:
 
 
 def into(path: Path, rendered: str) -> str:
-    """What the file at `path` is to hold: its own words, with `rendered` between the two lines.
+    """Returns the file's text with `rendered` between its lines `BEGIN` and `END`.
 
     Raises:
-      UserError: where there is a file without these lines: nothing of it is to be lost.
+      UserError: if the file exists without these lines; its content must not be lost.
     """
     block = f"{BEGIN}\n{rendered}\n{END}"
     try:
@@ -57,19 +57,19 @@ def into(path: Path, rendered: str) -> str:
     between = re.compile(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
     if len(between.findall(old)) != 1:
         raise UserError(
-            f"{path} must have the lines {BEGIN} and {END} once, between which the tables go"
+            f"{path} must have the lines {BEGIN} and {END} exactly once; the tables go between them"
         )
     return between.sub(lambda match: block, old)
 
 
 def text(words: str) -> str:
-    """Words as Markdown shows them unchanged, in one line."""
+    """Escapes a text, so that Markdown shows it unchanged and in one line."""
     words = re.sub(r"([\\`*\[\]<>|#~]|(?<!\w)_|_(?!\w))", r"\\\1", words)
     return " ".join(words.split()).replace("&", "&amp;")
 
 
 def _source(filled: Filled) -> list[str]:
-    """Sentences on a table."""
+    """Returns the sentences above a table."""
     return [text(words) for words in (grids.reading(filled), filled.table.note) if words]
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page that holds everything it shows, the drawing library too."""
+"""Renders the report as one self-contained HTML page, including the drawing library."""
 
 import datetime
 import importlib.resources
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def render(found: Found) -> str:
-    """The page.
+    """Returns the page as HTML.
 
     Raises:
-      UserError: where the libraries that draw are not installed.
+      UserError: if the libraries that draw are not installed.
     """
     try:
         import altair
@@ -50,7 +50,7 @@ def render(found: Found) -> str:
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Records, column by column: a value that all have, a list, or a list of numbers of texts."""
+    """Returns records by column: one value if all are equal, a list, or texts with indices."""
     columns: dict[str, Any] = {}
     for key in records[0]:
         values = [record[key] for record in records]
@@ -66,7 +66,7 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _drawn(chart: "Chart") -> str:
-    """A chart in JSON that can stand inside a script element, whatever texts it holds."""
+    """Returns a chart as JSON that is safe inside a script element, whatever its texts."""
     datasets = {name: _columns(records) for name, records in chart.spec["datasets"].items()}
     drawn = {"spec": {**chart.spec, "datasets": datasets}, "square": chart.square}
     return json.dumps(drawn, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

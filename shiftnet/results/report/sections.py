@@ -1,4 +1,4 @@
-"""What the page holds, in its order: sentences, tables and figures under headings."""
+"""Arranges the page: sentences, tables and figures under headings."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from shiftnet.results.report.charts import Chart
 from shiftnet.results.report.grids import Grid
 from shiftnet.results.report.sources import Confusion, Filled, Found, Training
 
-CONFUSED_PAIRS = 15  # how many are listed
-OPEN_DETAILS = 4  # the details of more runs than these are shown when asked for
+CONFUSED_PAIRS = 15  # listed per run
+OPEN_DETAILS = 4  # runs; with more than these, their details are closed at first
 LEAST_EPOCHS = "Curves need two epochs; so far there are fewer."
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: a heading, then what there is of sentences, tables and figures.
+    """A part of the page: a heading, then any sentences, tables and figures.
 
     Attributes:
       title: the heading.
-      sentences: above the tables.
+      sentences: paragraphs above the tables.
       grids: tables, each with its caption.
       charts: figures.
-      details: sections that are opened one by one.
+      details: sections that the reader can open one by one.
       open: whether they are open at first.
     """
 
@@ -35,7 +35,7 @@ class Section:
 
 
 def sections(found: Found) -> list[Section]:
-    """All of the page."""
+    """Returns all sections of the page."""
     names = [row.name for filled in found.tables for row in filled.table.rows]
     families = list(dict.fromkeys(map(sources.family, names)))
     parts = [_table(filled, families) for filled in found.tables if filled.whole or filled.full]
@@ -50,15 +50,17 @@ def _table(filled: Filled, families: Sequence[str]) -> Section:
     table = filled.table
     sentences = [words for words in (grids.reading(filled), table.note) if words]
     if missing := grids.missing(filled):
-        sentences.append(f"{missing} of {len(table.rows)} rows were not trained yet.")
+        sentences.append(f"{missing} of {len(table.rows)} rows have not been trained yet.")
     drawn = charts.costs(filled, families)
     if not drawn:
-        sentences.append("Nothing was reported and nothing trained, so there is no figure.")
+        sentences.append(
+            "There is no figure, since nothing was reported and nothing has been trained."
+        )
     trainings = [outcome.training for outcome in filled.full.values()]
     return Section(
         table.title,
         sentences,
-        [("Ours and what was reported", grids.compared(filled))],
+        [("Reported and ours", grids.compared(filled))],
         [*drawn, *(charts.curves(trainings, means=True) if len(trainings) > 1 else [])],
         [of_training(training) for training in trainings],
     )
@@ -76,7 +78,7 @@ def _shortened(tables: Sequence[Filled]) -> Section:
 
 
 def _runs(trainings: Sequence[Training]) -> Section:
-    sentences = ["Accuracies are top-1 on the test set in per cent."]
+    sentences = ["Accuracies are top-1 on the test set in percent."]
     drawn = []
     if len(trainings) > 1:
         drawn = [*charts.curves(trainings), *charts.sign_flips(trainings)]
@@ -93,10 +95,10 @@ def _runs(trainings: Sequence[Training]) -> Section:
 
 
 def of_training(training: Training) -> Section:
-    """Everything on one recipe's runs."""
+    """Returns the section about the runs of one recipe."""
     title = f"{training.name}: {grids.schedule(training)}"
     if not training.epochs_done:
-        return Section(title, ["Nothing to draw: no epoch of it has ended."])
+        return Section(title, ["There is nothing to draw: no epoch has finished yet."])
     sentences = []
     drawn = charts.curves([training])
     if not drawn:
@@ -104,7 +106,7 @@ def of_training(training: Training) -> Section:
     drawn += [*charts.sign_flips([training]), *charts.levels(training.runs[0])]
     confused = []
     if training.confusion is None:
-        sentences.append("There is no confusion matrix with it.")
+        sentences.append("This run has no confusion matrix.")
     elif training.confusion.counts:
         pairs = _confused(training.confusion)
         caption = f"Most confused classes ({training.confusion.of})"
@@ -116,7 +118,7 @@ def of_training(training: Training) -> Section:
 
 
 def _confused(confusion: Confusion) -> Grid:
-    """The pairs of classes that are most often taken for one another."""
+    """Returns the pairs of classes that are confused most often."""
     images: dict[int, int] = {}
     for label, _, count in confusion.counts:
         images[label] = images.get(label, 0) + count

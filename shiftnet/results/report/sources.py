@@ -1,4 +1,4 @@
-"""Reads what is reported on: working directories of runs, and folders of results."""
+"""Reads what a report is about: working directories of runs, and folders of results."""
 
 import dataclasses
 import json
@@ -24,19 +24,19 @@ Line = Mapping[str, Any]
 
 
 class Run(NamedTuple):
-    """One seed's: the lines of its `metrics.jsonl`, one an epoch."""
+    """The run of one seed: the lines of its `metrics.jsonl`, one per epoch."""
 
     seed: int
     lines: Sequence[Line]
 
 
 class Confusion(NamedTuple):
-    """How many images of a class were taken for which.
+    """How many images of each class were predicted as which class.
 
     Attributes:
-      class_names: by label, no two the same.
-      counts: (label, prediction, images) for what occurs.
-      of: the network that was asked, in words.
+      class_names: distinct names, by label.
+      counts: (label, prediction, images) for each pair that occurs.
+      of: the network that predicted, in words.
     """
 
     class_names: Sequence[str]
@@ -46,17 +46,17 @@ class Confusion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A recipe and the runs of it.
+    """A recipe and its runs.
 
     Attributes:
-      name: of the working directory, or of the row; no two the same.
-      epochs: how many the recipe has.
-      full_epochs: how many the row's own has; as many where that is not known.
-      parameters: of the network; None where it could not be counted, as the next two.
-      multiply_adds: an image.
-      bytes: of all parameters, low-bit weights packed.
-      runs: one a seed.
-      confusion: None where none was written.
+      name: the distinct name of the working directory or row.
+      epochs: epochs of the recipe.
+      full_epochs: epochs of the row's full recipe; equal to `epochs` if that is not known.
+      parameters: the network's parameters; None, like the next two, if they could not be counted.
+      multiply_adds: multiply-adds per image.
+      bytes: size of all parameters, with low-bit weights packed.
+      runs: one per seed.
+      confusion: None if none was written.
     """
 
     name: str
@@ -70,23 +70,23 @@ class Training:
 
     @property
     def epochs_done(self) -> int:
-        """Of the run that has come farthest."""
+        """Epochs of the run that is furthest."""
         return max((line["epoch"] for run in self.runs for line in run.lines), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a row.
+    """The results of a row.
 
     Attributes:
       training: the runs.
-      final, best: top-1 on the test set in per cent, of each seed.
-      images_per_second: of all seeds that were trained together, the median over the seeds.
-      fraction_of_peak: likewise; None where the device's limit is not known.
-      seconds: of all seeds.
-      device: what they were trained on.
-      kept: top-1 in per cent of the network that is kept, as `evaluate.py` prints it; None where
-        there is none.
+      final, best: top-1 on the test set in percent, per seed.
+      images_per_second: rate of all seeds that were trained together, the median over the seeds.
+      fraction_of_peak: likewise; None if the device's peak is not known.
+      seconds: total time of all seeds.
+      device: the devices they were trained on.
+      kept: top-1 in percent of the network that is kept, as `evaluate.py` prints it; None if there
+        is none.
     """
 
     training: Training
@@ -105,7 +105,7 @@ class Outcome:
 
 
 class Filled(NamedTuple):
-    """A table, and by row what came of it on the full schedule and on a shortened one."""
+    """A table with its rows' results, on the full schedule and on a shortened one."""
 
     table: results.Table
     full: Mapping[str, Outcome]
@@ -114,7 +114,7 @@ class Filled(NamedTuple):
 
 
 class Found(NamedTuple):
-    """All there is to report on."""
+    """Everything to report on."""
 
     tables: Sequence[Filled]
     trainings: Sequence[Training]  # of working directories
@@ -123,11 +123,11 @@ class Found(NamedTuple):
 def find(paths: Sequence[Path]) -> Found:
     """Reads every path: a run's working directory, a row's, or a folder of results.
 
-    A folder of results without a table of its own takes its parent's, and shows only the rows that
-    it has. Runs whose recipes differ by nothing but the seed are put together.
+    A folder of results without a table of its own uses its parent's, and shows only the rows that
+    it has. Runs whose recipes differ only in the seed are put together.
 
     Raises:
-      UserError: for a path that is neither, or a file in it that is damaged.
+      UserError: if a path is none of these, or a file in it is damaged.
     """
     workdirs = []
     folders: dict[Path, list[Path]] = {}  # of results, by the folder that has their table
@@ -152,9 +152,9 @@ def find(paths: Sequence[Path]) -> Found:
 
 
 def family(row: str) -> str:
-    """The family of a row or a run by its name: `"wrn_1bit"` of `"wrn20_10_1bit_c100"`.
+    """Returns the family of a row or a run: `"wrn_1bit"` for `"wrn20_10_1bit_c100"`.
 
-    What stands before the depth, and the form of the weights where it is named after it.
+    It is the part of the name before the depth, and the form of the weights if the name has one.
     """
     match = re.match(r"((?:s3_)?[a-z_]+)\d", row)
     if match is None:
@@ -164,18 +164,18 @@ def family(row: str) -> str:
 
 
 def number(line: Line, name: str) -> float | None:
-    """A number of a line; None where it has none, or one that is not finite."""
+    """Returns a number of a line; None if it is missing or not finite."""
     value = line.get(name)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def evaluated(run: Run) -> list[Line]:
-    """The lines of the epochs after which the run was evaluated."""
+    """Returns the lines of the epochs after which the run was evaluated."""
     return [line for line in run.lines if number(line, "test_accuracy") is not None]
 
 
 def best(run: Run) -> Line | None:
-    """The line of the best epoch: on the held-out images where there are any."""
+    """Returns the line of the best epoch, by the held-out images if there are any."""
     lines = evaluated(run)
     return max(
         lines,
@@ -189,7 +189,7 @@ def _has_row(folder: Path, table: results.Table) -> bool:
 
 
 def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
-    """The tables of a folder with what the folders hold."""
+    """Returns the tables of `owner` with the results in the folders."""
     filled = []
     whole = any(folder.resolve() == owner for folder in folders)
     for table in results.tables(owner):
@@ -236,7 +236,7 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
             best=[float(accuracy) for accuracy in results.accuracies(result, "best")],
             images_per_second=statistics.median(float(run["images_per_second"]) for run in runs),
             fraction_of_peak=statistics.median(peaks) if peaks else None,
-            # Every one of the seeds trained together carries the seconds of them all.
+            # Each of the seeds trained together has the seconds of all of them.
             seconds=sum(run["seconds"] / run["together"] for run in runs),
             device=", ".join(dict.fromkeys(name for run in runs for name in results.devices(run))),
             kept=100 * float(kept["test_accuracy"]) if kept else None,
@@ -246,7 +246,7 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
 
 
 def _trainings(workdirs: Sequence[Path]) -> list[Training]:
-    """Of working directories; the seeds of one recipe together, a seed once more on its own."""
+    """Groups working directories by recipe; a seed that occurs twice starts another group."""
     groups: dict[tuple[str, int], list[tuple[Path, Config]]] = {}
     for workdir in workdirs:
         config = _config(workdir)
@@ -260,13 +260,13 @@ def _trainings(workdirs: Sequence[Path]) -> list[Training]:
 
 
 def _place(workdir: Path) -> Path:
-    """What a run is named after: its working directory, or that of the row that it is a seed of."""
+    """Returns the folder that a run is named after: its own, or that of the row it is a seed of."""
     path = workdir.resolve()
     return path.parent if re.fullmatch(r"seed\d+", path.name) else path
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of paths, as many as make them differ."""
+    """Returns the last parts of paths, as many as make them distinct."""
     most = max((len(path.parts) for path in paths), default=1)
     for length in range(1, most + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
@@ -276,7 +276,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _training(name: str, members: Sequence[tuple[Path, Config]]) -> Training:
-    """Of working directories of one recipe, and that recipe."""
+    """Returns the training of one recipe from its working directories."""
     config = members[0][1]
     runs = [Run(config.seed, _lines(workdir)) for workdir, config in members]
     confusion = next((c for workdir, config in members if (c := _of(workdir, config))), None)
@@ -315,10 +315,10 @@ def _lines(workdir: Path) -> list[Line]:
 
 
 def _checked(lines: Sequence[Any]) -> list[Line]:
-    """Lines as far as what is drawn depends on them.
+    """Checks the parts of lines that are drawn.
 
     Raises:
-      KeyError, TypeError, ValueError, AttributeError: for what is not the line of an epoch.
+      KeyError, TypeError, ValueError, AttributeError: if one is not the line of an epoch.
     """
     for line in lines:
         if not isinstance(line["epoch"], int):
@@ -329,7 +329,7 @@ def _checked(lines: Sequence[Any]) -> list[Line]:
 
 
 def _of(workdir: Path, config: Config) -> Confusion | None:
-    """What a run wrote beside its metrics, if it did."""
+    """Returns the confusion that a run wrote beside its metrics, if it did."""
     path = workdir / metrics.CONFUSION
     try:
         found = json.loads(path.read_text())
@@ -344,10 +344,10 @@ def _of(workdir: Path, config: Config) -> Confusion | None:
 
 
 def _confusion(counts: Any, class_names: Sequence[str], of: str) -> Confusion:
-    """As the files have it, checked.
+    """Checks a file's confusion.
 
     Raises:
-      TypeError, ValueError: where it is not what it should be.
+      TypeError, ValueError: if it is malformed.
     """
     names = [str(name) for name in class_names]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -360,7 +360,7 @@ def _confusion(counts: Any, class_names: Sequence[str], of: str) -> Confusion:
 
 
 def _count(config: Config, confusion: Confusion | None):
-    """The costs of a recipe's network; None where the number of its classes is not known."""
+    """Returns the costs of a recipe's network; None if its number of classes is not known."""
     if config.data.source == "tfds" and config.data.name in shiftnet.data.IN_MEMORY:
         classes, side = len(shiftnet.data.class_names(config.data.name)), 32
     elif confusion:

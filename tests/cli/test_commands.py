@@ -339,3 +339,12 @@ def test_trains_help_shows_what_people_change_most_before_the_rest(capsys):
     assert out.index("--workdir") < most_used[0]
     assert most_used[-1] < groups[0]
     assert groups[-1] < out.index("--coordinator")
+
+
+def test_a_recipe_with_a_colon_in_its_path_has_a_workdir_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "dig.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert train._default_workdir("a:b/dig.py") == "runs/dig"
+    assert train._default_workdir("a:b/dig.py:expansion=3") == "runs/dig-expansion=3"
+    assert train._default_workdir("configs/x_c10.py:expansion=3") == "runs/x_c10-expansion=3"
