@@ -11,7 +11,7 @@ from flax import nnx
 from shiftnet import quantizers
 from shiftnet.errors import UserError, unknown
 from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
-from shiftnet.models.network import Forms, Network
+from shiftnet.models.network import Network
 
 __all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
 
@@ -20,7 +20,7 @@ class Family(NamedTuple):
     """Networks of one kind.
 
     Attributes:
-      build: `build(depth, num_classes, weights=..., dtype=..., rngs=..., **fields)`.
+      build: `build(depth, num_classes, weights=..., ends=..., dtype=..., rngs=..., **fields)`.
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
@@ -115,7 +115,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
     return family.build(
         depth,
         num_classes,
-        weights=Forms(form, ends),
+        weights=form,
+        ends=ends,
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},
