@@ -17,7 +17,7 @@ __all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
 
 
 class Family(NamedTuple):
-    """Networks of one kind.
+    """A kind of networks.
 
     Attributes:
       build: `build(depth, num_classes, weights=..., ends=..., dtype=..., rngs=..., **fields)`.
@@ -44,7 +44,7 @@ FAMILIES = {
     "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, (), 224),
 }
 
-# What a field is where it changes nothing. The reduction's mode does nothing without a reduction.
+# The value of each field that changes nothing; the mode of a reduction needs none.
 NEUTRAL = {"expansion": 1, "reduction": 1, "width": 1}
 
 
@@ -80,7 +80,7 @@ def check(model: Mapping[str, Any]) -> None:
 
 
 def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Network:
-    """The network that a recipe's `config.model` names.
+    """Builds the network that a recipe's `config.model` describes.
 
     Args:
       model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes

@@ -43,7 +43,7 @@ class Network(nnx.Module):
 
 
 def _in_pieces(x: jax.Array) -> bool:
-    """Whether a few of these images at a time are faster: on one CPU, where they are small."""
+    """Tells whether a few images at a time are faster: on one CPU, where they are small."""
     if is_only_xla() or platform() != "cpu" or not all(isinstance(n, int) for n in x.shape):
         return False
     return len(x) == shares(len(x)) > IMAGES_AT_A_TIME and x.shape[1] * x.shape[2] <= 32 * 32
