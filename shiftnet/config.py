@@ -329,8 +329,8 @@ class OptimizerConfig(Settings, group="optimizer"):
 
     name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = setting(
         "sgd",
-        "sgd (original), adamw, lamb or lion; muon: orthogonalized momentum for the kernels between "
-        "the first and the last layer, sgd for the other arrays",
+        "sgd (original), adamw, lamb or lion; muon: orthogonalized momentum for the kernels "
+        "between the first and last layer, sgd for the other arrays",
     )
     lr: float = setting(0.1, "initial learning rate (original)", ABOVE_0)
     muon_lr: float = setting(
@@ -364,7 +364,7 @@ class OptimizerConfig(Settings, group="optimizer"):
     )
     decay: Literal["all", "kernels"] = setting(
         "all",
-        "parameters that decay: all (original), or kernels, which leaves out biases and batch norms",
+        "parameters that decay: all (original); kernels: all but biases and batch norms",
     )
     clip_norm: float = setting(
         0.0,
@@ -401,8 +401,8 @@ class ScheduleConfig(Settings, group="schedule"):
     name: Literal["step", "cosine", "sgdr", "linear", "onecycle", "wsd"] = setting(
         "step",
         "step: multiplied by schedule.factor at each boundary; cosine, linear: falls to "
-        "schedule.lr_min at the end; sgdr: a cosine that restarts at each boundary; onecycle: rises "
-        "and falls once; wsd: constant, then linear over schedule.decay of the run",
+        "schedule.lr_min at the end; sgdr: a cosine that restarts at each boundary; onecycle: "
+        "rises and falls once; wsd: constant, then linear over schedule.decay of the run",
     )
     by: Literal["epoch", "step"] = setting(
         "epoch", "change the rate with every epoch (originals) or with every step"

@@ -32,7 +32,7 @@ from shiftnet.quantizers import Float, LowBitWeight, bits
 
 FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
-# What of a checkpoint's note goes into the metadata, as JSON.
+# The fields of a checkpoint's metadata that are kept, as JSON.
 NOTE = ("config", "class_names", "mean", "std", "step")
 
 
@@ -170,7 +170,7 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
 
 
 def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.Variable]]:
-    """The parameters beside the weights, by dotted name."""
+    """Returns the parameters other than weights, by dotted name."""
     found = [
         (".".join(map(str, path)), leaf)
         for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))

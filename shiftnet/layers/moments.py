@@ -92,7 +92,7 @@ def of_shifted_product(
 
 
 def _least_variance(covariance: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The `bound` of this module's docstring, `[features]`, without gradients."""
+    """Returns the `bound` of this module's docstring, `[features]`, without gradients."""
     deviations = jnp.sqrt(jax.lax.stop_gradient(jnp.diagonal(covariance)))
     largest = _exact(deviations, jnp.abs(jax.lax.stop_gradient(kernel)))
     return jnp.finfo(kernel.dtype).eps * jnp.square(largest)

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds, parameters, bytes of weights and of activations.
+"""Counts the cost of a network: multiply-adds, parameters, bytes of weights and activations.
 
 The numbers are read off the program that JAX traces from the network, so they hold for any
 `nnx.Module` and whatever its layers are made of; nothing is computed and no weight is allocated.
@@ -20,7 +20,7 @@ from shiftnet.kernels.implementations import only_xla
 
 
 class Layer(NamedTuple):
-    """One layer's share.
+    """The cost of one layer.
 
     Attributes:
       name: path of the module, for example `"layer1.0.conv1"`.
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a network costs for one image.
+    """The cost of a network for one image.
 
     Attributes:
       layers: in the order in which the network runs them.
@@ -86,7 +86,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
     modules, variables, steps, logits = _trace(model, image)
 
     def owner(names: Iterable[str]) -> str:
-        """The innermost module that holds all these variables; `""` is the network."""
+        """Returns the innermost module with all these variables; `""` is the network."""
         levels = zip(*(name.split(".") for name in names), strict=False)
         path = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, levels)]
         while path and ".".join(path) not in modules:
@@ -158,7 +158,7 @@ class _Value:
 
 
 class _Step(NamedTuple):
-    """An operation of the program, calls that hold products taken apart."""
+    """An operation of the program; calls with products inside are taken apart."""
 
     reads: Sequence[_Value]
     writes: Sequence[_Value]
@@ -166,7 +166,7 @@ class _Step(NamedTuple):
 
     @property
     def is_forward(self) -> bool:
-        """Whether it depends on the image."""
+        """Tells whether it depends on the image."""
         return any(value.is_activation for value in self.reads)
 
     @property
@@ -237,7 +237,7 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
 
 
 def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> list[_Value]:
-    """Runs the program on values without contents; appends its steps, returns its results."""
+    """Runs the program on values without contents, appends its steps and returns its results."""
     values = dict(zip(program.invars, inputs, strict=True))
     values |= {constant: _Value(constant.aval, frozenset()) for constant in program.constvars}
 
@@ -286,7 +286,7 @@ def _has_products(program: Jaxpr) -> bool:
 
 
 def _multiply_adds(equation: JaxprEqn) -> int:
-    """Of one convolution or matrix product: values of the result times products summed in each."""
+    """Multiplies the values of a product's result by the terms summed in each."""
     if equation.primitive.name == "conv_general_dilated":
         kernel = _shape(equation.invars[1])
         features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
@@ -304,7 +304,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 def _peak_bytes(steps: Sequence[_Step], result: _Value) -> int:
-    """As `Counts.peak_activation_bytes` says."""
+    """Computes `Counts.peak_activation_bytes`."""
     last_use = {id(value): i for i, step in enumerate(steps) for value in step.reads}
     last_use[id(result)] = len(steps)
     alive: dict[int, int] = {}

@@ -1,6 +1,7 @@
 """DepthwiseResNet: the depthwise-separable rival that arXiv:1711.08141's code compares with."""
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -8,7 +9,6 @@ from flax import nnx
 from shiftnet.layers import BatchNorm, Conv
 from shiftnet.models import resnet
 from shiftnet.models.resnet import Shortcut
-from shiftnet.quantizers import Float, Form
 
 
 class DepthwiseBlock(nnx.Module):
@@ -21,17 +21,15 @@ class DepthwiseBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
-        weights: Form = Float,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
-        conv = functools.partial(Conv, weights=weights, rngs=rngs)
-        self.conv1 = conv(in_features, middle_features, 1)
+        self.conv1 = Conv(in_features, middle_features, 1, **layer)
         self.bn1 = BatchNorm(middle_features)
-        self.depth = conv(middle_features, middle_features, 3, groups=middle_features)
+        self.depth = Conv(middle_features, middle_features, 3, groups=middle_features, **layer)
         self.bn2 = BatchNorm(middle_features)
-        self.conv3 = conv(middle_features, out_features, 1, stride=stride)
+        self.conv3 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, weights=weights, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))

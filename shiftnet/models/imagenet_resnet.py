@@ -5,6 +5,7 @@ torchvision has them and S3 trains them.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.pooling import max_pool
-from shiftnet.models.network import FLOAT, Forms, Network
+from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
 from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
@@ -23,16 +24,7 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        stride: int,
-        *,
-        weights: Form = Float,
-        rngs: nnx.Rngs,
-    ):
-        layer = {"init": he_normal_fan_out, "weights": weights, "rngs": rngs}
+    def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
         self.conv1 = Conv(in_features, features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(features)
         self.conv2 = Conv(features, features, 3, **layer)
@@ -50,17 +42,8 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        stride: int,
-        *,
-        weights: Form = Float,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
         out = features * self.expansion
-        layer = {"init": he_normal_fan_out, "weights": weights, "rngs": rngs}
         self.conv1 = Conv(in_features, features, 1, **layer)
         self.bn1 = BatchNorm(features)
         self.conv2 = Conv(features, features, 3, stride=stride, **layer)
@@ -93,7 +76,8 @@ class ImageNetResNet(Network):
     Args:
       depth: one of `DEPTHS`.
       num_classes: length of the logits.
-      weights: the forms of its weights.
+      weights: the form of the weights.
+      ends: the form of the first and the last layer's weights.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -103,16 +87,16 @@ class ImageNetResNet(Network):
         depth: int,
         num_classes: int,
         *,
-        weights: Forms = FLOAT,
+        weights: Form = Float,
+        ends: Form = Float,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         kind, counts = STAGES[depth]
-        block = functools.partial(kind, weights=weights.inner, rngs=rngs)
-        self.conv1 = Conv(
-            3, 64, 7, stride=2, init=he_normal_fan_out, weights=weights.ends, rngs=rngs
-        )
+        layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
+        block = functools.partial(kind, weights=weights, **layer)
+        self.conv1 = Conv(3, 64, 7, stride=2, weights=ends, **layer)
         self.bn1 = BatchNorm(64)
         stages, inside = [], 64
         for stage, count in enumerate(counts):
@@ -123,7 +107,7 @@ class ImageNetResNet(Network):
             stages.append(nnx.List(blocks))
             inside = outside
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.linear = Linear(inside, num_classes, weights=weights.ends, rngs=rngs)
+        self.linear = Linear(inside, num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = self.conv1(x)

@@ -1,13 +1,10 @@
 """The base of all networks."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.kernels.implementations import is_only_xla, platform, shares
-from shiftnet.quantizers import Float, Form
 
 # Images of 32x32 that a CPU evaluates at a time, so that their activations stay in its caches. Of
 # 8, 16, 32 and all of 128, 32 was the fastest for ShiftResNet20 and ResNet20 on two cores of a Xeon
@@ -15,25 +12,11 @@ from shiftnet.quantizers import Float, Form
 IMAGES_AT_A_TIME = 32
 
 
-class Forms(NamedTuple):
-    """The forms of a network's weights.
-
-    Attributes:
-      inner: of all layers but two.
-      ends: of the first convolution and the last layer.
-    """
-
-    inner: Form = Float
-    ends: Form = Float
-
-
-FLOAT = Forms()
-
-
 class Network(nnx.Module):
     """From normalised images `[N, H, W, 3]` to logits `[N, num_classes]` in the images' dtype.
 
-    A subclass computes them in `logits`, in the precision of what it is given.
+    A subclass computes them in `logits`, in the precision of what it is given. It is made with the
+    forms of its weights, `weights`, and of those of its first and last layer, `ends`.
 
     Args:
       dtype: compute in this dtype whatever the input's; None computes in the input's.
@@ -60,7 +43,7 @@ class Network(nnx.Module):
 
 
 def _in_pieces(x: jax.Array) -> bool:
-    """Whether a few of these images at a time are faster: on one CPU, where they are small."""
+    """Tells whether a few images at a time are faster: on one CPU, where they are small."""
     if is_only_xla() or platform() != "cpu" or not all(isinstance(n, int) for n in x.shape):
         return False
     return len(x) == shares(len(x)) > IMAGES_AT_A_TIME and x.shape[1] * x.shape[2] <= 32 * 32

@@ -17,19 +17,17 @@ from flax import nnx
 from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import affine, every, product
 from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm
-from shiftnet.models.network import FLOAT, Forms, Network
+from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
-from shiftnet.quantizers.form import Init
-from shiftnet.quantizers.initializers import torch_uniform
 
 WIDTHS = (16, 32, 64)
 
 
 class Block(Protocol):
-    """Builds one of the blocks of a stage."""
+    """Builds one of the blocks of a stage, whose layers are made with the options."""
 
     def __call__(
-        self, in_features: int, out_features: int, stride: int, *, weights: Form, rngs: nnx.Rngs
+        self, in_features: int, out_features: int, stride: int, **layer: Any
     ) -> nnx.Module: ...
 
 
@@ -41,7 +39,8 @@ class ResNet(Network):
       depth: 6n + 2.
       num_classes: length of the logits.
       widths: channels of the three stages; the stem has as many as the first.
-      weights: the forms of its weights.
+      weights: the form of the weights.
+      ends: the form of the first and the last layer's weights.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -53,19 +52,20 @@ class ResNet(Network):
         num_classes: int,
         *,
         widths: tuple[int, int, int] = WIDTHS,
-        weights: Forms = FLOAT,
+        weights: Form = Float,
+        ends: Form = Float,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         count = (depth - 2) // 6
-        stage = functools.partial(_stage, block, count=count, weights=weights.inner, rngs=rngs)
-        self.conv1 = Conv(3, widths[0], 3, weights=weights.ends, rngs=rngs)
+        stage = functools.partial(_stage, block, count=count, weights=weights, rngs=rngs)
+        self.conv1 = Conv(3, widths[0], 3, weights=ends, rngs=rngs)
         self.bn1 = BatchNorm(widths[0])
         self.layer1 = stage(widths[0], widths[0], stride=1)
         self.layer2 = stage(widths[0], widths[1], stride=2)
         self.layer3 = stage(widths[1], widths[2], stride=2)
-        self.linear = Linear(widths[2], num_classes, weights=weights.ends, rngs=rngs)
+        self.linear = Linear(widths[2], num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -75,20 +75,11 @@ class ResNet(Network):
 
 
 def _stage(
-    block: Block,
-    in_features: int,
-    out_features: int,
-    *,
-    count: int,
-    stride: int,
-    weights: Form,
-    rngs: nnx.Rngs,
+    block: Block, in_features: int, out_features: int, *, count: int, stride: int, **layer: Any
 ) -> nnx.List[Any]:
-    first = block(in_features, out_features, stride, weights=weights, rngs=rngs)
-    rest = (
-        block(out_features, out_features, 1, weights=weights, rngs=rngs) for _ in range(count - 1)
-    )
-    return nnx.List([first, *rest])
+    blocks = [block(in_features, out_features, stride, **layer)]
+    blocks += [block(out_features, out_features, 1, **layer) for _ in range(1, count)]
+    return nnx.List(blocks)
 
 
 def _pool(x: jax.Array) -> jax.Array:
@@ -102,23 +93,15 @@ def _pool(x: jax.Array) -> jax.Array:
 
 
 class Shortcut(nnx.Module):
-    """The identity, or a 1x1 convolution and batch normalisation where the shape changes."""
+    """The identity, or a 1x1 convolution and batch normalisation where the shape changes.
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        *,
-        weights: Form = Float,
-        init: Init = torch_uniform,
-        rngs: nnx.Rngs,
-    ):
+    Here and in blocks, `layer` are the options of convolutions: `weights`, `init` and `rngs`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, stride: int, **layer: Any):
         self.projection: nnx.List[Any] = nnx.List([])
         if stride != 1 or in_features != out_features:
-            conv = Conv(
-                in_features, out_features, 1, stride=stride, weights=weights, init=init, rngs=rngs
-            )
+            conv = Conv(in_features, out_features, 1, stride=stride, **layer)
             self.projection = nnx.List([conv, BatchNorm(out_features)])
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -140,15 +123,13 @@ class BasicBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
-        weights: Form = Float,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
-        conv = functools.partial(Conv, weights=weights, rngs=rngs)
-        self.conv1 = conv(in_features, middle_features, 3, stride=stride)
+        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(middle_features)
-        self.conv2 = conv(middle_features, out_features, 3)
+        self.conv2 = Conv(middle_features, out_features, 3, **layer)
         self.bn2 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, weights=weights, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))

@@ -17,11 +17,9 @@ from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Linear, Shift, fold_batch_norm
 from shiftnet.layers.pooling import average_pool
-from shiftnet.models.network import FLOAT, Forms, Network
+from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
-
-_Conv = functools.partial(Conv, init=he_normal_fan_out)
 
 
 class Stage(NamedTuple):
@@ -60,17 +58,15 @@ class CSCBlock(nnx.Module):
         *,
         expansion: int,
         kernel_size: int,
-        weights: Form = Float,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
-        conv = functools.partial(_Conv, weights=weights, rngs=rngs)
         middle = in_features * expansion
         new_features = out_features if stride == 1 else out_features - in_features
         self.bn1 = BatchNorm(in_features)
-        self.conv1 = conv(in_features, middle, 1)
+        self.conv1 = Conv(in_features, middle, 1, **layer)
         self.shift = Shift(kernel_size)
         self.bn2 = BatchNorm(middle)
-        self.conv2 = conv(middle, new_features, 1, stride=stride)
+        self.conv2 = Conv(middle, new_features, 1, stride=stride, **layer)
         self.stride = stride
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -91,7 +87,8 @@ class ShiftNet(Network):
     Args:
       num_classes: length of the logits.
       width: factor of every number of channels: 1 is ShiftNet-A, 0.5 ShiftNet-B.
-      weights: the forms of its weights.
+      weights: the form of the weights.
+      ends: the form of the first and the last layer's weights.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -101,18 +98,20 @@ class ShiftNet(Network):
         num_classes: int,
         *,
         width: float,
-        weights: Forms = FLOAT,
+        weights: Form = Float,
+        ends: Form = Float,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         inside = int(32 * width)
-        self.conv1 = _Conv(3, inside, 7, stride=2, weights=weights.ends, rngs=rngs)
+        layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
+        self.conv1 = Conv(3, inside, 7, stride=2, weights=ends, **layer)
         stages = []
         for stage in STAGES:
             outside = int(stage.features * width)
             block = functools.partial(
-                CSCBlock, kernel_size=stage.kernel_size, weights=weights.inner, rngs=rngs
+                CSCBlock, kernel_size=stage.kernel_size, weights=weights, **layer
             )
             blocks = [block(inside, outside, 2, expansion=stage.first_expansion)]
             for _ in range(1, stage.blocks):
@@ -121,7 +120,7 @@ class ShiftNet(Network):
             inside = outside
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn = BatchNorm(inside)
-        self.linear = Linear(inside, num_classes, weights=weights.ends, rngs=rngs)
+        self.linear = Linear(inside, num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = self.conv1(x)

@@ -15,7 +15,6 @@ from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Shift, fold_batch_norm
 from shiftnet.layers.folding import computed_once
 from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
-from shiftnet.quantizers import Float, Form
 
 
 class ShiftConvBlock(nnx.Module):
@@ -33,16 +32,14 @@ class ShiftConvBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
-        weights: Form = Float,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
-        conv = functools.partial(Conv, weights=weights, rngs=rngs)
-        self.conv1 = conv(in_features, middle_features, 1)
+        self.conv1 = Conv(in_features, middle_features, 1, **layer)
         self.bn1 = BatchNorm(middle_features)
         self.shift = Shift(3)
-        self.conv2 = conv(middle_features, out_features, 1, stride=stride)
+        self.conv2 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn2 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, weights=weights, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         block = functools.partial(shift_block, stride=self.conv2.stride)

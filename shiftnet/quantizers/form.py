@@ -1,4 +1,4 @@
-"""The interface of weight forms: trained latents in, the weight that a layer computes with out."""
+"""The interface of weight forms, which compute a layer's weight from trained latents."""
 
 import math
 from collections.abc import Callable, Sequence

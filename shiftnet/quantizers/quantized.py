@@ -39,16 +39,16 @@ class QuantizedWeight:
         return bits_of(self.levels)
 
     def __call__(self) -> jax.Array:
-        """The weight, in the dtype of the scale, float32 where that is a number."""
+        """Returns the weight, in the dtype of the scale; in float32 where that is a number."""
         dtype = jnp.result_type(self.scale) if isinstance(self.scale, jax.Array) else jnp.float32
         return jnp.asarray(self.levels, dtype)[self.codes.astype(jnp.int32)] * self.scale
 
 
 def bits_of(levels: tuple[int, ...]) -> int:
-    """Bits of an index of these levels."""
+    """Returns the bits of an index of these levels."""
     return (len(levels) - 1).bit_length()
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
-    """Bytes of so many codes of `bits` bits each, rounded up."""
+    """Returns the bytes of a weight of this shape at `bits` bits each, rounded up."""
     return -(-math.prod(shape) * bits // 8)

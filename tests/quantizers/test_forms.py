@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import quantizers
+from shiftnet import models, quantizers
+from shiftnet.errors import UserError
 from shiftnet.interchange import torch_names
-from shiftnet.layers import Conv
+from shiftnet.layers import Conv, Linear
 from shiftnet.quantizers import LowBitWeight, initializers
 from tests import networks, oracle
 from tests.models.test_build import config
@@ -222,7 +223,29 @@ def test_latents_start_normal_with_he_s_deviation_of_the_outputs():
     assert abs(float(plain.std()) * np.sqrt(3 * 3 * 128 / 2) - 1) < 0.01
 
 
-# In networks
+# In layers and networks
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "make", [lambda **kw: Conv(4, 8, 3, **kw), lambda **kw: Linear(4, 8, **kw)]
+)
+def test_a_layer_takes_its_form_by_name_when_it_is_made(make):
+    layer = make(weights="s3", bits=2, rngs=nnx.Rngs(0))
+    assert isinstance(layer.weight, quantizers.S3)
+    assert layer.weight.levels == (-1, 0, 1)
+    assert isinstance(make(rngs=nnx.Rngs(0)).weight, quantizers.Float)
+    with pytest.raises(UserError, match="unknown weight form 's4'; did you mean 's3'"):
+        make(weights="s4", rngs=nnx.Rngs(0))
+
+
+def test_float_layers_of_a_low_bit_network_start_as_those_of_the_float_network_of_a_seed():
+    def ends(form):
+        model = models.build(config("resnet8", weights=form), 10, rngs=nnx.Rngs(3))
+        return model.conv1.weight(), model.linear.weight(), model.linear.bias[...]
+
+    for ours, expected in zip(jax.jit(lambda: ends("s3"))(), ends("float"), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("form", ["sign", "s3", "denseshift"])
