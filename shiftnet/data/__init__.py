@@ -25,7 +25,7 @@ __all__ = [
     "Source",
     "Split",
     "Subset",
-    "Test",
+    "TestSet",
     "class_names",
     "load",
     "load_test",
@@ -75,7 +75,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, eq=False)
-class Test:
+class TestSet:
     """Images to evaluate on.
 
     Attributes:
@@ -144,7 +144,7 @@ def load(
     return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std, found)
 
 
-def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True) -> Test:
+def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True) -> TestSet:
     """Opens the images of a data set to evaluate on.
 
     Args:
@@ -156,11 +156,11 @@ def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool
     """
     if source != "folder":
         dataset = load(name, source=source, data_dir=data_dir)
-        return Test(name, dataset.test, dataset.class_names, dataset.found)
+        return TestSet(name, dataset.test, dataset.class_names, dataset.found)
     from shiftnet.data import folder
 
     test = folder.open_test(data_dir, exif=exif and name != IMAGENET)
-    return Test(data_dir, test, test.class_names, folder.found(None, test))
+    return TestSet(data_dir, test, test.class_names, folder.found(None, test))
 
 
 def of_recipe(data: Any) -> Dataset:
