@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
-    """One checkpoint's row: its path, what it is, and the numbers."""
+    """Returns the row of a checkpoint: its path, its network, and the numbers."""
     data = model.config.data
     name, source, directory = _place(model, arguments)
 
@@ -122,7 +122,7 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
 
 
 def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
-    """`data.name`, `data.source` and `data.dir` of the images that the command line names.
+    """Returns `data.name`, `data.source` and `data.dir` of the images to evaluate on.
 
     By default they are those of training. A directory of images is told from one of prepared data
     sets by what it holds.
@@ -154,7 +154,7 @@ def _is_tfds(directory: Path) -> bool:
 
 
 def _reading(model: Classifier, on_corrupt: str) -> Reading:
-    """How image files are brought to what the network was trained on."""
+    """Returns how image files are brought to the size that the network was trained on."""
     data = model.config.data
     size, resize = data.size, data.resize
     if data.source == "tfds" and data.name != shiftnet.data.IMAGENET:

@@ -25,7 +25,7 @@ __all__ = [
     "Source",
     "Split",
     "Subset",
-    "Test",
+    "TestSet",
     "class_names",
     "load",
     "load_test",
@@ -53,7 +53,7 @@ class Dataset:
       train: the images to learn from, without those held out.
       test: the published test split; of image files, those under `val` (see `folder.TEST`).
       validation: the training images held out, or None if none are.
-      class_names: one name a class, indexed by label.
+      class_names: one name per class, indexed by label.
       mean, std: of each channel, for pixels in [0, 1]; see `normalization`.
       found: how many images there are of how many classes, and what was left out, in a line.
     """
@@ -69,13 +69,13 @@ class Dataset:
 
     @property
     def images(self) -> dict[str, int]:
-        """How many images each part has, by its name; 0 for a validation set that is not there."""
+        """The number of images of each part; validation has 0 if none are held out."""
         held_out = 0 if self.validation is None else len(self.validation)
         return {"train": len(self.train), "validation": held_out, "test": len(self.test)}
 
 
 @dataclass(frozen=True, eq=False)
-class Test:
+class TestSet:
     """Images to evaluate on.
 
     Attributes:
@@ -144,7 +144,7 @@ def load(
     return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std, found)
 
 
-def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True) -> Test:
+def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True) -> TestSet:
     """Opens the images of a data set to evaluate on.
 
     Args:
@@ -156,15 +156,15 @@ def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool
     """
     if source != "folder":
         dataset = load(name, source=source, data_dir=data_dir)
-        return Test(name, dataset.test, dataset.class_names, dataset.found)
+        return TestSet(name, dataset.test, dataset.class_names, dataset.found)
     from shiftnet.data import folder
 
     test = folder.open_test(data_dir, exif=exif and name != IMAGENET)
-    return Test(data_dir, test, test.class_names, folder.found(None, test))
+    return TestSet(data_dir, test, test.class_names, folder.found(None, test))
 
 
 def of_recipe(data: Any) -> Dataset:
-    """The data set that a recipe's `config.data` names, see `load`."""
+    """Loads the data set that a recipe's `config.data` names; see `load`."""
     return load(
         data.name,
         source=data.source,
@@ -215,7 +215,7 @@ def _image_files(
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The names of the classes of a set held in memory, by label; needs no data on disk.
+    """Returns the class names of a set held in memory, by label; needs no data on disk.
 
     Raises:
       UserError: for an unknown name.
@@ -229,19 +229,19 @@ def class_names(name: str) -> tuple[str, ...]:
 def normalization(
     name: str, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> tuple[RGB, RGB]:
-    """The mean and standard deviation that a network's input is normalised with.
+    """Returns the mean and standard deviation that a network's input is normalised with.
 
     Needs no data on disk.
 
     Args:
       name: one of `NAMES`.
-      mean, std: one number a channel, for pixels in [0, 1]; empty stands for the data set's own.
+      mean, std: one number per channel, for pixels in [0, 1]; empty stands for the data set's own.
 
     Returns:
       The mean and the standard deviation, each of three channels.
 
     Raises:
-      UserError: for an unknown name, or when there are not three finite numbers, or a standard
+      UserError: for an unknown name, or if there are not three finite numbers, or a standard
         deviation is not positive.
     """
     constants = {
@@ -264,14 +264,14 @@ def _rgb(field: str, values: Sequence[float]) -> RGB:
     ):
         kind = "positive numbers" if field == "std" else "numbers"
         raise errors.UserError(
-            f"data.{field} is {numbers}; expected three {kind}, one a channel, or () for the "
+            f"data.{field} is {numbers}; expected three {kind}, one per channel, or () for the "
             f"data set's own"
         )
     return numbers[0], numbers[1], numbers[2]
 
 
 def _chosen(name: str, length: int, count: int) -> np.ndarray:
-    """Which of the training images are held out, bool [length]."""
+    """Draws which of the training images are held out, bool [length]."""
     if not 0 <= count < length:
         raise errors.UserError(
             f"data.validation is {count}; expected 0 to {length - 1}, since {name} has "

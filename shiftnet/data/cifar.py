@@ -48,7 +48,7 @@ WRN_NORMALIZATION = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 
 
 
 def load(name: str, data_dir: str = "", *, url: str = "", sha256: str = "") -> Splits:
-    """Reads a CIFAR, and downloads and prepares it before that when it is not there.
+    """Reads a CIFAR, and downloads and prepares it before that if it is not there.
 
     Args:
       name: `"cifar10"` or `"cifar100"`.
@@ -84,7 +84,7 @@ def load(name: str, data_dir: str = "", *, url: str = "", sha256: str = "") -> S
 
 
 def root(data_dir: str) -> Path:
-    """The TFDS directory that `data_dir` stands for; see `load`.
+    """Returns the TFDS directory that `data_dir` stands for; see `load`.
 
     Raises:
       UserError: if it is not a local one, or there is no home directory.
@@ -193,7 +193,7 @@ def _write_cache(path: Path, source: str, splits: Splits) -> None:
 
 
 def _read_cache(path: Path, source: str) -> Splits | None:
-    """The splits in the cache, or None when there is no cache of `source` or it is damaged."""
+    """Returns the splits in the cache; None if there is none of `source`, or it is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["source"] != source:

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Matching(NamedTuple):
-    """Which of a network's classes those of a data set are.
+    """The network's label of each class of a data set.
 
     Attributes:
-      labels: int32 [classes of the data set], the network's label of each.
+      labels: int32 [classes of the data set].
       message: how they were matched, if not one to one in the same order; else empty.
     """
 

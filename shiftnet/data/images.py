@@ -124,7 +124,7 @@ def decode(data: bytes, *, name: str, exif: bool = False) -> np.ndarray:
       uint8 [H, W, 3], red, green, blue.
 
     Raises:
-      CorruptImage: when it cannot be decoded.
+      CorruptImage: if it cannot be decoded.
     """
     try:
         return np.asarray(_read(data, exif))
@@ -151,8 +151,8 @@ def for_evaluation(
       uint8 [size, size, 3].
 
     Raises:
-      CorruptImage: when it cannot be decoded.
-      ValueError: when `size` is more than `resize`.
+      CorruptImage: if it cannot be decoded.
+      ValueError: if `size` is more than `resize`.
     """
     if size > resize:
         raise ValueError(f"size is {size}, more than the {resize} that images are resized to")
@@ -201,7 +201,7 @@ def for_training(
       uint8 [size, size, 3].
 
     Raises:
-      CorruptImage: when it cannot be decoded.
+      CorruptImage: if it cannot be decoded.
     """
     try:
         jpeg, scale, orientation = _jpeg(data), 1, 1
@@ -377,7 +377,7 @@ def _corrupt(name: str, data: bytes, error: Exception) -> CorruptImage:
 
 
 class _Jpeg(NamedTuple):
-    """What the header of an ordinary JPEG says.
+    """The header of an ordinary JPEG.
 
     Attributes:
       shape: height and width in pixels.

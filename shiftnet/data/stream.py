@@ -82,7 +82,7 @@ class TrainStream:
     Args:
       source: the training images.
       size: side of the images, in pixels.
-      batch_size: images a step, over all processes.
+      batch_size: images per step, over all processes.
       steps_per_epoch: at most `len(source) // batch_size`.
       total_steps: of the run.
       seed: of the run, 0 to 2^64 - 1.
@@ -93,7 +93,7 @@ class TrainStream:
 
     Raises:
       UserError: for an unknown `on_corrupt`, a `batch_size` that the processes cannot share evenly,
-        or more steps an epoch than there are images for.
+        or more steps per epoch than there are images for.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
-        """The next step's batch.
+        """Returns the next step's batch.
 
         Raises:
           StopIteration: after the last step.
@@ -176,7 +176,7 @@ class EvalStream:
       source: the images.
       size: side of the images, in pixels.
       resize: the shorter side before the crop, in pixels.
-      batch_size: images a batch, over all processes.
+      batch_size: images per batch, over all processes.
       on_corrupt: `"error"` or `"skip"`.
       workers: processes that decode; 0 decodes in this one.
       process_index, process_count: which process of the job this is.
@@ -205,7 +205,7 @@ class EvalStream:
         self._workers = workers
 
     def __len__(self) -> int:
-        """How many batches there are."""
+        """Returns the number of batches."""
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -220,7 +220,7 @@ class EvalStream:
 
 @dataclass(frozen=True)
 class _Share:
-    """Which part of every batch this process makes, and what it does about corrupt files."""
+    """The part of every batch that this process makes, and its policy on corrupt files."""
 
     batch_size: int
     process_index: int
@@ -241,7 +241,7 @@ class _Share:
         return self.batch_size // self.process_count
 
     def locate(self, number: int) -> tuple[int, int]:
-        """The batch, and the place in the whole of it, of this process's `number`-th image."""
+        """Returns the batch of this process's `number`-th image, and its place in that batch."""
         batch, place = divmod(number, self.size)
         return batch, self.process_index * self.size + place
 
@@ -319,7 +319,7 @@ def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
 def _batches(
     example: _TrainExample | _EvalExample, first: int, stop: int, workers: int
 ) -> grain.DatasetIterator:
-    """An iterator over this process's part of the batches `first` to `stop` - 1."""
+    """Returns an iterator over this process's part of the batches `first` to `stop` - 1."""
     size = example.share.size
     ahead = AHEAD
     if workers:

@@ -1,4 +1,4 @@
-"""How many processes decode image files, and how many batches each may keep ready."""
+"""The number of processes that decode image files, and of batches that each keeps ready."""
 
 import math
 import os
@@ -16,7 +16,7 @@ HELD = 2
 
 
 def num_workers(setting: int, num_images: int) -> int:
-    """Returns how many processes decode images, for a setting of `data.workers`.
+    """Returns the number of processes that decode images, for a setting of `data.workers`.
 
     Args:
       setting: their number; 0 for none beside the run's own; -1 for one per core that this process

@@ -27,7 +27,7 @@ IN_FLIGHT = 2
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a network made of a set of images.
+    """The predictions of a network on a set of images, and their accuracy.
 
     Attributes:
       loss: mean cross entropy.
@@ -68,7 +68,7 @@ class Evaluation:
 
 
 class Reading(NamedTuple):
-    """How image files are read; as the fields of `config.data` that have these names.
+    """The settings for reading image files, named as in `config.data`.
 
     Attributes:
       size: side in pixels of the crop from their middle.
@@ -99,7 +99,7 @@ def make_evaluator(
     batch_size: int,
     mesh: Mesh,
 ) -> Evaluator:
-    """The evaluator of some images.
+    """Makes the evaluator of some images.
 
     Args:
       graphdef: the network, from `nnx.graphdef`.
@@ -107,7 +107,7 @@ def make_evaluator(
       data: a recipe's `config.data`, or `Reading`: how image files are read.
       mean: per channel, for pixels in [0, 1].
       std: likewise.
-      batch_size: images a step; rounded up to a multiple of the devices.
+      batch_size: images per step; rounded up to a multiple of the devices.
       mesh: from `make_mesh`.
     """
     scorer = _Scorer(graphdef, mean, std, mesh)
@@ -118,7 +118,7 @@ def make_evaluator(
 
 
 class _Scorer:
-    """What both evaluators do with a batch: uint8 images and labels to losses, classes, ranks."""
+    """Scores a batch: uint8 images and labels to losses, predictions and ranks."""
 
     def __init__(self, graphdef: nnx.GraphDef, mean: RGB, std: RGB, mesh: Mesh):
         self._graphdef = graphdef
@@ -231,7 +231,7 @@ class FileEvaluator:
 
 
 def _rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """How many classes come before the label, int32 `[N]`; ties by index, as argmax breaks them.
+    """Counts the classes that come before the label, int32 `[N]`; ties by index, as in argmax.
 
     A label whose logit is not a number comes last.
     """

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -285,7 +286,7 @@ def work(first: int, stop: int, step: int, kind: str, journal: str) -> dict:
 
 def run(kind: str, total: int, workers: int) -> bool:
     """Reads `total` files or folders, and prints what was seen; returns whether all passed."""
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     context = multiprocessing.get_context("spawn")
     outcomes: collections.Counter[str] = collections.Counter()
     failures, slowest = [], (0.0, "")
@@ -309,7 +310,10 @@ def run(kind: str, total: int, workers: int) -> bool:
             failures += result["failures"]
             slowest = max(slowest, result["slowest"])
     took, done = time.perf_counter() - begun, sum(outcomes.values())
-    print(f"{kind}s: {done} in {took:.0f} s, {1000 * took / max(done, 1):.1f} s per 1,000")
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{kind}s: {done} in {took:.0f} s and {cpu:.0f} s of CPU,", end=" ")
+    print(f"{1000 * took / max(done, 1):.0f} and {1000 * cpu / max(done, 1):.0f} s per 1,000")
     print(f"slowest          {slowest[0]:.2f} s: {slowest[1]}")
     for outcome, number in outcomes.most_common(20):
         print(f"{number:8d}  {outcome}")
