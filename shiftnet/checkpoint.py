@@ -144,7 +144,7 @@ class Series:
           RunFailed: where this checkpoint, or the one before, could not be written.
         """
         self.wait()
-        if self._has_good(step):
+        if self.has_good(step):
             return
         self._start(step, note, parts)
         if jax.default_backend() == "cpu":
@@ -196,7 +196,8 @@ class Series:
         entries = self.directory.glob("[0-9]*")
         return [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
-    def _has_good(self, step: int) -> bool:
+    def has_good(self, step: int) -> bool:
+        """Whether there is a good checkpoint of this step; all processes get the same answer."""
         good = np.bool_(jax.process_index() == 0 and flaw(self.path(step)) is None)
         if jax.process_count() > 1:
             good = multihost_utils.broadcast_one_to_all(good)

@@ -490,7 +490,9 @@ class Stubs:
             "shiftnet.convert_torch.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
             "shiftnet.cli.reproduce.use_compilation_cache": lambda: None,
-            "shiftnet.results.reproduce._train": lambda *_: SimpleNamespace(finished=True),
+            "shiftnet.results.reproduce._train": lambda *_: SimpleNamespace(
+                finished=True, signal=0
+            ),
             "shiftnet.results.report.page.render": lambda found: "page",
             "shiftnet.results.report.sources._count": lambda *_: None,
             "shiftnet.cli.export._converter": self.converter,
