@@ -8,10 +8,11 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, inference, packing, quantizers
+from shiftnet import checkpoint, packing, quantizers
 from shiftnet import config as config_lib
 from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
+from shiftnet.inference import classifier
 from tests import networks
 
 FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
@@ -42,12 +43,12 @@ def images(size=12):
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("form", "bits", "constant_bytes"),
-    [(*form, inference.CONSTANT_BYTES) for form in FORMS] + [("s3", 3, 0)],
+    [(*form, classifier.CONSTANT_BYTES) for form in FORMS] + [("s3", 3, 0)],
 )
 def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same(
     form, bits, constant_bytes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(inference, "CONSTANT_BYTES", constant_bytes)
+    monkeypatch.setattr(classifier, "CONSTANT_BYTES", constant_bytes)
     network, recipe = small(form, bits)
     before = {name: np.asarray(w()) for name, w in quantizers.of_layers(network).items()}
     logits = networks.evaluate(network, np.moveaxis(images(), -1, 1))

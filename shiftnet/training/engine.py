@@ -17,7 +17,7 @@ from flax import nnx
 import shiftnet.config
 import shiftnet.data
 import shiftnet.models
-from shiftnet.checkpoint import BEST, LATEST, Series, to_arrays
+from shiftnet.checkpoint import BEST, LATEST, CheckpointManager, to_arrays
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import low_bit
@@ -158,9 +158,9 @@ def train(
 
         is_main = jax.process_index() == 0
         stack.enter_context(locked(workdir, config, may_differ))
-        checkpoints = Series(workdir / LATEST, config.checkpoint.keep)
+        checkpoints = CheckpointManager(workdir / LATEST, config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        best_checkpoints = Series(workdir / BEST, keep=sys.maxsize)  # see `save`
+        best_checkpoints = CheckpointManager(workdir / BEST, keep=sys.maxsize)  # see `save`
         stack.callback(best_checkpoints.close)
         metadata = {
             "config": shiftnet.config.to_json(config),
@@ -523,7 +523,7 @@ def _seeds(runs: int) -> str:
     return f" ({runs} seeds)" if runs > 1 else ""
 
 
-def last_good(checkpoints: Series) -> str:
+def last_good(checkpoints: CheckpointManager) -> str:
     """Says which checkpoint a run that failed can be continued from."""
     checkpoints.close()
     step, _ = checkpoints.newest_good()

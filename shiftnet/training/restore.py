@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.checkpoint import Series, from_arrays, read, to_arrays
+from shiftnet.checkpoint import CheckpointManager, from_arrays, read, to_arrays
 from shiftnet.data import Dataset
 from shiftnet.errors import UserError
 from shiftnet.training.low_bit import Codes, LevelWatch
@@ -120,7 +120,7 @@ def restore(
     program: Program | StackedProgram,
     watch: LevelWatch,
     seed: np.uint32 | np.ndarray,
-    checkpoints: Series,
+    checkpoints: CheckpointManager,
     step: int,
     metadata: Mapping[str, Any],
 ) -> tuple[TrainState, Codes, dict[str, jax.Array] | None]:
@@ -186,7 +186,7 @@ def start_from(state: TrainState, init: str | Path, num_classes: int) -> tuple[T
       UserError: where the checkpoint has none of the arrays, or one of another shape.
     """
     saved = read(init)
-    classes = len(saved.note["class_names"])
+    classes = len(saved.metadata["class_names"])
     own = to_arrays(state.params, state.stats)
     taken, fresh = {}, []
     for name, array in own.items():

@@ -46,7 +46,7 @@ def _program(config) -> Program:
 
 def _everything(workdir: Path) -> dict[str, np.ndarray]:
     """All arrays of a run's newest checkpoint, the optimiser's included."""
-    series = checkpoint.Series(workdir / checkpoint.LATEST)
+    series = checkpoint.CheckpointManager(workdir / checkpoint.LATEST)
     program = _program(recipe())
     step, skipped = series.newest_good()
     state, codes, _ = restore(
@@ -284,14 +284,14 @@ def test_a_damaged_checkpoint_is_said_and_the_run_ends_the_same(uninterrupted, t
 @pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, monkeypatch):
     reference, summary = uninterrupted
-    clock, save, ahead = time.time, checkpoint.Series.save, [0.0]
+    clock, save, ahead = time.time, checkpoint.CheckpointManager.save, [0.0]
 
     def save_and_jump(self, *args, **kwargs):
         save(self, *args, **kwargs)
         ahead[0] = 86400.0 - ahead[0]  # a day ahead, and back after the next
 
     monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
-    monkeypatch.setattr(checkpoint.Series, "save", save_and_jump)
+    monkeypatch.setattr(checkpoint.CheckpointManager, "save", save_and_jump)
     assert engine.train(recipe(), tmp_path) == summary
     assert epochs(tmp_path) == epochs(reference)
 
