@@ -100,9 +100,11 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
     old, new = (one.get("class_names", []) for one in (saved, now))
     if old and len(old) != len(new):
         changes.append(f"classes: {len(old)} -> {len(new)}")
+    elif old and set(old) != set(new):
+        (gone, *_), (came, *_) = (sorted(set(a) - set(b)) for a, b in ((old, new), (new, old)))
+        changes.append(f"class names: {gone!r} -> {came!r}")
     elif old and old != new:
-        label = next(i for i, pair in enumerate(zip(old, new, strict=True)) if len({*pair}) > 1)
-        changes.append(f"class {label}: {old[label]!r} -> {new[label]!r}")
+        changes.append("the order of the classes")
     for part, count in saved.get("images", {}).items():
         if count != now["images"][part]:
             changes.append(f"{part} images: {count} -> {now['images'][part]}")

@@ -149,11 +149,14 @@ def _other_classes(digits, names):
     [
         (_fewer, "train images: 1442 -> 1433"),
         (lambda d: dataclasses.replace(d, validation=d.test), "validation images: 0 -> 355"),
-        (lambda d: _other_classes(d, (*d.class_names[:3], *"three"[:1], *d.class_names[4:])),
-         "class 3: '3' -> 't'"),
+        (
+            lambda d: _other_classes(d, ("zero", *d.class_names[1:])),
+            "class names: '0' -> 'zero'",
+        ),
+        (lambda d: _other_classes(d, d.class_names[::-1]), "the order of the classes"),
         (lambda d: _other_classes(d, (*d.class_names, "ten")), "classes: 10 -> 11"),
     ],
-)  # fmt: skip
+)
 def test_a_run_is_not_continued_on_other_data(uninterrupted, change, message):
     place, _ = uninterrupted
     before = _files(place)
