@@ -177,7 +177,7 @@ class CheckpointManager:
           RunFailed: if this checkpoint, or the one before, could not be written.
         """
         self.wait()
-        if self._has_good(step):
+        if self.has_good(step):
             return
         self._start(step, metadata, parts)
         if jax.default_backend() == "cpu":
@@ -224,7 +224,8 @@ class CheckpointManager:
         finally:
             self._thread.shutdown()
 
-    def _has_good(self, step: int) -> bool:
+    def has_good(self, step: int) -> bool:
+        """Whether there is a good checkpoint of a step; all processes get the same answer."""
         good = np.bool_(jax.process_index() == 0 and verify(self.path(step)) is None)
         if jax.process_count() > 1:
             good = multihost_utils.broadcast_one_to_all(good)
@@ -278,9 +279,6 @@ class CheckpointManager:
             raise RunFailed(
                 f"cannot write checkpoint {self.path(step)}: {_reason(error)}; {last}"
             ) from error
-
-
-Series = CheckpointManager  # until training uses the new name
 
 
 def verify(path: Path) -> str | None:

@@ -46,7 +46,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from shiftnet.checkpoint import BEST, LATEST, find, flaw
+from shiftnet.checkpoint import BEST, LATEST, find, verify
 from tests.data.image_files import write_folder
 from tests.training.small import epochs
 
@@ -202,7 +202,7 @@ def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: ran
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     path = find(workdir)
-    assert flaw(path) is None, flaw(path)
+    assert verify(path) is None, verify(path)
     here = SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

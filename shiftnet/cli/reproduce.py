@@ -6,11 +6,11 @@ or Ctrl-C, continues exactly where it was when it is chosen again.
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from shiftnet import config as config_lib
 from shiftnet.errors import UserError, reported
+from shiftnet.files import path_of
 from shiftnet.results import reproduce
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.processes import use_compilation_cache
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = Deadline(arguments.budget)
     use_compilation_cache()
     options = reproduce.Options(
-        results=Path(arguments.results),
-        workdir=Path(arguments.workdir),
+        results=path_of(arguments.results, "--results"),
+        workdir=path_of(arguments.workdir, "--workdir"),
         data_dir=arguments.data_dir,
         pattern=arguments.only or "*",
         seeds=arguments.seeds,

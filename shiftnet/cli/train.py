@@ -12,6 +12,7 @@ import jax
 from shiftnet import config as config_lib
 from shiftnet.cli import prog
 from shiftnet.errors import reported
+from shiftnet.files import path_of
 from shiftnet.planning import plan
 from shiftnet.training.engine import Outcome, train
 from shiftnet.training.processes import join, leaving, use_compilation_cache
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compilation_cache()
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
-    workdir = Path(arguments.workdir or _default_workdir(arguments.config))
+    workdir = path_of(arguments.workdir or _default_workdir(arguments.config), "--workdir")
     outcome = train(config, workdir, init=arguments.init, profile=arguments.profile)
     if jax.process_index() == 0:
         given = sys.argv[1:] if argv is None else argv

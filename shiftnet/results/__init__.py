@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftnet.errors import UserError
+from shiftnet.files import write_atomically
 
 TABLE = "table.toml"
 EPOCHS = ("best", "final")
@@ -187,13 +188,11 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
       UserError: where it cannot be written.
     """
     path = path_of(folder, result["row"])
-    temporary = path.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(_readable(result) + "\n")
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_atomically(path, _readable(result) + "\n")
 
 
 def accuracies(result: Mapping[str, Any], epoch: str) -> list[float]:

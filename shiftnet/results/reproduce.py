@@ -405,7 +405,7 @@ def _keep(job: Job, seed: int, outcome: Outcome, dataset: Dataset, workdir: Path
     network, metadata, epoch = outcome.network, outcome.metadata, job.config.epochs
     if job.epoch == "best":
         best = Classifier.load(workdir / BEST)
-        network, metadata = best.network, best.note
+        network, metadata = best.network, best.metadata
         epoch = metadata["step"] * epoch // outcome.step
     assert network is not None
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from flax import nnx
 import shiftnet.config
 import shiftnet.data
 import shiftnet.models
-from shiftnet.checkpoint import BEST, LATEST, Series, flaw, to_arrays
+from shiftnet.checkpoint import BEST, LATEST, CheckpointManager, to_arrays
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import low_bit
@@ -158,9 +158,9 @@ def train(
 
         is_main = jax.process_index() == 0
         stack.enter_context(locked(workdir, config, may_differ))
-        checkpoints = Series(workdir / LATEST, config.checkpoint.keep)
+        checkpoints = CheckpointManager(workdir / LATEST, config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        best_checkpoints = Series(workdir / BEST, keep=sys.maxsize)  # see `save`
+        best_checkpoints = CheckpointManager(workdir / BEST, keep=sys.maxsize)  # see `save`
         stack.callback(best_checkpoints.close)
         metadata = {
             "config": shiftnet.config.to_json(config),
@@ -221,16 +221,18 @@ def train(
             return record.best[0]["epoch"] * steps_per_epoch if record.best[0] else 0
 
         def save_best(arrays: Mapping[str, jax.Array]) -> None:
-            note = {**metadata, **record.metadata(), "step": best_step(), "stacked": False}
+            own = {"step": best_step(), "stacked": False}
             with times.on("checkpoints"):
-                best_checkpoints.save(best_step(), note, model=arrays)
+                best_checkpoints.save(
+                    best_step(), {**metadata, **record.metadata(), **own}, model=arrays
+                )
 
         def network_arrays() -> dict[str, jax.Array]:
             return to_arrays(*program.of((state.params, state.stats), 0))
 
         # A later best network belongs to epochs that are trained again, perhaps with other rates.
         best_checkpoints.delete(after=step)
-        if record.best[0] and flaw(best_checkpoints.path(best_step())) is not None:
+        if record.best[0] and not best_checkpoints.has_good(best_step()):
             if best_arrays is not None:
                 save_best(best_arrays)
             elif best_step() == step:
@@ -521,7 +523,7 @@ def _seeds(runs: int) -> str:
     return f" ({runs} seeds)" if runs > 1 else ""
 
 
-def last_good(checkpoints: Series) -> str:
+def last_good(checkpoints: CheckpointManager) -> str:
     """Says which checkpoint a run that failed can be continued from."""
     checkpoints.close()
     step, _ = checkpoints.newest_good()

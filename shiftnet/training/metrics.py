@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from shiftnet.errors import RunFailed
+from shiftnet.errors import RunFailed, UserError
+from shiftnet.files import write_atomically
 
 FILE = "metrics.jsonl"
 CONFUSION = "confusion.json"
@@ -42,9 +43,7 @@ class MetricsLog:
         if damaged:
             self.damage = f"cut off the damaged end of {self._path}, from line {damaged} on"
         kept = [line for line in lines if line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -89,7 +88,6 @@ class MetricsLog:
         if not self._on:
             return
         path = self._path.with_name(CONFUSION)
-        temporary = path.with_suffix(".tmp")
         content = {
             "step": step,
             "epoch": epoch,
@@ -97,10 +95,9 @@ class MetricsLog:
             "confusion": confusion,
         }
         try:
-            temporary.write_text(json.dumps(content) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            raise RunFailed(f"cannot write {path}: {error.strerror}") from error
+            write_atomically(path, json.dumps(content) + "\n")
+        except UserError as error:
+            raise RunFailed(str(error)) from error
 
     def _plot(self, prefix: str, metrics: Mapping[str, Any], step: int) -> None:
         assert self._writer is not None

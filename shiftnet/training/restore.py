@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.checkpoint import Series, from_arrays, read, to_arrays
+from shiftnet.checkpoint import CheckpointManager, from_arrays, read, to_arrays
 from shiftnet.data import Dataset
 from shiftnet.errors import UserError
 from shiftnet.training.low_bit import Codes, LevelWatch
@@ -100,9 +100,11 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
     old, new = (one.get("class_names", []) for one in (saved, now))
     if old and len(old) != len(new):
         changes.append(f"classes: {len(old)} -> {len(new)}")
+    elif old and set(old) != set(new):
+        (gone, *_), (came, *_) = (sorted(set(a) - set(b)) for a, b in ((old, new), (new, old)))
+        changes.append(f"class names: {gone!r} -> {came!r}")
     elif old and old != new:
-        label = next(i for i, pair in enumerate(zip(old, new, strict=True)) if len({*pair}) > 1)
-        changes.append(f"class {label}: {old[label]!r} -> {new[label]!r}")
+        changes.append("the order of the classes")
     for part, count in saved.get("images", {}).items():
         if count != now["images"][part]:
             changes.append(f"{part} images: {count} -> {now['images'][part]}")
@@ -120,7 +122,7 @@ def restore(
     program: Program | StackedProgram,
     watch: LevelWatch,
     seed: np.uint32 | np.ndarray,
-    checkpoints: Series,
+    checkpoints: CheckpointManager,
     step: int,
     metadata: Mapping[str, Any],
 ) -> tuple[TrainState, Codes, dict[str, jax.Array] | None]:
@@ -186,7 +188,7 @@ def start_from(state: TrainState, init: str | Path, num_classes: int) -> tuple[T
       UserError: where the checkpoint has none of the arrays, or one of another shape.
     """
     saved = read(init)
-    classes = len(saved.note["class_names"])
+    classes = len(saved.metadata["class_names"])
     own = to_arrays(state.params, state.stats)
     taken, fresh = {}, []
     for name, array in own.items():

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 import shiftnet.config
 from shiftnet.errors import UserError
+from shiftnet.files import write_atomically
 
 RECIPE, LOCK = "config.json", "lock"
 
@@ -70,9 +71,7 @@ def write_recipe(workdir: Path, config: Any) -> None:
     if jax.process_index() == 0:
         with _writing(workdir):
             workdir.mkdir(exist_ok=True)
-            temporary = (workdir / RECIPE).with_suffix(".tmp")
-            temporary.write_text(shiftnet.config.to_json(config) + "\n")
-            temporary.replace(workdir / RECIPE)
+            write_atomically(workdir / RECIPE, shiftnet.config.to_json(config) + "\n")
 
 
 @contextlib.contextmanager

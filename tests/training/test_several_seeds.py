@@ -10,7 +10,7 @@ import pytest
 
 import shiftnet.data
 from shiftnet import checkpoint
-from shiftnet.checkpoint import BEST, LATEST, Series
+from shiftnet.checkpoint import BEST, LATEST, CheckpointManager
 from shiftnet.data import Split
 from shiftnet.errors import UserError
 from shiftnet.training import deadline as deadline_module
@@ -143,7 +143,7 @@ def test_sessions_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
 
 
 def as_of_old(save):
-    """Turns `Series.save` into what it was called with for one seed of a row until 2026-11.
+    """Makes `CheckpointManager.save` write a row's only seed as it was written until 2026-11.
 
     A first axis on all arrays, and the best network inside instead of beside the checkpoints.
     """
@@ -167,7 +167,7 @@ def test_a_seed_that_was_saved_as_one_of_several_is_continued(digits, tmp_path, 
     options = {"seeds": [1], "dataset": dataclasses.replace(digits, train=few)}
     whole = train(settings, tmp_path / "whole", **options)
     with monkeypatch.context() as patched:
-        patched.setattr(Series, "save", as_of_old(Series.save))
+        patched.setattr(CheckpointManager, "save", as_of_old(CheckpointManager.save))
         train(settings, tmp_path / "old", **options, deadline=StopsAfter(4))
     assert not (tmp_path / "old" / BEST).exists()
     outcome = train(settings, tmp_path / "old", **options)
