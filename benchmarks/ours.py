@@ -22,7 +22,7 @@ from benchmarks.protocol import Measurement, serve
 from shiftnet import checkpoint, models
 from shiftnet.inference import Classifier
 from shiftnet.interchange import torch_names
-from shiftnet.kernels import selftest
+from shiftnet.kernels import operation
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.training import engine
 from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
@@ -264,9 +264,8 @@ def describe() -> dict[str, Any]:
 
 def left_out() -> str | None:
     """Which of this device's kernels are not used, and why; None where all are, and on a CPU."""
-    platform = jax.default_backend()
-    found = {} if platform == "cpu" else selftest.failures(platform)
-    return "; ".join(f"{operation}: {reason}" for operation, reason in found.items()) or None
+    found = operation.decide()
+    return "; ".join(f"{name}: {reason}" for name, reason in found.items()) or None
 
 
 def open_measurement(*, task: str, **arguments: Any) -> Measurement:

@@ -425,9 +425,6 @@ class ScheduleConfig(Settings, group="schedule"):
         scope=schedules("step"),
     )
     lr_min: float = setting(
-        0.0, "rate that cosine and sgdr fall to", AT_LEAST_0, scope=schedules("cosine", "sgdr")
-    )
-    lr_min: float = setting(
         0.0,
         "rate that cosine, sgdr, linear and wsd fall to",
         AT_LEAST_0,

@@ -17,7 +17,7 @@ from shiftnet import models, quantizers
 from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
-from shiftnet.kernels.implementations import only_xla, over
+from shiftnet.kernels.implementations import only_xla
 from shiftnet.training.losses import cross_entropy
 from shiftnet.training.mesh import (
     BATCH_AXIS,
@@ -143,7 +143,7 @@ class Program:
           state: where to start from.
           images: normalised `[N, H, W, 3]`.
           labels: int32 `[N]`.
-          targets: `[N, num_classes]` that the loss takes in place of the labels, as of mixed images.
+          targets: `[N, num_classes]` that the loss takes in place of labels, for mixed images.
 
         Returns:
           The next state, the mean cross entropy before the step (without the weights' regulariser,
@@ -166,7 +166,8 @@ class Program:
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
         gradient = _gradient(loss_of)
-        with contextlib.nullcontext() if per_device else over(self.mesh):
+        divided = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with contextlib.nullcontext() if per_device else divided:
             gradient = _on_each_device(gradient, self.mesh) if per_device else gradient
             batch = (images, labels) if targets is None else (images, labels, targets)
             grads, (loss, stats, logits) = gradient(state.params, state.stats, *batch)
