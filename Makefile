@@ -3,8 +3,9 @@
 # make test-slow    the tests that take longest: more of what others show
 # make compile-check   kernels and whole networks for TPUs and an H200, without one (4.4 GB of NVIDIA's
 #                      packages in an environment of their own; compile-tpu: TPUs alone)
-# make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none
-#                   of which may crash, hang or leave a file behind (4 to 7 minutes)
+# make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 5,000
+#                   damaged image files and 500 odd folders of images, none of which may crash, hang
+#                   or leave a file behind (6 to 10 minutes)
 # make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
 # make results      the tables in docs/results.md and README.md anew, from what lies in results/
 # make clean        forget the environment and the quickstart's run
@@ -66,6 +67,7 @@ compile-check-if-changed:
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands
 	$(BIN)/python -m tests.interchange.fuzz
+	$(BIN)/python -m tests.data.fuzz
 
 results: $(VENV)/dev
 	$(BIN)/python -m shiftnet report results results/short --out docs/results.md

@@ -184,6 +184,11 @@ FIELDS: Mapping[str, Field] = {
         "what to do about an image file that cannot be decoded: stop, or skip and count it",
         choices=("error", "skip"),
     ),
+    "data.exif": Field(
+        True,
+        "turn the images of a folder as their EXIF orientation says; those of imagenet2012 never "
+        "are, as in its published results",
+    ),
     "data.flip": Field(True, "mirror every second training image, at random (original)"),
     "optimizer.lr": Field(0.1, "learning rate at the start (original)", ABOVE_0),
     "optimizer.momentum": Field(0.9, "of stochastic gradient descent (original)", FRACTION),

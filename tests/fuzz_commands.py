@@ -484,7 +484,7 @@ class Stubs:
             "shiftnet.cli.train.use_compilation_cache": lambda: None,
             "jax.distributed.initialize": _raise(Accepted),
             "shiftnet.load": self.load,
-            "shiftnet.data.load": self.dataset,
+            "shiftnet.data.load_test": self.dataset,
             "shiftnet.cli.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
             "shiftnet.cli.count._count": self.count,
             "shiftnet.convert_torch.fill": lambda found: (self.network, [], []),
@@ -526,10 +526,12 @@ class Stubs:
             stats=None,
         )
 
-    def dataset(self, name: str, *, source: str, data_dir: str) -> Any:
+    def dataset(
+        self, name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True
+    ) -> Any:
         if source == "tfds":
             data.normalization(name)  # knows the names
-        return SimpleNamespace(name=name, class_names=("a",) * 10, test=None)
+        return SimpleNamespace(name=name, class_names=("a",) * 10, part=None, found="")
 
     def converter(self, ending: str) -> None:
         if ending in (".onnx", ".pth"):

@@ -186,7 +186,8 @@ def test_the_command_packs_a_checkpoint_that_evaluate_and_load_take(tmp_path, ca
     network, recipe = small("sign")
     _, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
     arrays = checkpoint.to_arrays(params, stats)
-    saved = checkpoint.write(tmp_path / "ckpt", arrays, note(recipe))
+    known = note(recipe) | {"class_names": [str(digit) for digit in range(10)]}
+    saved = checkpoint.write(tmp_path / "ckpt", arrays, known)
     out = tmp_path / "net.safetensors"
     assert pack.main([str(saved), str(out)]) == 0
     printed = capsys.readouterr().out

@@ -1,16 +1,20 @@
 """Evaluates trained networks."""
 
-import glob
 import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
+from shiftnet import models
+from shiftnet.data import cifar, classes
 from shiftnet.errors import UserError, reported
+from shiftnet.files import expand_pattern, path_of
 from shiftnet.inference import Classifier
-from shiftnet.training.evaluation import Evaluation, make_evaluator
+from shiftnet.training.evaluation import Evaluation, Reading, make_evaluator
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.processes import use_compilation_cache
 
@@ -28,7 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "one, a packed .safetensors file, or a glob",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: what each was trained on")
-    parser.add_argument("--data-dir", metavar="DIR", help="default: as in training")
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="a folder of images, val/<class>/* or <class>/*, whose classes are matched by name; "
+        "or where the data set is prepared; default: as in training",
+    )
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("error", "skip"),
+        help="what to do about image files that cannot be read; default: as in training",
+    )
     parser.add_argument("--batch-size", metavar="N", type=int, help="default: as in training")
     parser.add_argument("--per-class", action="store_true", help="accuracy of every class too")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
@@ -38,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
 
     use_compilation_cache()
-    paths = [path for pattern in arguments.ckpt for path in _expand(pattern)]
+    paths = [path for pattern in arguments.ckpt for path in expand_pattern(pattern, "--ckpt")]
     rows = []
     for path in paths:
         model = shiftnet.load(path)
@@ -46,32 +60,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         if not arguments.json:
             print(_line(row))
+            if "found" in row:
+                print(f"  {row['found']}")
             if "skipped" in row:
                 print(f"  left out, corrupt: {', '.join(row['skipped'])}")
             for name, accuracy in row.get("per_class", {}).items():
                 print(f"  {name:24s} {'no images' if accuracy is None else f'{accuracy:.2%}'}")
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows, indent=2, allow_nan=False))
     return 0
 
 
 def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
-    """One checkpoint's row: its path, what it is, and the numbers."""
-    trained_on = model.config.data
-    dataset = shiftnet.data.load(
-        arguments.dataset or trained_on.name,
-        source="tfds" if arguments.dataset else trained_on.source,
-        data_dir=arguments.data_dir or trained_on.dir,
-    )
-    if len(dataset.class_names) != len(model.class_names):
-        raise UserError(
-            f"{model.path} knows {len(model.class_names)} classes, "
-            f"{dataset.name} has {len(dataset.class_names)}"
+    """Returns the row of a checkpoint: its path, its network, and the numbers."""
+    data = model.config.data
+    name, source, directory = _place(model, arguments)
+
+    def match(found: Sequence[str], dataset: str) -> classes.Matching:
+        own_names = data.name in shiftnet.data.IN_MEMORY or data.source == "folder"
+        return classes.match(
+            model.class_names,
+            found,
+            numbers=not own_names,
+            network=str(model.path),
+            dataset=dataset,
         )
+
+    if source == "tfds" and name in shiftnet.data.IN_MEMORY:
+        match(shiftnet.data.class_names(name), name)  # before it is downloaded
+    test = shiftnet.data.load_test(name, source=source, data_dir=directory, exif=data.exif)
+    labels, matched = match(test.class_names, test.name)
     result = make_evaluator(
         model.graphdef,
-        dataset.test,
-        trained_on,
+        classes.relabel(test.part, labels),
+        _reading(model, arguments.on_corrupt or data.on_corrupt),
         mean=model.mean,
         std=model.std,
         batch_size=arguments.batch_size or model.config.eval.batch_size,
@@ -80,18 +102,68 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     row = {
         "checkpoint": str(model.path),
         "arch": model.config.model.arch,
-        "dataset": dataset.name,
+        "dataset": test.name,
         "images": len(result.labels),
         "step": model.note["step"],
         "top1": result.top1,
         "top5": result.top5,
-        "loss": result.loss,
+        "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no NaN
     }
+    if matched:
+        row["classes"] = matched
+    if "left out" in test.found:
+        row["found"] = test.found
     if result.skipped:
         row["skipped"] = list(result.skipped)
     if arguments.per_class:
-        row["per_class"] = _per_class(result, dataset.class_names)
+        row["per_class"] = _per_class(result, model.class_names)
     return row
+
+
+def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
+    """Returns `data.name`, `data.source` and `data.dir` of the images to evaluate on.
+
+    By default they are those of training. A directory of images is told from one of prepared data
+    sets by what it holds.
+
+    Raises:
+      UserError: if neither the command line nor the network says what to evaluate on.
+    """
+    data, directory = model.config.data, arguments.data_dir
+    if arguments.dataset:
+        return arguments.dataset, "tfds", directory or ""
+    in_tfds = data.source == "tfds" and data.name in shiftnet.data.NAMES
+    if directory is None:
+        if data.source == "tfds" and not in_tfds:
+            raise UserError(
+                f"{model.path} does not say which images its network was trained on; name them by "
+                "--data-dir or --dataset"
+            )
+        return data.name, data.source, data.dir
+    source = "tfds" if in_tfds and _is_tfds(path_of(directory, "--data-dir")) else "folder"
+    return data.name, source, directory
+
+
+def _is_tfds(directory: Path) -> bool:
+    """Tells whether prepared data sets are in a directory, or can be without mixing with others."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return True
+    prepared = directory.glob("*/*.*.*/dataset_info.json")
+    return (directory / "downloads").is_dir() or any(prepared)
+
+
+def _reading(model: Classifier, on_corrupt: str) -> Reading:
+    """Returns how image files are brought to the size that the network was trained on."""
+    data = model.config.data
+    size, resize = data.size, data.resize
+    if data.source == "tfds" and data.name != shiftnet.data.IMAGENET:
+        # Not trained on files: whole images, in its data set's size or that of its family.
+        family, _ = models.parse_arch(model.config.model.arch)
+        in_memory = data.name in shiftnet.data.IN_MEMORY
+        usual = cifar.SIDE if in_memory else models.FAMILIES[family].image_size
+        if usual != size:
+            size = resize = usual
+    return Reading(size, resize, data.workers, on_corrupt)
 
 
 def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, float | None]:
@@ -104,16 +176,9 @@ def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, float | No
 
 
 def _line(row: dict[str, Any]) -> str:
+    matched = f" ({row['classes']})" if "classes" in row else ""
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     return (
-        f"{row['checkpoint']}  {row['arch']} on {row['dataset']}, {row['images']} images: "
-        f"top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}  loss {row['loss']:.4f}"
+        f"{row['checkpoint']}  {row['arch']} on {row['dataset']}, {row['images']} images{matched}: "
+        f"top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}  loss {loss}"
     )
-
-
-def _expand(pattern: str) -> list[str]:
-    if not glob.has_magic(pattern):
-        return [pattern]
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise UserError(f"no file matches --ckpt {pattern!r}")
-    return paths

@@ -1,6 +1,5 @@
 """Where a run's batches come from: data on the devices, or image files."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from shiftnet.data import Source, Split
+from shiftnet.data.workers import num_workers
 from shiftnet.training.mesh import replicate, shard_batch
 from shiftnet.training.step import Program, StackedProgram, TrainState, steps_per_dispatch
 from shiftnet.training.times import Times
@@ -143,7 +143,9 @@ class FileData:
             seed=config.seed,
             flip=config.data.flip,
             on_corrupt=config.data.on_corrupt,
-            workers=num_workers(config.data.workers),
+            workers=num_workers(
+                config.data.workers, config.epochs * steps_per_epoch * config.batch_size
+            ),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -169,11 +171,6 @@ class FileData:
 
     def close(self) -> None:
         self._stream.close()
-
-
-def num_workers(setting: int) -> int:
-    """Returns what `data.workers` means here: -1 is one process per core this one may use."""
-    return len(os.sched_getaffinity(0)) if setting < 0 else setting
 
 
 def gather_names(mine: list[str]) -> list[str]:

@@ -202,6 +202,8 @@ def train(
         else:
             state, codes, best_arrays = restore(program, watch, seed, checkpoints, newest, saved)
         progress.message(describe(config, dataset, state, steps_per_epoch, program))
+        if dataset.found:
+            progress.message(f"found {dataset.found}")
         for message in messages:
             progress.message(message)
         if newest is None and init is not None:

@@ -76,11 +76,7 @@ def facts(dataset: Dataset, steps_per_epoch: int) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
-        "images": {
-            "train": len(dataset.train),
-            "validation": 0 if dataset.validation is None else len(dataset.validation),
-            "test": len(dataset.test),
-        },
+        "images": dataset.images,
         "steps_per_epoch": steps_per_epoch,
     }
 

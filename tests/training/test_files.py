@@ -1,7 +1,6 @@
 """Training from image files: end to end, resumed to the bit, with files that cannot be decoded."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -207,16 +206,3 @@ def test_a_folder_needs_its_directory_and_a_known_source():
         data.load("", source="foldr")
     with pytest.raises(UserError, match="imagenet2012 holds no 5"):
         data.load("imagenet2012", data_dir="/nowhere")
-
-
-def test_more_classes_than_the_network_knows_are_refused(uninterrupted, tmp_path, capsys):
-    workdir, _ = uninterrupted
-    other = write_folder(tmp_path, (1, 1), (1, 1))
-    assert evaluate.main(["--ckpt", str(workdir), "--data-dir", str(other)]) == 2
-    assert "knows 4 classes" in capsys.readouterr().err
-
-
-def test_one_worker_a_core_unless_told():
-    assert data_iterator.num_workers(3) == 3
-    assert data_iterator.num_workers(0) == 0
-    assert data_iterator.num_workers(-1) == len(os.sched_getaffinity(0)) >= 1
