@@ -334,8 +334,7 @@ def check_size(row: str, data: Any, dataset: Dataset) -> None:
     for part, found in (("training", len(dataset.train)), ("test", len(dataset.test))):
         if found != expected[part]:
             raise UserError(
-                f"{row} is of {data.name} with {expected[part]} {part} images, "
-                f"the one that is here has {found}"
+                f"{row} needs {data.name} with {expected[part]} {part} images, found {found}"
             )
 
 

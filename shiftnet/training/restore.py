@@ -109,8 +109,8 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
         changes.append(f"steps per epoch: {steps} -> {now['steps_per_epoch']}")
     if changes:
         raise UserError(
-            f"{source} was trained on other data than what is here now, {'; '.join(changes)}: "
-            "give it the same data, or take another working directory"
+            f"{source} was trained on other data ({'; '.join(changes)}): "
+            "continue it on the same data, or take another --workdir"
         )
 
 
