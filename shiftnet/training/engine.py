@@ -179,10 +179,10 @@ def train(
             if saved.get("seeds", metadata["seeds"]) != metadata["seeds"]:
                 raise UserError(f"{source} has the seeds {saved['seeds']}, not {metadata['seeds']}")
         if step > total_steps or (step == total_steps and None in record.final and seeds is None):
-            done = -(-step // steps_per_epoch)
+            least = max(-(-step // steps_per_epoch), config.epochs + 1)
             raise UserError(
                 f"{workdir} has already taken {step} steps, and epochs {config.epochs} means "
-                f"{total_steps}: give --config.epochs={max(done, config.epochs + 1)} or more, or another --workdir"
+                f"{total_steps}: give --config.epochs={least} or more, or another --workdir"
             )
         for folder, own in ({workdir: config} | dict(zip(folders, configs, strict=True))).items():
             write_recipe(folder, own)
