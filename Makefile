@@ -3,7 +3,7 @@
 # make test-slow    the tests that take longest: more of what others show
 # make compile-check   kernels and whole networks for TPUs and an H200, without one (4.4 GB of NVIDIA's
 #                      packages in an environment of their own; compile-tpu: TPUs alone)
-# make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 5,000
+# make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 10,000
 #                   damaged image files and 500 odd folders of images, none of which may crash, hang
 #                   or leave a file behind (6 to 10 minutes)
 # make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
