@@ -179,7 +179,7 @@ def _scaled_by_path(groups: Mapping[str, float]) -> optax.GradientTransformation
         return optax.EmptyState()
 
     def factor(path: str) -> float:
-        return next((m for p, m in reversed(groups.items()) if matches(path, p)), 1.0)
+        return next((m for p, m in reversed(list(groups.items())) if matches(path, p)), 1.0)
 
     def update(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
         del params

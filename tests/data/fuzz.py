@@ -327,7 +327,7 @@ def run(kind: str, total: int, workers: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=5_000, help="how many damaged files")
+    parser.add_argument("--files", type=int, default=10_000, help="how many damaged files")
     parser.add_argument("--folders", type=int, default=500, help="how many odd folders")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
