@@ -519,7 +519,7 @@ class Stubs:
             class_names=("a",) * 10,
             mean=(0.5,) * 3,
             std=(1.0,) * 3,
-            note={"config": self.note, "class_names": [], "mean": [], "std": [], "step": 0},
+            metadata={"config": self.note, "class_names": [], "mean": [], "std": [], "step": 0},
             network=self.network,
             graphdef=None,
             params=None,

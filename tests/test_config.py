@@ -195,8 +195,8 @@ def test_settings_read_and_change_as_mappings_too():
         ),
         (
             "schedule.lr_min=1e-3",
-            "schedule.lr_min=0.001 would be ignored: it applies to schedule.name=cosine, sgdr, linear "
-            "and wsd; leave it at 0.0",
+            "schedule.lr_min=0.001 would be ignored: it applies to schedule.name=cosine, sgdr, "
+            "linear and wsd; leave it at 0.0",
         ),
         (
             "schedule.name=cosine schedule.boundaries=(5,8)",

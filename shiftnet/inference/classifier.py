@@ -82,11 +82,6 @@ class Classifier:
             f"{len(self.class_names)} classes of {self.config.data.name}, from {self.path})"
         )
 
-    @property
-    def note(self) -> Mapping[str, Any]:  # until cli uses the new name
-        """The metadata."""
-        return self.metadata
-
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Classifier":
         """Reads a checkpoint or a packed file; see `shiftnet.load`."""

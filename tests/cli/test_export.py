@@ -90,7 +90,7 @@ def test_a_low_bit_program_holds_a_byte_a_weight(tmp_path):
 def test_a_packed_file_exports_the_same_program(tmp_path):
     ckpt = saved(tmp_path, weights="s3")
     model = shiftnet.load(ckpt)
-    packing.write(tmp_path / "packed.safetensors", model.network, model.note)
+    packing.write(tmp_path / "packed.safetensors", model.network, model.metadata)
     logits = []
     for source in (ckpt, tmp_path / "packed.safetensors"):
         program = jax.export.deserialize(bytearray(export.stablehlo(shiftnet.load(source), 32)))
@@ -208,7 +208,7 @@ def test_only_1_bit_wide_networks_have_a_packed_form(tmp_path, capsys):
 def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
     ckpt = saved(tmp_path)
     model = shiftnet.load(ckpt)
-    packing.write(tmp_path / "packed.safetensors", model.network, model.note)
+    packing.write(tmp_path / "packed.safetensors", model.network, model.metadata)
     assert export.main([str(tmp_path / "packed.safetensors"), str(tmp_path / "net.npz")]) == 2
     assert "its batch norms are no longer the original's" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)
