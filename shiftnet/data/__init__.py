@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shiftnet import errors
+from shiftnet.config import DataConfig
 from shiftnet.data import cifar, digits
 from shiftnet.data.parts import Source, Split, Subset
 
@@ -163,7 +164,7 @@ def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool
     return TestSet(data_dir, test, test.class_names, folder.found(None, test))
 
 
-def of_recipe(data: Any) -> Dataset:
+def of_recipe(data: DataConfig) -> Dataset:
     """Loads the data set that a recipe's `config.data` names; see `load`."""
     return load(
         data.name,

@@ -15,6 +15,7 @@ from flax import nnx
 
 import shiftnet.config
 from shiftnet import checkpoint, models, packing
+from shiftnet.config import Config
 from shiftnet.data import RGB, augment
 from shiftnet.files import path_of
 from shiftnet.kernels.implementations import compiler_options
@@ -56,7 +57,7 @@ class Classifier:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], network: nnx.Module):
         self.path = path
-        self.config: Any = shiftnet.config.from_json(metadata["config"])
+        self.config: Config = shiftnet.config.from_json(metadata["config"])
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
         self.mean: RGB = tuple(metadata["mean"])
         self.std: RGB = tuple(metadata["std"])

@@ -18,6 +18,7 @@ import shiftnet.config
 import shiftnet.data
 import shiftnet.models
 from shiftnet.checkpoint import BEST, LATEST, CheckpointManager, to_arrays
+from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import low_bit
@@ -72,7 +73,7 @@ class Outcome:
 
 
 def train(
-    config: Any,
+    config: Config,
     workdir: str | Path,
     *,
     init: str | Path | None = None,
@@ -453,13 +454,13 @@ def train(
         )
 
 
-def _with_seed(config: Any, seed: int) -> Any:
+def _with_seed(config: Config, seed: int) -> Config:
     own = shiftnet.config.from_json(shiftnet.config.to_json(config))
     own.seed = seed
     return own
 
 
-def check_together(config: Any, dataset: Dataset, init: str | Path | None) -> None:
+def check_together(config: Config, dataset: Dataset, init: str | Path | None) -> None:
     """Checks that several seeds of a recipe can be trained in one program.
 
     Raises:
@@ -483,7 +484,7 @@ def report_skipped(progress: Progress, which: str, names: Sequence[str]) -> None
 
 
 def describe(
-    config: Any,
+    config: Config,
     dataset: Dataset,
     state: Any,
     steps_per_epoch: int,
@@ -535,7 +536,7 @@ def last_good(checkpoints: CheckpointManager) -> str:
 
 
 @contextlib.contextmanager
-def explained(config: Any, seeds: Sequence[int] | None) -> Iterator[None]:
+def explained(config: Config, seeds: Sequence[int] | None) -> Iterator[None]:
     """Turns JAX's errors for too little memory, and for a lost process, into `RunFailed`."""
     load = f"at batch_size {config.batch_size}"
     smaller = f"--config.batch_size={max(config.batch_size // 2, 1)}"

@@ -8,6 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from shiftnet.config import Config, OptimizerConfig
 from shiftnet.errors import UserError
 from shiftnet.training.schedules import learning_rate
 
@@ -16,7 +17,7 @@ Params = Any
 
 
 def make_optimizer(
-    config: Any, steps_per_epoch: int, *, first_and_last: Sequence[str] = ()
+    config: Config, steps_per_epoch: int, *, first_and_last: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """The optimizer of a recipe, from gradients to updates.
 
@@ -62,7 +63,9 @@ def make_optimizer(
     return chain
 
 
-def _rule(settings: Any, first_and_last: Sequence[str]) -> Sequence[optax.GradientTransformation]:
+def _rule(
+    settings: OptimizerConfig, first_and_last: Sequence[str]
+) -> Sequence[optax.GradientTransformation]:
     """What the optimizer makes of gradients before the learning rate, part by part."""
     mask = _is_matrix if settings.decay == "kernels" else None
     decay = optax.add_decayed_weights(settings.weight_decay, mask)

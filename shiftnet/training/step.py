@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from shiftnet import models, quantizers
+from shiftnet.config import Config
 from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
@@ -75,7 +76,7 @@ class Program:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         *,
         num_classes: int,
         mean: RGB,
