@@ -92,7 +92,7 @@ class Evaluator(Protocol):
 def make_evaluator(
     graphdef: nnx.GraphDef,
     part: Split | Source,
-    data: DataConfig,
+    data: DataConfig | Reading,
     *,
     mean: RGB,
     std: RGB,
@@ -201,7 +201,12 @@ class FileEvaluator:
     """Evaluates on images that worker processes decode."""
 
     def __init__(
-        self, scorer: _Scorer, source: Source, data: DataConfig, batch_size: int, mesh: Mesh
+        self,
+        scorer: _Scorer,
+        source: Source,
+        data: DataConfig | Reading,
+        batch_size: int,
+        mesh: Mesh,
     ):
         from shiftnet.data.stream import EvalStream  # Grain takes seconds to import
 
