@@ -8,7 +8,6 @@ held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
