@@ -72,8 +72,8 @@ NETWORKS = {
     ),
     "wrn20-2-1bit": Network(_small(arch="wrn20", width=2.0, weights="sign"), 64),
     "resnet20-s3": Network(_small(arch="resnet20", weights="s3")),
-    "resnet18": Network(_large(arch="resnet18"), 16),
-    "resnet18-s3": Network(_large(arch="resnet18", weights="s3"), 16),
+    "resnet18": Network(_large(arch="imagenet_resnet18"), 16),
+    "resnet18-s3": Network(_large(arch="imagenet_resnet18", weights="s3"), 16),
 }
 TASKS = ("training", "inference", "one-image")
 

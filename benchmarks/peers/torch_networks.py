@@ -134,7 +134,7 @@ class ResNet(nn.Module):
     """ResNet and DepthwiseResNet for images of 32x32, and ResNet-18 and -34 for those of 224x224.
 
     Args:
-      family: "resnet" or "depthwiseresnet".
+      family: "resnet", "depthwiseresnet" or "imagenet_resnet".
       depth: 18, 34 or 6n + 2.
       classes: length of the logits.
       weights: as of `Conv`; the first and the last layer have float ones.
@@ -143,7 +143,7 @@ class ResNet(nn.Module):
 
     def __init__(self, family: str, depth: int, classes: int, weights: str, reduction: float):
         super().__init__()
-        self.large = family == "resnet" and depth in COUNTS_OF_LARGE
+        self.large = family == "imagenet_resnet"
         widths = WIDTHS_OF_LARGE if self.large else WIDTHS
         counts = COUNTS_OF_LARGE[depth] if self.large else ((depth - 2) // 6,) * 3
         block = depthwise_block if family == "depthwiseresnet" else basic_block
