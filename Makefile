@@ -18,8 +18,9 @@ CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 COMPILED := tests/kernels/compiled.sha256
-COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers tests/kernels/compile_*.py \
-	shiftnet/training/*.txtpb -name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
+COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_matmul \
+	tests/kernels/compile_*.py tests/benchmarks/compile_*.py shiftnet/training/*.txtpb \
+	-name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
@@ -55,7 +56,7 @@ compile-tpu: $(VENV)/dev
 
 compile-gpu: $(CUDA_VENV)/cuda
 	$(CUDA_VENV)/bin/python -m tests.kernels.compile_gpu
-	$(CUDA_VENV)/bin/python -m tests.kernels.compile_packed_gpu
+	$(CUDA_VENV)/bin/python -m tests.benchmarks.compile_packed_gpu
 
 # What CI calls: nothing to do where compile-check passed with these very files, which it noted.
 compile-check-if-changed:

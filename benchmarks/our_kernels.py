@@ -20,10 +20,10 @@ import numpy as np
 
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import ImageRow, MatrixRow, Row
+from benchmarks.packed_matmul import PackedMatrix, expand, pack, packed_matmul
 from benchmarks.protocol import serve
-from shiftnet.kernels.implementations import best_layout, compiler_options
-from shiftnet.kernels.layouts import Layout, every, from_nhwc, product, to_nhwc
-from shiftnet.kernels.packed_matmul import PackedMatrix, expand, pack, packed_matmul
+from shiftnet.kernels.implementations import compiler_options
+from shiftnet.kernels.layouts import LANES, Layout, every, from_nhwc, product, to_nhwc
 from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift.offsets import ChannelOrder
 from shiftnet.kernels.shift_block import shift_block
@@ -52,8 +52,9 @@ CEILING_SECONDS = 0.1
 
 
 def layout_of(row: Row) -> Layout:
-    """The layout that the networks would use for images of a row."""
-    return best_layout(row.batch) if isinstance(row, ImageRow) else "NHWC"
+    """The layout in memory that a network gives images of a row."""
+    on_lanes = PLATFORM == "tpu" and isinstance(row, ImageRow) and row.batch % LANES == 0
+    return "HWCN" if on_lanes else "NHWC"
 
 
 def channel_order_of(row: Row) -> ChannelOrder:
@@ -76,7 +77,20 @@ def operation(row: Row, implementation: Any) -> Operation:
     if isinstance(row, MatrixRow):
         return lambda x, packed: packed_matmul(x, packed, implementation=implementation)
     assert isinstance(row, ImageRow)
-    setting: dict[str, Any] = {"layout": layout_of(row), "implementation": implementation}
+    return _in_layout(layout_of(row), _on_images(row, implementation))
+
+
+def _in_layout(layout: Layout, call: Operation) -> Operation:
+    """An operation of images in NHWC, on such images in a layout."""
+
+    def changed(change, tree):
+        return jax.tree.map(lambda a: change(a, layout) if a.ndim == 4 else a, tree)
+
+    return lambda **operands: changed(from_nhwc, call(**changed(to_nhwc, operands)))
+
+
+def _on_images(row: ImageRow, implementation: Any) -> Operation:
+    setting: dict[str, Any] = {"implementation": implementation}
     if row.operation == "shift":
         return lambda x: shift(x, **setting)
     setting["stride"] = row.stride

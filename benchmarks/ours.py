@@ -22,7 +22,7 @@ import shiftnet.data
 from benchmarks.protocol import Measurement, serve
 from shiftnet import checkpoint, models
 from shiftnet.inference import Classifier
-from shiftnet.kernels import selftest
+from shiftnet.kernels import operation
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.models import torch_names
 from shiftnet.training import loop
@@ -278,9 +278,8 @@ def describe() -> dict[str, Any]:
 
 def left_out() -> str | None:
     """Which of this device's kernels are not used, and why; None where all are, and on a CPU."""
-    platform = jax.default_backend()
-    found = {} if platform == "cpu" else selftest.failures(platform)
-    return "; ".join(f"{operation}: {reason}" for operation, reason in found.items()) or None
+    found = operation.decide()
+    return "; ".join(f"{name}: {reason}" for name, reason in found.items()) or None
 
 
 def open_measurement(*, task: str, **arguments: Any) -> Measurement:

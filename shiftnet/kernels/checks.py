@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.layouts import BATCH, CHANNELS, ROWS, Layout
 from shiftnet.kernels.shift.offsets import ChannelOrder
 
 
@@ -15,14 +14,13 @@ def is_whole(*values: Any) -> bool:
     return all(isinstance(value, int | np.integer) and value >= 1 for value in values)
 
 
-def known(operation: str, layout: Layout, channel_order: ChannelOrder = "interleaved") -> None:
-    """For names that there are not."""
-    for what, name, names in (
-        ("layout", layout, tuple(BATCH)),
-        ("channel_order", channel_order, get_args(ChannelOrder)),
-    ):
-        if name not in names:
-            raise ValueError(f"unknown {what} {name!r} of {operation}; known: {', '.join(names)}")
+def known(operation: str, channel_order: ChannelOrder) -> None:
+    """For a channel order that there is not."""
+    orders = get_args(ChannelOrder)
+    if channel_order not in orders:
+        raise ValueError(
+            f"unknown channel_order {channel_order!r} of {operation}; known: {', '.join(orders)}"
+        )
 
 
 def same_dtype(operation: str, x: jax.Array, **arrays: jax.Array | None) -> None:
@@ -43,10 +41,7 @@ def shaped(operation: str, shape: tuple[int, ...], **arrays: jax.Array | None) -
             raise ValueError(f"{operation} needs {name} of the shape {shape}, got {array.shape}")
 
 
-def result_shape(x: jax.Array, features: int, stride: int, layout: Layout) -> tuple[int, ...]:
-    """Of what a 1x1 convolution at a stride makes of `x`."""
-    shape = list(x.shape)
-    for axis in (ROWS[layout], ROWS[layout] + 1):
-        shape[axis] = -(-shape[axis] // stride)
-    shape[CHANNELS[layout]] = features
-    return tuple(shape)
+def result_shape(x: jax.Array, features: int, stride: int) -> tuple[int, ...]:
+    """Of what a 1x1 convolution at a stride makes of `x`, `[N, H, W, C]`."""
+    images, height, width, _ = x.shape
+    return images, -(-height // stride), -(-width // stride), features

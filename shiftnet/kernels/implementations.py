@@ -1,82 +1,49 @@
-"""Which implementation of an operation runs.
+"""What decides which program is traced: the platform, the mesh, and whether kernels are wanted.
 
-Every operation has a plain XLA form, which takes whatever the operation takes, and kernels for some
-devices, each of which takes some arguments. The choice is made when a program is traced, between
-the kernel of the platform that the program is laid out for and plain XLA, which also serves where
-the program is lowered for another platform after all.
+All of it is part of `jax.jit`'s cache key, so that a function traced before is traced anew where
+one of them differs: the first and the last are JAX's user contexts, and the mesh is JAX's own.
 """
 
 import contextlib
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
-from shiftnet.kernels.layouts import LANES, Layout
+from shiftnet.kernels.layouts import Layout
 
-# Why an implementation cannot take some arguments; None when it can.
-Reason = Callable[[], str | None]
-
-_PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
-_only_xla = ContextVar(
-    "_only_xla", default=os.environ.get("SHIFTNET_ONLY_XLA", "") not in ("", "0")
-)
-_platform: ContextVar[str | None] = ContextVar("_platform", default=None)
-_mesh: ContextVar[Mesh | None] = ContextVar("_mesh", default=None)
+_only_xla: Any = jax.make_user_context(os.environ.get("SHIFTNET_ONLY_XLA", "") not in ("", "0"))
+_platform: Any = jax.make_user_context(None)
 
 
-def needs_hwcn() -> str | None:
-    """Why a kernel cannot take NHWC."""
-    return "the layout is NHWC, the kernel needs HWCN"
-
-
-def needs_nhwc() -> str | None:
-    """Why a kernel cannot take HWCN."""
-    return "the layout is HWCN, the kernel needs NHWC"
-
-
-@contextlib.contextmanager
-def only_xla() -> Iterator[None]:
+def only_xla() -> contextlib.AbstractContextManager[None]:
     """While a program is traced within, no operation takes a kernel unless it is asked for.
 
-    Networks then call their layers one by one.
-
-    For programs that must run on any device (`shiftnet.export`), and for comparisons. JAX keeps
-    what it traced: trace a function of its own within, not one that was called before. The
-    environment's SHIFTNET_ONLY_XLA=1 does the same to a whole process.
+    For programs that must run on any device (exported ones), and for comparisons. The environment's
+    SHIFTNET_ONLY_XLA=1 does the same to a whole process.
     """
-    token = _only_xla.set(True)
-    try:
-        yield
-    finally:
-        _only_xla.reset(token)
+    return _only_xla(True)
 
 
 def is_only_xla() -> bool:
     """Whether this is within `only_xla`."""
-    return _only_xla.get()
+    return _only_xla.value
 
 
-@contextlib.contextmanager
-def lowered_for(platform: str) -> Iterator[None]:
+def lowered_for(platform: str) -> contextlib.AbstractContextManager[None]:
     """While a program is traced within, it is laid out for `platform`: "cpu", "tpu" or "gpu".
 
     For compiling for a device that is not here; without it, for JAX's default device.
     """
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return _platform(platform)
 
 
 def platform() -> str:
-    """What programs are laid out for: "cpu", "tpu" or "gpu"."""
-    return _platform.get() or jax.default_backend()
+    """The platform that programs are laid out for: "cpu", "tpu" or "gpu"."""
+    return _platform.value or jax.default_backend()
 
 
 @functools.cache
@@ -100,140 +67,49 @@ def compiler_options(platform: str) -> dict[str, str]:
 
 
 def best_layout(batch: int) -> Layout:
-    """The layout for a net of shifts.
+    """NHWC: an operation whose kernel needs another layout changes to it by itself."""
+    del batch
+    return "NHWC"
 
-    HWCN on a TPU, where `batch` fills the lanes on every device (NHWC would pad 16 channels to 128
-    lanes), and NHWC elsewhere. On a CPU HWCN in plain XLA took 1.9 to 3.6 times as long as NHWC in
-    plain XLA, 2.4 to 4.2 times as long as in our form (blocks of ShiftResNet20, forward and
-    backward, 128 images, expansions 3 and 9, 2 cores). On Hopper only NHWC has kernels; HWCN was
-    not tried.
+
+class Division(NamedTuple):
+    """How a batch lies on the devices of a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      axes: its axes that the batch is divided over; none where every device has the whole batch.
+      free: its axes that are not manual already, as they are within a `jax.shard_map`.
     """
-    return "HWCN" if platform() == "tpu" and shares(batch) % LANES == 0 else "NHWC"
+
+    mesh: AbstractMesh
+    axes: tuple[str, ...]
+    free: frozenset[str]
 
 
-@contextlib.contextmanager
-def over(mesh: Mesh) -> Iterator[None]:
-    """While a program is traced within, operations run on every device of `mesh` by itself.
+def division(x: Any) -> Division | None:
+    """How the first axis of `x` is divided over devices; None where there is one device, or none.
 
-    The compiler, which divides everything else over the devices by itself, cannot look into a
-    kernel, and would hand each device the whole batch.
-
-    Args:
-      mesh: of one axis, over which the batch is divided evenly.
+    The mesh is that of the type of `x`, which it has from the sharding of a program's arguments, or
+    else the one of `jax.set_mesh`. A mesh with explicit axes knows which of them divide the batch;
+    otherwise the first one is taken to, if it does so evenly.
     """
-    token = _mesh.set(mesh)
-    try:
-        yield
-    finally:
-        _mesh.reset(token)
+    sharding = jax.typeof(x).sharding
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = [name for name, kind in kinds.items() if kind != AxisType.Manual]
+    if all(mesh.shape[name] == 1 for name in free):
+        return None
+    if AxisType.Explicit in kinds.values():
+        of_batch = sharding.spec[0] if len(sharding.spec) else None
+        axes = of_batch if isinstance(of_batch, tuple) else (of_batch,) if of_batch else ()
+    else:
+        batch = x.shape[0]
+        even = isinstance(batch, int) and batch % mesh.shape[free[0]] == 0
+        axes = (free[0],) if even else ()
+    return Division(mesh, axes, frozenset(free))
 
 
-def shares(batch: int) -> int:
-    """How many of `batch` images an operation sees at once."""
-    mesh = _mesh.get()
-    return batch if mesh is None else batch // mesh.size
-
-
-def on_shares(
-    call: Callable[..., Any], operands: Sequence[Any], axes: Sequence[int | None], out_axes: Any
-) -> Any:
-    """Calls an operation on each device's share of the batch.
-
-    Args:
-      call: the operation, from `operands` to its results.
-      operands: arrays, or trees of them.
-      axes: of each operand the axis of its batch, None where every device has the whole of it.
-      out_axes: of each result likewise; results without a batch are added up over the devices.
-    """
-    mesh = _mesh.get()
-    if mesh is None or mesh.size == 1:
-        return call(*operands)
-    (name,) = mesh.axis_names
-
-    def spec(axis: int | None) -> PartitionSpec:
-        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)
-
-    def on_one(*operands: Any) -> Any:
-        results = call(*operands)
-        if not isinstance(out_axes, tuple):
-            return results
-        return tuple(
-            jax.lax.psum(result, name) if axis is None else result
-            for result, axis in zip(results, out_axes, strict=True)
-        )
-
-    return jax.shard_map(
-        on_one,
-        mesh=mesh,
-        in_specs=tuple(map(spec, axes)),
-        out_specs=jax.tree.map(spec, out_axes, is_leaf=lambda axis: axis is None),
-        check_vma=False,
-    )(*operands)
-
-
-def run(
-    operation: str,
-    implementation: str | None,
-    calls: Mapping[str, Callable[..., Any]],
-    unsupported: Mapping[str, Reason],
-    *operands: Any,
-) -> Any:
-    """Runs an operation by one of its implementations.
-
-    Args:
-      operation: its name, for errors.
-      implementation: which; None takes the device's kernel where that supports the arguments, and
-        "xla" elsewhere.
-      calls: the implementations; "xla", "cpu", "tpu" and "gpu" are known to None.
-      unsupported: of the implementations that do not take everything.
-      *operands: what each of `calls` is called with.
-
-    Raises:
-      ValueError: for an implementation that does not exist, or cannot take the arguments.
-    """
-    sizes = [size for array in jax.tree.leaves(operands) for size in array.shape]
-
-    def why_not(name: str) -> str | None:
-        if name not in unsupported:
-            return None
-        if not all(isinstance(size, int) for size in sizes):
-            return "a size is left open"
-        wide = name != "cpu" and jax.config.read("jax_enable_x64")
-        return unsupported[name]() or ("JAX is in its 64-bit mode" if wide else None)
-
-    if implementation is not None:
-        if implementation not in calls:
-            raise ValueError(
-                f"unknown implementation {implementation!r} of {operation}; "
-                f"known: {', '.join(calls)}"
-            )
-        if reason := why_not(implementation):
-            raise ValueError(f"{operation} has no {implementation!r} for this: {reason}")
-        return _differentiable(calls[implementation], calls["xla"])(*operands)
-    if is_only_xla():
-        return calls["xla"](*operands)
-    # The others are not even traced. The program may still be lowered for the CPU of this machine.
-    here = platform()
-    if here not in calls or why_not(here) is not None:
-        return calls["xla"](*operands)
-    if here == jax.default_backend() != "cpu":
-        from shiftnet.kernels import selftest  # which runs operations
-
-        if operation in selftest.failures(here):
-            return calls["xla"](*operands)
-    kernel = {_PLATFORMS[here]: _differentiable(calls[here], calls["xla"])}
-    return jax.lax.platform_dependent(*operands, **kernel, default=calls["xla"])
-
-
-def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, with the derivatives of `plain`.
-
-    An operation's gradient is its own; these are the second derivatives, through what that runs.
-    """
-    call = jax.custom_jvp(kernel)
-
-    @call.defjvp
-    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-        return call(*primals), jax.jvp(plain, primals, tangents)[1]
-
-    return call
+def local_batch(x: Any) -> int:
+    """How many images of a batch `x` one device has."""
+    found = division(x)
+    return len(x) // math.prod(found.mesh.shape[axis] for axis in found.axes) if found else len(x)

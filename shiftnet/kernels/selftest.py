@@ -1,13 +1,15 @@
 """Whether the kernels can be trusted on this device: they are run once against plain XLA.
 
 Kernels are written for machines that not every developer has. A wrong result must never reach a
-user, so the first program that could use a device's kernels runs them first, and does without those
-of an operation that were wrong. Beside the compiled programs that JAX keeps, where it does, it is
-noted which those are.
+user, so a device's kernels are run before their first use, and those of an operation that differ
+from plain XLA are left out. Which do is stored beside the compiled programs that JAX keeps, where
+it keeps them. A test that crashed or took too long leaves the kernels out for this process alone:
+the machine may have been busy.
+
+What is tested, and with which operands, the operations say: `Operation.cases`.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -15,65 +17,153 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from shiftnet.kernels.layouts import Layout, from_nhwc
-
-# Of the largest value: bfloat16 kernels, which round their results and the expanded tensor between,
-# against float32. What goes wrong in a kernel is a channel, a row or a column, not a digit.
+# Relative to the largest value: bfloat16 kernels, which round their results and the expanded tensor
+# between, against float32. Kernels go wrong by a channel, a row or a column, not by a digit.
 TOLERANCE = 2.0**-5
 # Seconds for a process that tests a GPU; with 16 cores beside an H200 it took 94, most of them for
 # compiling two dozen programs.
 PATIENCE = 300.0
-OPERATIONS = ("shift_block", "shift_pointwise", "shift", "packed_matmul")
 
 _flags: Any = jax.config
 
 
-@functools.cache
-def failures(platform: str) -> Mapping[str, str]:
-    """Why the kernels of some operations are not to be used on the default device.
+class Testable(Protocol):
+    """The parts of an `Operation` that a test needs."""
 
-    Warns of each, once.
+    @property
+    def name(self) -> str: ...
+    @property
+    def reference(self) -> Any: ...
+    @property
+    def kernels(self) -> Mapping[str, Any]: ...
+    @property
+    def cases(self) -> Sequence[Any]: ...
+    def __call__(
+        self, *operands: Any, implementation: str | None = None, **settings: Any
+    ) -> Any: ...
+
+
+class Outcome(NamedTuple):
+    """What a test found.
+
+    Attributes:
+      reason: why the kernels are not to be used; None where they are right.
+      lasting: whether another test would find the same; of crashes and time-outs nobody knows.
+    """
+
+    reason: str | None
+    lasting: bool
+
+
+_outcomes: dict[tuple[str, str], Outcome] = {}  # by platform and operation
+_answers: dict[tuple[str, str], str | None] = {}  # what programs were traced with
+
+
+def failure(operation: Testable) -> str | None:
+    """Why the kernels of an operation are not to be used on the default device; None: they are.
+
+    Tests them where that was not done, unless other processes trace the same program, which might
+    find otherwise. Those of an operation without cases are used.
+    """
+    key = jax.default_backend(), operation.name
+    if not operation.cases:
+        return None
+    if key not in _outcomes and jax.process_count() == 1:
+        _decide([operation], again=False)
+    if key in _outcomes:
+        _answers[key] = _outcomes[key].reason
+    else:
+        _answers[key] = "this job of many processes did not call shiftnet.kernels.operation.decide"
+    return _answers[key]
+
+
+def decide(operations: Iterable[Testable], *, again: bool = False) -> Mapping[str, str]:
+    """Tests operations on the default device; of many processes the first one does, for all.
+
+    Warns of kernels that are left out. Programs that were traced with another outcome are traced
+    anew.
 
     Args:
-      platform: "tpu" or "gpu".
+      operations: what to test; in all processes the same.
+      again: whether to test what was tested before, by this process or an earlier one.
 
     Returns:
-      A reason by the operation's name; nothing of those that are right.
+      Why kernels are left out, by operation's name; nothing on a CPU.
     """
-    note = _note_of(platform)
-    found = None if note is None else _noted(note)
-    if found is None:
-        if platform == "gpu":
-            found = _compare_apart(platform)
-        else:  # in a thread of its own, since this one may be tracing a program
-            with ThreadPoolExecutor(1) as executor:
-                reasons = executor.map(partial(_compare, platform), OPERATIONS)
-                found = {o: why for o, why in zip(OPERATIONS, reasons, strict=True) if why}
-        if note is not None:
-            with contextlib.suppress(OSError):
-                note.write_text(json.dumps(found))
-    again = "" if note is None else f" (noted in {note}: without it they are tested again)"
-    for operation, reason in found.items():
-        warnings.warn(
-            f"the {platform} kernels of {operation} are left out, plain XLA is used: "
-            f"{reason}{again}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return found
+    platform = jax.default_backend()
+    tested = [o for o in operations if platform != "cpu" and platform in o.kernels and o.cases]
+    if jax.process_count() == 1:
+        _decide(tested, again=again)
+    else:
+        if jax.process_index() == 0:
+            _decide(tested, again=again)
+        _outcomes.update(_from_first(_outcomes))
+    if any(_outcomes[key].reason != _answers[key] for key in _outcomes.keys() & _answers.keys()):
+        _answers.clear()
+        jax.clear_caches()
+    found = {o.name: _outcomes[platform, o.name].reason for o in tested}
+    return {name: reason for name, reason in found.items() if reason}
 
 
-def _note_of(platform: str) -> Path | None:
+def _from_first(outcomes: dict[tuple[str, str], Outcome]) -> dict[tuple[str, str], Outcome]:
+    """The outcomes of the job's first process."""
+    text = json.dumps([[*key, *outcome] for key, outcome in outcomes.items()]).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text[:size].ljust(size), np.uint8)
+    text = np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+    return {(platform, name): Outcome(*outcome) for platform, name, *outcome in json.loads(text)}
+
+
+def _decide(operations: Sequence[Testable], *, again: bool) -> None:
+    """Fills `_outcomes` for the default device, from what is stored or by tests."""
+    platform = jax.default_backend()
+    file = _stored_in(platform)
+    if again:
+        stored: dict[str, str | None] = {}
+        for operation in operations:
+            _outcomes.pop((platform, operation.name), None)
+    else:
+        stored = {} if file is None else _stored(file)
+    for operation in operations:
+        if operation.name in stored:
+            known = Outcome(stored[operation.name], lasting=True)
+            _outcomes.setdefault((platform, operation.name), known)
+    left = [o for o in operations if (platform, o.name) not in _outcomes]
+    if not left:
+        return
+    if platform == "gpu":
+        found = _compare_apart(platform, left)
+    else:  # in a thread of its own, since this one may be tracing a program
+        with ThreadPoolExecutor(1) as executor:
+            outcomes = executor.map(lambda operation: compare(platform, operation), left)
+            found = {o.name: outcome for o, outcome in zip(left, outcomes, strict=True)}
+    _outcomes.update({(platform, name): outcome for name, outcome in found.items()})
+    if file is not None:
+        stored = _stored(file) | {o: found.reason for o, found in found.items() if found.lasting}
+        with contextlib.suppress(OSError):
+            file.write_text(json.dumps(stored))
+    for name, (reason, lasting) in found.items():
+        if reason:
+            where = f"; stored in {file}" if lasting and file is not None else ""
+            warnings.warn(
+                f"the {platform} kernels of {name} are left out, plain XLA is used: {reason} "
+                f"(shiftnet.kernels.operation.decide(again=True) tests them again{where})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _stored_in(platform: str) -> Path | None:
     """The file for what these very kernels came to on such a device with this JAX."""
     folder = _flags.jax_compilation_cache_dir
     if not folder:
@@ -86,30 +176,30 @@ def _note_of(platform: str) -> Path | None:
     return Path(folder) / f"kernels-{digest.hexdigest()}"
 
 
-def _noted(note: Path) -> dict[str, str] | None:
-    """What the file says; None where it says nothing."""
+def _stored(file: Path) -> dict[str, str | None]:
+    """What the file says; nothing where it is missing or damaged."""
     try:
-        found = json.loads(note.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _compare_apart(platform: str) -> dict[str, str]:
-    """`_compare` of all operations in other processes: a wrong kernel may hang, or end its own."""
-    left = list(OPERATIONS)
-    found: dict[str, str] = {}
+def _compare_apart(platform: str, operations: Sequence[Testable]) -> dict[str, Outcome]:
+    """`compare` of the operations in other processes: a wrong kernel may hang, or end its own."""
+    left = list(operations)
+    found: dict[str, Outcome] = {}
     while left:
         outcomes, end = _one_process(platform, left)
-        found |= {operation: reason for operation, reason in outcomes.items() if reason}
-        left = [operation for operation in left if operation not in outcomes]
+        found |= outcomes
+        left = [operation for operation in left if operation.name not in outcomes]
         if left:  # the first of them was under way
-            found[left.pop(0)] = end
+            found[left.pop(0).name] = Outcome(end, lasting=False)
     return found
 
 
-def _one_process(platform: str, operations: Sequence[str]) -> tuple[dict[str, str | None], str]:
-    """What `_compare` says of the operations, one after the other, and how the process ended."""
+def _one_process(platform: str, operations: Sequence[Testable]) -> tuple[dict[str, Outcome], str]:
+    """The outcomes of some operations, one after the other, and how the process ended."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
@@ -117,10 +207,11 @@ def _one_process(platform: str, operations: Sequence[str]) -> tuple[dict[str, st
     }
     if folder := _flags.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = folder
+    places = [f"{operation.reference.__module__}:{operation.name}" for operation in operations]
     with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as errors:
         try:
             code = subprocess.run(
-                [sys.executable, "-m", "shiftnet.kernels.selftest", platform, *operations],
+                [sys.executable, "-m", "shiftnet.kernels", platform, *places],
                 stdout=answers,
                 stderr=errors,
                 timeout=PATIENCE,
@@ -132,7 +223,8 @@ def _one_process(platform: str, operations: Sequence[str]) -> tuple[dict[str, st
             end = f"their test did not end within {PATIENCE:g} s"
         except OSError as error:
             end = f"their test did not start: {error}"
-        return dict(json.loads(line) for line in _lines(answers) if line.endswith("]")), end
+        found = [json.loads(line) for line in _lines(answers) if line.endswith("]")]
+        return {name: Outcome(*outcome) for name, *outcome in found}, end
 
 
 def _lines(file: IO[bytes]) -> list[str]:
@@ -140,79 +232,36 @@ def _lines(file: IO[bytes]) -> list[str]:
     return [line.strip() for line in file.read().decode(errors="replace").splitlines()]
 
 
-def _compare(platform: str, operation: str) -> str | None:
-    """Why the operation's kernels are not to be used on the default device."""
-    run = jax.jit(lambda call, implementation, *x: call(implementation, *x), static_argnums=(0, 1))
+def compare(platform: str, operation: Testable) -> Outcome:
+    """Runs an operation's cases by its kernels and by plain XLA, each with its gradients."""
+
+    def with_gradients(implementation, settings, *operands):
+        def call(*operands):
+            return operation(*operands, implementation=implementation, **dict(settings))
+
+        y, pull = jax.vjp(call, *operands)
+        return y, pull(y)
+
+    run = jax.jit(with_gradients, static_argnums=(0, 1))
+    random = np.random.default_rng(0)
     try:
-        for name, call, operands in _cases(platform, operation):
-            expected = run(call, "xla", *(x.astype(jnp.float32) for x in operands))
-            found = run(call, platform, *operands)
+        for shapes, settings in operation.cases:
+            operands = [
+                None if shape is None else jnp.asarray(random.normal(size=shape), jnp.bfloat16)
+                for shape in shapes
+            ]
+            wide = jax.tree.map(lambda x: x.astype(jnp.float32), operands)
+            chosen = tuple(settings.items())
+            expected = run("xla", chosen, *wide)
+            found = run(platform, chosen, *operands)
             for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
                 a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
                 difference = np.abs(a - b).max() / np.abs(a).max()
                 if not difference <= TOLERANCE:
-                    return f"{name} are off by {difference:.1e} of the largest value"
+                    about = f"with x {shapes[0]} and {dict(settings)}"
+                    reason = f"{about} they are off by {difference:.1e} of the largest value"
+                    return Outcome(reason, lasting=True)
     except Exception as error:  # a compiler's, an unsupported device's, anything
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return None
-
-
-def _cases(
-    platform: str, operation: str
-) -> Iterator[tuple[str, Callable[..., Any], tuple[jax.Array, ...]]]:
-    """What it is, `call(implementation, *operands)` and operands that the kernels take."""
-    from shiftnet.kernels.packed_matmul import pack, packed_matmul
-    from shiftnet.kernels.shift import shift
-    from shiftnet.kernels.shift_block import shift_block
-    from shiftnet.kernels.shift_pointwise import shift_pointwise
-
-    layout: Layout = "HWCN" if platform == "tpu" else "NHWC"
-    rng = np.random.default_rng(0)
-
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-
-    if operation == "packed_matmul":
-
-        def multiply(packed, implementation, x):
-            return packed_matmul(x, packed, implementation=implementation)
-
-        shape = (4096, 8192) if platform == "gpu" else (512, 256)
-        for levels in (-1.0, 1.0), (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0):
-            packed = pack(rng.integers(0, len(levels), shape), levels)
-            yield (
-                f"those of {len(levels)} levels",
-                partial(multiply, packed),
-                (array(16, shape[0]),),
-            )
-        return
-
-    w1, b1, w2 = array(16, 144), array(144), array(144, 16)
-
-    def with_gradients(operation, implementation, *operands):
-        f = partial(operation, layout=layout, implementation=implementation)
-        y, pull = jax.vjp(f, *operands)
-        return y, pull(y)
-
-    # A GPU's larger images are divided, and each part of the chip takes several.
-    sizes = [(128, 4, 8, 1), (128, 4, 8, 2), *([(256, 32, 32, 1)] if platform == "gpu" else [])]
-    for images, height, width, stride in sizes:
-        x, wide = (from_nhwc(array(images, height, width, c), layout) for c in (16, 144))
-        calls: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
-            "shift_block": (partial(shift_block, stride=stride), (x, w1, b1, w2)),
-            "shift_pointwise": (
-                partial(shift_pointwise, stride=stride, relu=True, channel_order="grouped"),
-                (wide, w2),
-            ),
-        }
-        if stride == 1:
-            calls["shift"] = (shift, (wide,))
-        if operation in calls:
-            call, operands = calls[operation]
-            about = f"those of {height}x{width} pixels at stride {stride}"
-            yield about, partial(with_gradients, call), operands
-
-
-if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        print(json.dumps([name, _compare(sys.argv[1], name)]), flush=True)
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return Outcome(reason, lasting=False)
+    return Outcome(None, lasting=True)

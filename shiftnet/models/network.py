@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.kernels.implementations import is_only_xla, platform, shares
+from shiftnet.kernels.implementations import is_only_xla, local_batch, platform
 
 # Images of 32x32 that a CPU evaluates at a time, so that their activations stay in its caches. Of
 # 8, 16, 32 and all of 128, 32 was the fastest for ShiftResNet20 and ResNet20 on two cores of a Xeon
@@ -52,4 +52,4 @@ def _in_pieces(x: jax.Array) -> bool:
     """Whether a few of these images at a time are faster: on one CPU, and where they are small."""
     if is_only_xla() or platform() != "cpu" or not all(isinstance(n, int) for n in x.shape):
         return False
-    return len(x) == shares(len(x)) > IMAGES_AT_A_TIME and x.shape[1] * x.shape[2] <= 32 * 32
+    return len(x) == local_batch(x) > IMAGES_AT_A_TIME and x.shape[1] * x.shape[2] <= 32 * 32

@@ -86,7 +86,6 @@ class CSCBlock(nnx.Module):
                 self.shift.kernel_size,
                 stride=self.stride,
                 shift_first=True,
-                layout=layout,
             )
         if self.stride == 1:
             return x + y

@@ -52,7 +52,7 @@ class ShiftConvBlock(nnx.Module):
         w2 = self.conv2.matrix
         shortcut = self.shortcut(x, train=train, layout=layout)
         if train:
-            y = shift_block(x, w1, b1, w2.astype(x.dtype), stride=stride, layout=layout)
+            y = shift_block(x, w1, b1, w2.astype(x.dtype), stride=stride)
             return nnx.relu(self.bn2(y, train=True, layout=layout)) + shortcut
         w2, b2 = self.bn2.through(x, w2)
         return shift_block(
@@ -61,7 +61,6 @@ class ShiftConvBlock(nnx.Module):
             out_bias=b2,
             out_relu=True,
             residual=shortcut,
-            layout=layout,
         )
 
 

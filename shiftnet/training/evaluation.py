@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from shiftnet.data import RGB, Source, Split, augment
-from shiftnet.kernels.implementations import over
 from shiftnet.training.feed import gather_names, num_workers
 from shiftnet.training.mesh import batch_sharded, compiled, replicate, replicated, shard_batch
 
@@ -104,7 +103,7 @@ class _Scorer:
     def __call__(self, params, stats, images, labels):
         images = jax.lax.with_sharding_constraint(images, batch_sharded(self._mesh))
         network = nnx.merge(self._graphdef, params, stats)
-        with over(self._mesh):
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             logits = network(augment.normalize(images, self._mean, self._std))
         known = jnp.maximum(labels, 0)  # -1 stands for no image; its numbers are left out later
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, known)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from shiftnet import models, weights
 from shiftnet.data import RGB, augment
-from shiftnet.kernels.implementations import only_xla, over
+from shiftnet.kernels.implementations import only_xla
 from shiftnet.layers.batch_norm import per_share
 from shiftnet.training.mesh import (
     batch_sharded,
@@ -141,7 +141,7 @@ class Program:
             total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
-        with over(self.mesh), self._statistics():
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), self._statistics():
             gradient = _gradient(loss_of)
             grads, (loss, stats, logits) = gradient(state.params, state.stats, images, labels)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)

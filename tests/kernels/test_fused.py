@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shiftnet.kernels import implementations
-from shiftnet.kernels.layouts import from_nhwc, to_nhwc
 from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift_block import cpu, shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
-
-LAYOUTS = ["NHWC", "HWCN"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +64,6 @@ def assert_same(ours, by_layers, a):
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-12 * scale + 1e-13)
 
 
-def images_in(layout, a):
-    return {n: from_nhwc(v, layout) if n in ("x", "residual") else v for n, v in a.items()}
-
-
 # batch, height, width, channels, outputs, kernel size, dilation, stride
 SHAPES = [
     (2, 5, 4, 20, 3, 3, 1, 1),
@@ -83,14 +75,12 @@ SHAPES = [
     (2, 3, 3, 5, 2, 2, 2, 1),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
 relus = pytest.mark.parametrize("relu", [True, False])
 
 
 @shapes
-@layouts
 @relus
-def test_shift_pointwise_is_its_layers(shape, layout, relu):
+def test_shift_pointwise_is_its_layers(shape, relu):
     batch, height, width, channels, outputs, k, d, stride = shape
     out = (batch, -(-height // stride), -(-width // stride), outputs)
     a = arrays(
@@ -105,29 +95,19 @@ def test_shift_pointwise_is_its_layers(shape, layout, relu):
     )
 
     def ours(a):
-        a = images_in(layout, a)
-        y = shift_pointwise(
-            *(a.pop("x"), a.pop("w"), k, d),
-            stride=stride,
-            relu=relu,
-            out_relu=relu,
-            layout=layout,
-            **a,
-        )
-        return to_nhwc(y, layout)
+        a = dict(a)
+        x, w = a.pop("x"), a.pop("w")
+        return shift_pointwise(x, w, k, d, stride=stride, relu=relu, out_relu=relu, **a)
 
     assert_same(ours, functools.partial(pointwise_by_layers, k, d, stride, relu, relu), a)
 
 
 @shapes
 @pytest.mark.parametrize(
-    ("layout", "relu", "shift_first"),
-    [
-        *(("NHWC", True, False), ("NHWC", False, True), ("HWCN", True, True)),
-        pytest.param("HWCN", False, False, marks=pytest.mark.slow),
-    ],
+    ("relu", "shift_first"),
+    [(True, False), (False, True), pytest.param(True, True, marks=pytest.mark.slow)],
 )
-def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
+def test_shift_block_is_its_layers(shape, relu, shift_first):
     batch, height, width, channels, outputs, k, d, stride = shape
     inputs = 3
     out = (batch, -(-height // stride), -(-width // stride), outputs)
@@ -142,10 +122,10 @@ def test_shift_block_is_its_layers(shape, layout, relu, shift_first):
     )
 
     def ours(a):
-        a = images_in(layout, a)
+        a = dict(a)
         operands = [a.pop(name) for name in ("x", "w1", "b1", "w2")]
-        how = {"stride": stride, "out_relu": relu, "layout": layout, "shift_first": shift_first}
-        return to_nhwc(shift_block(*operands, k, d, **how, **a), layout)
+        how = {"stride": stride, "out_relu": relu, "shift_first": shift_first}
+        return shift_block(*operands, k, d, **how, **a)
 
     by_layers = functools.partial(block_by_layers, k, d, stride, relu, shift_first=shift_first)
     assert_same(ours, by_layers, a)
@@ -190,30 +170,50 @@ def test_what_a_cpu_leaves_to_xla(x, expanded, reason):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+MESHES = {
+    "data": ((2,), ("data",), AxisType.Auto),
+    "data, model": ((2, 1), ("data", "model"), AxisType.Auto),
+    "explicit data": ((2,), ("data",), AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize("images", [4, 3])
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("operation", ["shift", "shift_pointwise", "shift_block"])
-def test_devices_work_on_their_own_images(operation, layout):
-    devices = jax.devices()
-    assert len(devices) > 1  # conftest.py asks for several
-    a = arrays(0, x=(2 * len(devices), 4, 3, 10), w=(10, 10), w1=(10, 10), b1=(10,), w2=(10, 10))
+def test_devices_work_on_their_own_images(operation, mesh, images):
+    shape, names, kind = MESHES[mesh]
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+    a = arrays(0, x=(images, 4, 3, 10), w=(10, 10), w1=(10, 10), b1=(10,), w2=(10, 10))
     operations = {
-        "shift": lambda a, x: shift(x, layout=layout),
-        "shift_pointwise": lambda a, x: shift_pointwise(x, a["w"], layout=layout),
-        "shift_block": lambda a, x: shift_block(x, a["w1"], a["b1"], a["w2"], layout=layout),
+        "shift": lambda a: shift(a["x"]),
+        "shift_pointwise": lambda a: shift_pointwise(a["x"], a["w"]),
+        "shift_block": lambda a: shift_block(a["x"], a["w1"], a["b1"], a["w2"]),
     }
 
     def loss(a):
-        y = to_nhwc(operations[operation](a, from_nhwc(a["x"], layout)), layout)
-        return (y * jnp.linspace(0, 1, y.size).reshape(y.shape)).sum()
+        return (operations[operation](a) * jnp.linspace(0, 1, 4 * 3 * 10).reshape(4, 3, 10)).sum()
 
     expected = jax.value_and_grad(loss)(a)
-    with implementations.over(Mesh(np.array(devices), ("data",))):
+    with jax.set_mesh(mesh):
+        a = jax.device_put(a, NamedSharding(mesh, PartitionSpec()))
+        if images == 4:  # 3 do not divide: each device takes them all
+            a["x"] = jax.device_put(a["x"], NamedSharding(mesh, PartitionSpec("data")))
         found = jax.jit(jax.value_and_grad(loss))(a)
         text = str(jax.make_jaxpr(jax.grad(loss))(a))
     assert "shard_map" in text
+    if images == 4:
+        assert found[1]["x"].sharding.spec[0] == "data"
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-9), found, expected
     )
+
+
+def test_an_operation_within_a_shard_map_is_not_divided_again():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x, batch = arrays(0, x=(4, 4, 3, 10))["x"], PartitionSpec("data")
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.shard_map(shift, in_specs=batch, out_specs=batch))(x)
+    np.testing.assert_array_equal(found, shift(x))
 
 
 def test_half_precision_sums_in_float32():
@@ -247,18 +247,6 @@ def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
         np.testing.assert_allclose(found[name].astype(jnp.float32), expected, rtol=2e-2)
 
 
-def test_only_xla_takes_no_kernel():
-    # A whole batch of which a CPU takes a few images at a time.
-    x, w = jnp.ones((128, 32, 32, 16)), jnp.ones((16, 16))
-
-    def program():
-        return str(jax.make_jaxpr(lambda x: shift_block(x, w, w[0], w))(x))
-
-    with implementations.only_xla():
-        assert "scan" not in program()
-    assert "scan" in program()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -274,7 +262,7 @@ def test_only_xla_takes_no_kernel():
         ),
         (
             lambda x: shift_pointwise(x, jnp.ones((9, 2)), implementation="tpu"),
-            "no 'tpu' for this: the layout is NHWC, the kernel needs HWCN",
+            "no 'tpu' for this: the dtype is float64, not float32 or bfloat16",
         ),
         (
             lambda x: shift_block(x, jnp.ones((9, 2)), jnp.ones(3), jnp.ones((3, 2))),
@@ -298,10 +286,6 @@ def test_only_xla_takes_no_kernel():
         (
             lambda x: shift_pointwise(x.astype(int), jnp.ones((9, 2))),
             "a floating x, got int64",
-        ),
-        (
-            lambda x: shift_pointwise(x, jnp.ones((9, 2)), layout="NCHW"),
-            "unknown layout 'NCHW' of shift_pointwise; known: NHWC, HWCN",
         ),
         (
             lambda x: shift_pointwise(x, jnp.ones((9, 2)), channel_order="sorted"),

@@ -1,95 +1,185 @@
-"""What decides whether a device's kernels are used, with the interpreter in the device's place."""
+"""What decides whether a device's kernels are used, with functions of JAX in the kernels' place."""
 
+import dataclasses
 import functools
+import json
+import socket
 import subprocess
 import sys
+import textwrap
 import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from shiftnet.kernels import implementations, selftest
-from shiftnet.kernels.packed_matmul import tpu as packed_tpu
-from shiftnet.kernels.shift import shift
-from shiftnet.kernels.shift import tpu as shift_tpu
-from shiftnet.kernels.shift_block import shift_block
-from shiftnet.kernels.shift_block import tpu as block_tpu
-from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
-
-_cases = selftest._cases
-# The rest takes the interpreter minutes; test_tpu.py has it in smaller pieces.
-BLOCK = {"shift_block": "those of 4x8 pixels at stride 1"}
-WITHIN_REACH = {
-    "shift": "those of 4x8 pixels at stride 1",
-    "packed_matmul": "those of 7 levels",
-}
+import shiftnet.kernels.shift
+import shiftnet.kernels.shift_block
+import shiftnet.kernels.shift_pointwise
+from shiftnet.kernels import operation, selftest
+from shiftnet.kernels.operation import OPERATIONS, Case, Kernel, Operation, choices
 
 
-def within_reach(platform, operation, reach=WITHIN_REACH):
-    return [c for c in _cases("tpu", operation) if c[0] == reach.get(operation)]
+def forward(x, w, *, factor):
+    return factor * (x @ w)
+
+
+def backward(x, w, dy, *, factor):
+    return factor * (dy @ w.T), factor * jnp.einsum("nhwc,nhwk->ck", x, dy)
+
+
+def wrong(x, w, dy, *, factor):
+    dx, dw = backward(x, w, dy, factor=factor)
+    return dx, dw.at[3].set(0)
+
+
+def raises(*_, factor):
+    raise RuntimeError("no such instruction\nand a long dump")
+
+
+def made(name, gradient):
+    case = Case(((2, 4, 4, 8), (8, 8)), {"factor": 2})
+    kernels = {"tpu": Kernel(forward, gradient)}
+    return Operation(name, forward, kernels, images=(True, False), cases=[case])
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    monkeypatch.setattr(selftest, "_note_of", lambda platform: None)
-    for module in (shift_tpu, block_tpu, pointwise_tpu, packed_tpu):
-        for name in {"shift", "forward", "backward", "matmul"} & set(vars(module)):
-            run = functools.partial(getattr(module, name), interpret=True)
-            monkeypatch.setattr(module, name, run)
-    selftest.failures.cache_clear()
-    yield
-    selftest.failures.cache_clear()
-
-
-@pytest.mark.parametrize("reach", [WITHIN_REACH, pytest.param(BLOCK, marks=pytest.mark.slow)])
-def test_right_kernels_are_trusted(reach, monkeypatch):
-    monkeypatch.setattr(selftest, "_cases", functools.partial(within_reach, reach=reach))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert selftest.failures("tpu") == {}
-
-
-@pytest.mark.parametrize("fault", ["wrong", "raises"])
-def test_an_operation_whose_kernels_are_wrong_is_named_and_left_out_alone(fault, monkeypatch):
-    def broken(x, dh, dw):
-        if fault == "raises":
-            raise RuntimeError("no such instruction\nand a long dump")
-        return x
-
-    monkeypatch.setattr(shift_tpu, "shift", broken)
-    monkeypatch.setattr(selftest, "_cases", lambda *of: within_reach(*of) if "shift" in of else [])
-    reason = {
-        "wrong": "those of 4x8 pixels at stride 1 are off by .*",
-        "raises": "RuntimeError: no such instruction",
-    }[fault]
-    with pytest.warns(RuntimeWarning, match=f"the tpu kernels of shift are left out.*: {reason}$"):
-        assert set(selftest.failures("tpu")) == {"shift"}
+def _on_a_tpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(selftest, "_stored_in", lambda platform: tmp_path / platform)
+    monkeypatch.setattr(selftest, "_outcomes", {})
+    monkeypatch.setattr(selftest, "_answers", {})
+    monkeypatch.setattr(operation, "OPERATIONS", {})
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    x, w = jnp.ones((4, 4, 16, 128)), jnp.ones((16, 16))
-    moved = str(jax.make_jaxpr(lambda x: shift(x, layout="HWCN"))(x))
-    assert "pallas_call" not in moved
-    block = str(jax.make_jaxpr(lambda x: shift_block(x, w, w[0], w, layout="HWCN"))(x))
-    assert "pallas_call" in block
-    assert implementations.best_layout(128) == "HWCN"
+
+
+@pytest.fixture
+def tested(monkeypatch):
+    """The operations that were tested, in order."""
+    found, compare = [], selftest.compare
+    monkeypatch.setattr(
+        selftest, "compare", lambda platform, o: (found.append(o.name), compare(platform, o))[1]
+    )
+    return found
+
+
+def traced(one):
+    """What a program takes that is traced now."""
+    with choices() as seen:
+        jax.make_jaxpr(lambda x, w: one(x, w, factor=2))(jnp.ones((2, 4, 4, 8)), jnp.ones((8, 8)))
+    return seen
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("shift_pointwise", "shift_block")]
+
+
+@pytest.mark.parametrize("name", ["shift", *SLOW])
+def test_right_kernels_are_trusted(name, recwarn):
+    of_networks = OPERATIONS[name]
+    kernel = of_networks.kernels["tpu"]
+    interpreted = {
+        part: functools.partial(getattr(kernel, part), interpret=True)
+        for part in (("forward", "backward") if name != "shift" else ("forward",))
+    }
+    kernels = {"tpu": dataclasses.replace(kernel, **interpreted)}
+    one = dataclasses.replace(of_networks, kernels=kernels, cases=of_networks.cases[:1])
+    if name == "shift":  # whose gradient is the same kernel
+        move = interpreted["forward"]
+        gradient = lambda x, dy, dh, dw: (move(dy, dh=-dh, dw=-dw),)  # noqa: E731
+        kernels["tpu"] = dataclasses.replace(kernels["tpu"], backward=gradient)
+    assert selftest.decide([one]) == {}
+    assert not recwarn
+
+
+def test_an_operation_whose_kernels_are_wrong_is_named_and_left_out_alone():
+    good, bad = made("good", backward), made("bad", wrong)
+    with pytest.warns(
+        RuntimeWarning, match="the tpu kernels of bad are left out.*: with x"
+    ) as told:
+        assert set(operation.decide()) == {"bad"}
+    assert len(told) == 1
+    assert traced(good) == ["good: tpu"]
+    (line,) = traced(bad)
+    assert line.startswith("bad: xla, since with x (2, 4, 4, 8) and {'factor': 2} they are off by")
+
+
+def test_kernels_are_tested_when_they_are_first_traced(tested):
+    one = made("one", wrong)
+    with pytest.warns(RuntimeWarning, match="the tpu kernels of one are left out"):
+        assert traced(one)[0].startswith("one: xla")
+    traced(one)
+    assert tested == ["one"]
+
+
+def test_a_mismatch_is_stored_and_tested_again_when_asked(tested, tmp_path, monkeypatch):
+    one, other = made("one", backward), made("other", wrong)
+    with pytest.warns(RuntimeWarning, match=f"stored in {tmp_path / 'tpu'}"):
+        found = operation.decide()
+    selftest._outcomes.clear()  # as in another process
+    assert operation.decide() == found
+    assert tested == ["one", "other"]
+    with pytest.warns(RuntimeWarning, match="other"):
+        assert operation.decide(again=True) == found
+    assert tested == ["one", "other"] * 2
+    (tmp_path / "tpu").write_text("cut o")
+    selftest._outcomes.clear()
+    with pytest.warns(RuntimeWarning, match="other"):
+        assert operation.decide() == found
+    assert json.loads((tmp_path / "tpu").read_text())["one"] is None
+    del one, other
+
+
+@pytest.mark.parametrize("fault", ["raises", "time-out"])
+def test_a_busy_moment_does_not_leave_kernels_out_for_ever(fault, tmp_path, monkeypatch, tested):
+    if fault == "raises":
+        one = made("one", raises)
+    else:
+        one = dataclasses.replace(made("one", backward), kernels={"gpu": Kernel(forward, backward)})
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(selftest, "PATIENCE", 1e-3)
+    reason = {
+        "raises": "RuntimeError: no such instruction",
+        "time-out": "their test did not end within 0.001 s",
+    }[fault]
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert operation.decide() == {"one": reason}
+    assert operation.decide() == {"one": reason}  # in this process
+    selftest._outcomes.clear()
+    with pytest.warns(RuntimeWarning, match=reason):
+        operation.decide()
+    assert len(tested) == (2 if fault == "raises" else 0)
+    del one
+
+
+def test_a_program_is_traced_anew_when_a_test_comes_out_otherwise():
+    one = made("one", raises)
+    jitted = jax.jit(lambda x, w: one(x, w, factor=2))
+    arrays = jnp.ones((2, 4, 4, 8)), jnp.ones((8, 8))
+    with pytest.warns(RuntimeWarning, match="left out"), choices() as seen:
+        jitted.trace(*arrays)
+    assert seen[0].startswith("one: xla")
+    made("one", backward)  # takes its name
+    operation.decide(again=True)
+    with choices() as seen:
+        jitted.trace(*arrays)
+    assert seen == ["one: tpu"]
 
 
 def test_a_gpus_kernels_are_tested_in_other_processes(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(operation, "OPERATIONS", OPERATIONS)
     with pytest.warns(RuntimeWarning, match="the gpu kernels of \\w+ are left out"):
-        found = selftest.failures("gpu")  # there is none here: what the process found is passed on
-    assert list(found) == list(selftest.OPERATIONS)
+        found = operation.decide()  # there is none here: what the process found is passed on
+    assert {"shift", "shift_pointwise", "shift_block"} <= set(found)
     assert all(reason.startswith("ValueError") for reason in found.values())
-    monkeypatch.setattr(selftest, "OPERATIONS", ("shift",))
-    monkeypatch.setattr(selftest, "PATIENCE", 1e-3)
-    assert selftest._compare_apart("gpu") == {"shift": "their test did not end within 0.001 s"}
 
 
 def test_a_kernel_that_ends_its_process_takes_no_other_with_it(monkeypatch):
     program = (
         "import os, sys\n"
-        "for name in sys.argv[1:]:\n"
-        "    if name == 'shift': os.abort()\n"
-        "    print(f'[\"{name}\", null]', flush=True)"
+        "for place in sys.argv[1:]:\n"
+        "    name = place.split(':')[1]\n"
+        "    if name == 'second': os.abort()\n"
+        "    print(f'[\"{name}\", null, true]', flush=True)"
     )
     run = subprocess.run
 
@@ -97,41 +187,65 @@ def test_a_kernel_that_ends_its_process_takes_no_other_with_it(monkeypatch):
         return run([sys.executable, "-c", program, *command[4:]], **options)
 
     monkeypatch.setattr(subprocess, "run", aborts)
-    found = selftest._compare_apart("gpu")
-    assert list(found) == ["shift"]
-    assert found["shift"].startswith("their test ended with -6")
+    operations = [made(name, backward) for name in ("first", "second", "third")]
+    found = selftest._compare_apart("gpu", operations)
+    assert found["first"] == found["third"] == (None, True)
+    assert found["second"].reason.startswith("their test ended with -6")
+    assert not found["second"].lasting
 
 
-def test_what_was_found_is_noted(tmp_path, monkeypatch):
-    compared = []
-
-    def compare(platform, operation):
-        compared.append(operation)
-        return "wrong" if operation == "shift" else None
-
-    monkeypatch.setattr(selftest, "_compare", compare)
-    monkeypatch.setattr(selftest, "_note_of", lambda platform: tmp_path / platform)
-    for _ in range(2):
-        with pytest.warns(RuntimeWarning, match=f"noted in {tmp_path / 'tpu'}"):
-            assert selftest.failures("tpu") == {"shift": "wrong"}
-        selftest.failures.cache_clear()
-    assert compared == list(selftest.OPERATIONS)
-    (tmp_path / "tpu").write_text("cut o")
-    with pytest.warns(RuntimeWarning, match="shift"):
-        selftest.failures("tpu")
-    assert len(compared) == 2 * len(selftest.OPERATIONS)
+def test_processes_that_did_not_decide_together_take_no_kernel(monkeypatch, tested):
+    one = made("one", backward)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    (line,) = traced(one)
+    assert line.startswith("one: xla, since this job of many processes did not call")
+    assert tested == []
 
 
-def test_the_note_is_of_the_device_and_the_sources(tmp_path, monkeypatch):
+def test_all_processes_of_a_job_follow_the_first_one():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    program = textwrap.dedent(
+        """
+        import sys, jax
+        jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+        from shiftnet.kernels import operation, selftest
+        from shiftnet.kernels.shift import shift
+        jax.devices()
+        jax.default_backend = lambda: "tpu"
+        selftest._stored_in = lambda platform: None
+        outcome = selftest.Outcome(f"process {jax.process_index()} says so", True)
+        selftest.compare = lambda platform, operation: outcome
+        print(operation.decide())
+        """
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(port)]
+    both = [
+        subprocess.Popen([*command, str(process)], stdout=subprocess.PIPE, text=True)
+        for process in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
+    assert printed == ["{'shift': 'process 0 says so'}"] * 2
+
+
+def test_what_is_stored_is_of_the_device_and_the_sources(tmp_path, monkeypatch):
     monkeypatch.undo()
     old = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
-        note = selftest._note_of("gpu")
-        assert note.parent == tmp_path
-        assert note == selftest._note_of("gpu") != selftest._note_of("tpu")
+        file = selftest._stored_in("gpu")
+        assert file.parent == tmp_path
+        assert file == selftest._stored_in("gpu") != selftest._stored_in("tpu")
     finally:
         jax.config.update("jax_compilation_cache_dir", old)
+
+
+def test_a_cpu_tests_nothing(monkeypatch):
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert operation.decide() == {}
 
 
 def test_the_environment_can_do_without_kernels():

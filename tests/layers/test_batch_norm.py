@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shiftnet.kernels.layouts import per_channel, product
+from shiftnet.kernels.layouts import from_nhwc, per_channel, product, to_nhwc
 from shiftnet.kernels.shift import plain as plain_shift
 from shiftnet.layers import BatchNorm
 from shiftnet.layers.batch_norm import per_share
@@ -196,7 +196,9 @@ def test_what_goes_through_a_kernel_is_what_follows_it(train, affine, layout, of
         return bn(moved(product(x, kernel, layout)), train=train, layout=layout)
 
     def moved(y):
-        return y if offsets is None else plain_shift(y, *offsets, layout)
+        return (
+            y if offsets is None else from_nhwc(plain_shift(to_nhwc(y, layout), *offsets), layout)
+        )
 
     def run(forward):
         graphdef, params, stats = nnx.split(bn, nnx.Param, nnx.BatchStat)

@@ -53,7 +53,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     ("layout", "stride", "kernel_size", "size"),
-    [("NHWC", 1, 3, 5), ("HWCN", 2, 5, 6), ("NHWC", 2, 3, 1)],
+    [("NHWC", 1, 3, 5), ("NHWC", 2, 5, 6), ("NHWC", 2, 3, 1)],
 )
 def test_a_block_is_its_layers(train, layout, stride, kernel_size, size):
     block = functools.partial(CSCBlock, 5, 5 * stride, stride, kernel_size=kernel_size)

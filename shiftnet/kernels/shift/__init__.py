@@ -1,13 +1,14 @@
 """The shift: every channel moves by its own fixed offset, at no arithmetic and no parameters."""
 
-import functools
-from typing import Literal, get_args
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from shiftnet.kernels import checks, implementations
-from shiftnet.kernels.layouts import BATCH, CHANNELS, Layout, from_nhwc, to_nhwc
+from shiftnet.kernels import checks
+from shiftnet.kernels.operation import Case, Kernel, Operation
 from shiftnet.kernels.shift import gpu, tpu, xla
 from shiftnet.kernels.shift.offsets import ChannelOrder, channel_offsets
 
@@ -22,7 +23,6 @@ def shift(
     dilation: int = 1,
     *,
     channel_order: ChannelOrder = "interleaved",
-    layout: Layout = "NHWC",
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Moves every channel of an image by its own offset; zeros come in from outside.
@@ -34,13 +34,12 @@ def shift(
     published code.
 
     Args:
-      x: `[..., H, W, C]` of any dtype, or `[H, W, C, N]` in layout HWCN.
+      x: `[..., H, W, C]` of any dtype.
       kernel_size: side k of the neighbourhood, at least 1, even ones included. Channels are dealt
         out to its k*k positions in turn; the remaining `C mod k*k` stay where they are.
       dilation: distance between neighbours in pixels, at least 1. Offsets larger than the image
         give zeros.
       channel_order: as of `channel_offsets`.
-      layout: of `x` and the result.
       implementation: `"tpu"` and `"gpu"` are kernels. `"gather"` is plain XLA that reads through a
         constant index table (the fastest on CPU, and fused into its neighbours on GPU), `"select"`
         picks among shifted windows; `"xla"` is `"select"` on TPU, where gathers are slow, and
@@ -51,76 +50,35 @@ def shift(
 
     Raises:
       ValueError: for an `x` of too few dimensions, a `kernel_size` or `dilation` that is no whole
-        number of at least 1, an unknown `channel_order`, `layout` or `implementation`, or one that
-        does not support `x`.
+        number of at least 1, an unknown `channel_order` or `implementation`, or one that does not
+        support `x`.
     """
-    checks.known("shift", layout, channel_order)
-    if x.ndim < 3 or (layout == "HWCN" and x.ndim != 4):
-        wanted = "[..., H, W, C], at least 3 dimensions" if layout == "NHWC" else "[H, W, C, N]"
-        raise ValueError(f"shift needs {wanted}, got {x.shape}")
+    checks.known("shift", channel_order)
+    if x.ndim < 3:
+        raise ValueError(f"shift needs [..., H, W, C], at least 3 dimensions, got {x.shape}")
     if not checks.is_whole(kernel_size, dilation):
         raise ValueError(
             "shift needs a whole kernel_size and dilation of at least 1, "
             f"got kernel_size {kernel_size} and dilation {dilation}"
         )
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"unknown implementation {implementation!r} of shift; "
-            f"known: {', '.join(get_args(Implementation))}"
-        )
-    return _shift(x, (kernel_size, dilation, channel_order), 1, layout, implementation)
+    images = x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    neighbourhood = (kernel_size, dilation, channel_order)
+    y = OPERATION(images, neighbourhood=neighbourhood, implementation=implementation)
+    return y if x.ndim == 4 else y.reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _shift(
-    x: jax.Array,
-    neighbourhood: tuple[int, int, ChannelOrder],
-    sign: int,
-    layout: Layout,
-    implementation: str | None,
-) -> jax.Array:
-    channels = x.shape[CHANNELS[layout] if x.ndim == 4 else -1]
-    dh, dw = (sign * offset for offset in channel_offsets(channels, *neighbourhood))
-    calls = {
-        "xla": lambda x: plain(x, dh, dw, layout),
-        "gather": lambda x: from_nhwc(xla.gather(to_nhwc(x, layout), dh, dw), layout),
-        "select": lambda x: from_nhwc(xla.select(to_nhwc(x, layout), dh, dw), layout),
-        "tpu": lambda x: tpu.shift(x, dh, dw),
-        "gpu": lambda x: gpu.shift(x, dh, dw),
-    }
-
-    def run(x):
-        unsupported: dict[str, implementations.Reason]
-        unsupported = {"tpu": implementations.needs_hwcn, "gpu": implementations.needs_nhwc}
-        if layout == "HWCN":
-            unsupported["tpu"] = lambda: tpu.unsupported(x.shape, x.dtype, dh, dw)
-        elif x.ndim == 4:
-            unsupported["gpu"] = lambda: gpu.unsupported(x.shape, x.dtype, dh, dw)
-        else:
-            unsupported["gpu"] = lambda: f"x has {x.ndim} dimensions, not 4"
-        return implementations.run("shift", implementation, calls, unsupported, x)
-
-    if x.ndim != 4:
-        return run(x)
-    return implementations.on_shares(run, (x,), (BATCH[layout],), BATCH[layout])
-
-
-def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray, layout: Layout) -> jax.Array:
+def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
     """The shift in plain XLA, as the device has it best.
 
     Args:
-      x: as of `shift`.
+      x: `[..., H, W, C]`.
       dh, dw: offsets, int32 `[C]` each.
-      layout: of `x` and the result.
     """
 
     def move(x, dh, dw):
-        moved = jax.lax.platform_dependent(
-            to_nhwc(x, layout),
-            tpu=lambda x: xla.select(x, dh, dw),
-            default=lambda x: xla.gather(x, dh, dw),
+        return jax.lax.platform_dependent(
+            x, tpu=lambda x: xla.select(x, dh, dw), default=lambda x: xla.gather(x, dh, dw)
         )
-        return from_nhwc(moved, layout)
 
     # Its own gradient: JAX would scatter where this gathers.
     moved = jax.custom_vjp(lambda x: move(x, dh, dw))
@@ -128,12 +86,33 @@ def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray, layout: Layout) -> jax.A
     return moved(x)
 
 
-def _forward(x, neighbourhood, sign, layout, implementation):
-    return _shift(x, neighbourhood, sign, layout, implementation), None
+def _kernel(move: Callable[..., jax.Array], **options: Any) -> Kernel:
+    """A kernel whose gradient is itself with the offsets negated."""
+    return Kernel(move, lambda x, dy, dh, dw: (move(dy, dh=-dh, dw=-dw),), **options)
 
 
-def _backward(neighbourhood, sign, layout, implementation, _, dy):
-    return (_shift(dy, neighbourhood, -sign, layout, implementation),)
+def _prepare(x, neighbourhood):
+    dh, dw = channel_offsets(x.shape[-1], *neighbourhood)
+    return {"dh": dh, "dw": dw}
 
 
-_shift.defvjp(_forward, _backward)
+def _unsupported(module):
+    return lambda x, dh, dw, backward: module.unsupported(x.shape, x.dtype, dh, dw)
+
+
+OPERATION = Operation(
+    "shift",
+    plain,
+    {
+        "gather": _kernel(xla.gather),
+        "select": _kernel(xla.select),
+        "tpu": _kernel(tpu.shift, unsupported=_unsupported(tpu), layout="HWCN"),
+        "gpu": _kernel(gpu.shift, unsupported=_unsupported(gpu)),
+    },
+    images=(True,),
+    prepare=_prepare,
+    cases=[
+        Case((shape,), {"neighbourhood": (3, 1, "interleaved")})
+        for shape in ((128, 4, 8, 144), (256, 32, 32, 144))
+    ],
+)

@@ -1,17 +1,16 @@
 """A whole shift block as one operation: 1x1 convolution, ReLU, shift, 1x1 convolution."""
 
-import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels import checks, implementations
-from shiftnet.kernels.layouts import BATCH, CHANNELS, ROWS, Layout, wide_dtype
+from shiftnet.kernels import checks
+from shiftnet.kernels.layouts import wide_dtype
+from shiftnet.kernels.operation import Case, Epilogue, Kernel, Operation, finish
 from shiftnet.kernels.shift.offsets import channel_offsets
 from shiftnet.kernels.shift_block import cpu, gpu, tpu, xla
-from shiftnet.kernels.shift_pointwise.xla import epilogue as finish
 
 __all__ = ["Implementation", "shift_block"]
 
@@ -31,7 +30,6 @@ def shift_block(
     out_bias: jax.Array | None = None,
     out_relu: bool = False,
     residual: jax.Array | None = None,
-    layout: Layout = "NHWC",
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """`shift(relu(x @ w1 + b1)) @ w2`, and bias, ReLU and addition of the result.
@@ -42,7 +40,7 @@ def shift_block(
     caller's to fold into the weights.
 
     Args:
-      x: `[N, H, W, C]`, or `[H, W, C, N]` in layout HWCN; floating.
+      x: `[N, H, W, C]`, floating.
       w1: `[C, E]`, in the dtype of `x`.
       b1: `[E]`, floating; biases are added in float32 or wider.
       w2: `[E, K]`, in the dtype of `x`.
@@ -53,31 +51,29 @@ def shift_block(
       out_bias: `[K]`, floating.
       out_relu: whether negative results become 0.
       residual: of the result's shape and dtype, added last.
-      layout: of `x`, `residual` and the result.
-      implementation: `"tpu"` (HWCN) and `"gpu"` (NHWC, Hopper) are kernels, `"xla"` is plain XLA,
-        `"cpu"` (NHWC) the same on a few images at a time. None takes the device's where it supports
+      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"xla"` is plain XLA, `"cpu"` the
+        same on a few images at a time. None takes the device's where it supports
         the arguments, else `"xla"`.
 
     Returns:
-      `[N, ceil(H / stride), ceil(W / stride), K]`, or the same in HWCN, in the dtype of `x`; sums
-      are taken in float32 or wider.
+      `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are taken in float32 or
+      wider.
 
     Raises:
       ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
-        that is no whole number of at least 1, an unknown `layout` or `implementation`, or one that
-        does not support the arguments.
+        that is no whole number of at least 1, an unknown `implementation`, or one that does not
+        support the arguments.
     """
-    checks.known("shift_block", layout)
     if (
         x.ndim != 4
         or w1.ndim != 2
         or w2.ndim != 2
         or not checks.is_whole(*w1.shape, *w2.shape)
-        or (x.shape[CHANNELS[layout]], *b1.shape) != w1.shape
+        or (x.shape[3], *b1.shape) != w1.shape
         or b1.shape != w2.shape[:1]
     ):
         raise ValueError(
-            f"shift_block needs x in {layout}, w1 [C, E], b1 [E] and w2 [E, K], "
+            "shift_block needs x in NHWC, w1 [C, E], b1 [E] and w2 [E, K], "
             f"got x {x.shape}, w1 {w1.shape}, b1 {b1.shape} and w2 {w2.shape}"
         )
     if not checks.is_whole(kernel_size, dilation, stride):
@@ -87,16 +83,21 @@ def shift_block(
         )
     checks.same_dtype("shift_block", x, w1=w1, w2=w2, residual=residual)
     checks.shaped("shift_block", w2.shape[1:], out_bias=out_bias)
-    result = checks.result_shape(x, w2.shape[1], stride, layout)
+    result = checks.result_shape(x, w2.shape[1], stride)
     checks.shaped("shift_block", result, residual=residual)
-    setting = _Setting(kernel_size, dilation, stride, out_relu, layout, implementation)
+    settings: dict[str, Any] = {"neighbourhood": (kernel_size, dilation), "stride": stride}
+    epilogue = Epilogue(None, out_bias, residual)
     if not shift_first:
-        return _fused(setting, x, w1, b1, w2, out_bias, residual)
-    y = _fused(setting._replace(out_relu=False), x, w1, b1, w2, None, None)
-    rows = ROWS[layout]
-    border = _border(b1, w2, x.shape[rows : rows + 2], **setting.core(len(w2))).astype(y.dtype)
-    y = y + (border if layout == "NHWC" else border[..., None])
-    return finish(y, None, out_bias, residual, relu=out_relu, layout=layout)
+        return OPERATION(
+            *(x, w1, b1, w2),
+            **settings,
+            **epilogue._asdict(),
+            out_relu=out_relu,
+            implementation=implementation,
+        )
+    y = OPERATION(x, w1, b1, w2, **settings, implementation=implementation)
+    border = _border(b1, w2, x.shape[1:3], **_prepare(x, w1, b1, w2, **settings))
+    return finish(y + border.astype(y.dtype), epilogue, out_relu)
 
 
 def _border(
@@ -121,101 +122,27 @@ def _border(
     return (brought @ w2.astype(wide))[places[0]][:, places[1]]
 
 
-class _Setting(NamedTuple):
-    kernel_size: int
-    dilation: int
-    stride: int
-    out_relu: bool
-    layout: Layout
-    implementation: str | None
-
-    def core(self, channels: int) -> dict[str, Any]:
-        """What describes the operation up to the second product."""
-        dh, dw = channel_offsets(channels, self.kernel_size, self.dilation)
-        return {"dh": dh, "dw": dw, "stride": self.stride}
-
-    def run(self, calls: dict[str, Any], x: jax.Array, w1: jax.Array, *rest: Any) -> Any:
-        """Runs one of `calls`; `rest` begins with `b1` and `w2`."""
-        arguments = {"x": x, "w1": w1, "w2": rest[1], **self.core(w1.shape[1])}
-        # Forward kernels take some arguments that backward ones do not.
-        unsupported: dict[str, implementations.Reason] = {
-            "cpu": functools.partial(cpu.unsupported, **arguments),
-            "tpu": functools.partial(tpu.unsupported, **arguments, backward=False),
-            "gpu": functools.partial(gpu.unsupported, **arguments),
-        }
-        if self.layout == "HWCN":
-            unsupported |= dict.fromkeys(("cpu", "gpu"), implementations.needs_nhwc)
-        else:
-            unsupported["tpu"] = implementations.needs_hwcn
-        return implementations.run(
-            "shift_block", self.implementation, calls, unsupported, x, w1, *rest
-        )
+def _prepare(x, w1, b1, w2, *, neighbourhood, stride):
+    dh, dw = channel_offsets(len(w2), *neighbourhood)
+    return {"dh": dh, "dw": dw, "stride": stride}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(setting, x, w1, b1, w2, out_bias, residual):
-    core = setting.core(len(w2))
-
-    def plain(x, w1, b1, w2, out_bias, residual):
-        y = xla.forward(x, w1, b1, w2, **core, layout=setting.layout)
-        return finish(y, None, out_bias, residual, relu=setting.out_relu, layout=setting.layout)
-
-    def kernel(forward, x, w1, b1, w2, out_bias, residual):
-        after = {"out_bias": out_bias, "out_relu": setting.out_relu, "residual": residual}
-        return forward(x, w1, b1, w2, **core, **after)
-
-    calls = {
-        "xla": plain,
-        "cpu": functools.partial(kernel, cpu.forward),
-        "tpu": functools.partial(kernel, tpu.forward),
-        "gpu": functools.partial(kernel, gpu.forward),
-    }
-    batch = BATCH[setting.layout]
-    return implementations.on_shares(
-        functools.partial(setting.run, calls),
-        (x, w1, b1, w2, out_bias, residual),
-        (batch, None, None, None, None, batch),
-        batch,
-    )
+def _unsupported(module):
+    return lambda x, w1, b1, w2, **settings: module.unsupported(x, w1, w2, **settings)
 
 
-def _forward(setting, x, w1, b1, w2, out_bias, residual):
-    y = _fused(setting._replace(out_relu=False), x, w1, b1, w2, None, None)
-
-    def after(y, out_bias, residual):
-        return finish(y, None, out_bias, residual, relu=setting.out_relu, layout=setting.layout)
-
-    out, unfinish = jax.vjp(after, y, out_bias, residual)
-    return out, (unfinish, (x, w1, b1, w2))
-
-
-def _backward(setting, residuals, dout):
-    unfinish, (x, w1, b1, w2) = residuals
-    dy, dout_bias, dresidual = unfinish(dout)
-    core = setting.core(len(w2))
-
-    def plain(x, w1, b1, w2, dy):
-        forward = functools.partial(xla.forward, **core, layout=setting.layout)
-        return jax.vjp(forward, x, w1, b1, w2)[1](dy)
-
-    def kernel(module):
-        lacking = module.unsupported(x, w1, w2, **core, backward=True)
-        return plain if lacking else functools.partial(module.backward, **core)
-
-    calls = {
-        "xla": plain,
-        "cpu": functools.partial(cpu.backward, **core),
-        "tpu": kernel(tpu),
-        "gpu": kernel(gpu),
-    }
-    batch = BATCH[setting.layout]
-    gradients = implementations.on_shares(
-        functools.partial(setting.run, calls),
-        (x, w1, b1, w2, dy),
-        (batch, None, None, None, batch),
-        (batch, None, None, None),
-    )
-    return *gradients, dout_bias, dresidual
-
-
-_fused.defvjp(_forward, _backward)
+OPERATION = Operation(
+    "shift_block",
+    xla.forward,
+    {
+        "cpu": Kernel(cpu.forward, cpu.backward, _unsupported(cpu)),
+        "tpu": Kernel(tpu.forward, tpu.backward, _unsupported(tpu), layout="HWCN"),
+        "gpu": Kernel(gpu.forward, gpu.backward, _unsupported(gpu)),
+    },
+    images=(True, False, False, False),
+    prepare=_prepare,
+    cases=[
+        Case((x, (16, 144), (144,), (144, 16)), {"neighbourhood": (3, 1), "stride": stride})
+        for x, stride in (((128, 4, 8, 16), 1), ((128, 4, 8, 16), 2), ((256, 32, 32, 16), 1))
+    ],
+)

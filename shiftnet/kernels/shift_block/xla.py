@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from shiftnet.kernels.layouts import Layout, affine, every, product
+from shiftnet.kernels.layouts import affine, every, product
 from shiftnet.kernels.shift import plain
 
 
@@ -16,8 +16,7 @@ def forward(
     dh: np.ndarray,
     dw: np.ndarray,
     stride: int,
-    layout: Layout,
 ) -> jax.Array:
     """As `shift_block`, without what comes after the second product."""
-    y = jax.nn.relu(affine(product(x, w1, layout), None, b1, layout))
-    return product(every(plain(y, dh, dw, layout), stride, layout), w2, layout)
+    y = jax.nn.relu(affine(product(x, w1, "NHWC"), None, b1, "NHWC"))
+    return product(every(plain(y, dh, dw), stride, "NHWC"), w2, "NHWC")

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.packed_matmul import packed as layout
+from benchmarks.packed_matmul import thirds
+from benchmarks.packed_matmul.packed import Encoding, PackedMatrix
 from shiftnet.kernels import gpu
-from shiftnet.kernels.packed_matmul import packed as layout
-from shiftnet.kernels.packed_matmul import thirds
-from shiftnet.kernels.packed_matmul.packed import Encoding, PackedMatrix
 
 MAX_ROWS = 64
 COLUMNS = 64  # of a tensor core instruction

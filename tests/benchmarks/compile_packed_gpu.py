@@ -1,6 +1,6 @@
 """Compiles the packed product's GPU kernel for an H200 on a machine without one.
 
-    python -m tests.kernels.compile_packed_gpu
+    python -m tests.benchmarks.compile_packed_gpu
 
 It needs `jax[cuda13]` and `absl-py`, in an environment of their own. Prints a line for each kernel
 that does not compile, and exits with 1 if there is one.
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from shiftnet.kernels.packed_matmul import PackedMatrix, gpu
-from shiftnet.kernels.packed_matmul.packed import Encoding
+from benchmarks.packed_matmul import PackedMatrix, gpu
+from benchmarks.packed_matmul.packed import Encoding
 from shiftnet.training import plan
 
 LEVELS = {

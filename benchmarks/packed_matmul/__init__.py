@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels import implementations
-from shiftnet.kernels.packed_matmul import gpu, tpu, xla
-from shiftnet.kernels.packed_matmul.packed import PackedMatrix, pack
+from benchmarks.packed_matmul import gpu, tpu, xla
+from benchmarks.packed_matmul.packed import PackedMatrix, pack
+from shiftnet.kernels.operation import Kernel, Operation
 
 __all__ = ["Implementation", "PackedMatrix", "expand", "pack", "packed_matmul"]
 
@@ -52,7 +52,7 @@ def packed_matmul(
     if x.ndim < 1 or x.shape[-1] != packed.shape[0]:
         raise ValueError(f"packed_matmul needs x [..., {packed.shape[0]}], got {x.shape}")
     rows = math.prod(x.shape[:-1])
-    product = _matmul(x.reshape(rows, x.shape[-1]), packed, implementation)
+    product = OPERATION(x.reshape(rows, x.shape[-1]), packed, implementation=implementation)
     return product.reshape(*x.shape[:-1], packed.shape[1])
 
 
@@ -61,24 +61,16 @@ def expand(packed: PackedMatrix, dtype: jax.typing.DTypeLike = jnp.float32) -> j
     return (xla.powers(packed, jnp.float32) * xla.factors(packed)).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, packed: PackedMatrix, implementation: Implementation | None) -> jax.Array:
-    return implementations.run(
-        "packed_matmul",
-        implementation,
-        {"xla": xla.matmul, "tpu": tpu.matmul, "gpu": gpu.matmul},
-        {"tpu": lambda: tpu.unsupported(x, packed), "gpu": lambda: gpu.unsupported(x, packed)},
-        x,
-        packed,
-    )
+@jax.custom_vjp
+def _reference(x: jax.Array, packed: PackedMatrix) -> jax.Array:
+    return xla.matmul(x, packed)
 
 
-def _forward(x, packed, implementation):
-    return _matmul(x, packed, implementation), (x, packed)
+def _forward(x, packed):
+    return xla.matmul(x, packed), (x, packed)
 
 
-def _backward(implementation, residuals, dy):
-    del implementation
+def _backward(residuals, dy):
     x, packed = residuals
     dtype = xla.accumulator(x.dtype)
     dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
@@ -91,4 +83,15 @@ def _backward(implementation, residuals, dy):
     return dx, dataclasses.replace(packed, words=no_gradient, scale=dscale)
 
 
-_matmul.defvjp(_forward, _backward)
+_reference.defvjp(_forward, _backward)
+
+
+def _kernel(module: Any) -> Kernel:
+    return Kernel(
+        module.matmul, unsupported=lambda x, packed, backward: module.unsupported(x, packed)
+    )
+
+
+OPERATION = Operation(
+    "packed_matmul", _reference, {"tpu": _kernel(tpu), "gpu": _kernel(gpu)}, images=(False, False)
+)

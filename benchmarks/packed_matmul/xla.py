@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.packed_matmul import packed as layout
-from shiftnet.kernels.packed_matmul.packed import PackedMatrix
+from benchmarks.packed_matmul import packed as layout
+from benchmarks.packed_matmul.packed import PackedMatrix
 
 
 def matmul(x: jax.Array, packed: PackedMatrix) -> jax.Array:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
 
+from benchmarks.packed_matmul import PackedMatrix, expand, gpu, pack, packed_matmul, tpu
+from benchmarks.packed_matmul import packed as layout
 from shiftnet.kernels import implementations
-from shiftnet.kernels.packed_matmul import PackedMatrix, expand, gpu, pack, packed_matmul, tpu
-from shiftnet.kernels.packed_matmul import packed as layout
 from tests.kernels.test_tpu_compile import moved_bytes
 
 core = pytest.mark.core

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from shiftnet.kernels.packed_matmul import packed as layout
-from shiftnet.kernels.packed_matmul import thirds
-from shiftnet.kernels.packed_matmul.packed import PackedMatrix
+from benchmarks.packed_matmul import packed as layout
+from benchmarks.packed_matmul import thirds
+from benchmarks.packed_matmul.packed import PackedMatrix
 
 MAX_ROWS = 64
 # All of x stays in VMEM, of which v5e and v6e have 128 MiB.

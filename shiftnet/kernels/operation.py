@@ -1,0 +1,401 @@
+"""What an operation is: how it is differentiated, divided over devices, and chosen a kernel for.
+
+To add one, make a folder `kernels/NAME/` with
+
+    xla.py       the reference: `forward(*operands, **settings)` in plain XLA, NHWC, any arguments
+    cpu.py, tpu.py, gpu.py, as far as there are kernels:
+                 `forward(*operands, **settings)`, which may also take an `Epilogue`'s arguments,
+                 `backward(*operands, dout, **settings)`, the gradients of all operands, and
+                 `unsupported(*operands, backward, **settings)`, a clause that says why not, or None
+    __init__.py  NAME = the public function: its docstring and checks; it ends in a call of
+                 OPERATION = Operation("NAME", xla.forward, {"cpu": Kernel(...), ...}, ...)
+
+and nothing elsewhere: the gradient of a reference is `jax.vjp`'s, second derivatives are the
+reference's, a kernel that works in HWCN says so, and `cases` are what `selftest` runs on a device
+before its first use. `with choices() as seen` collects what was chosen and why, while programs are
+traced.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from shiftnet.kernels import implementations, selftest
+from shiftnet.kernels.implementations import Division
+from shiftnet.kernels.layouts import Layout, affine, from_nhwc, to_nhwc
+
+OPERATIONS: dict[str, "Operation"] = {}  # all that were imported, by name
+
+_LOWERED = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}  # as `jax.lax.platform_dependent` has them
+_seen: ContextVar[list[str] | None] = ContextVar("_seen", default=None)
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[list[str]]:
+    """Collects what the operations choose while programs are traced within.
+
+    Programs that were traced before choose nothing again.
+
+    Yields:
+      A list that grows: "shift_block: cpu", "shift: xla, since it has no cpu kernel", each
+      line once.
+    """
+    seen: list[str] = []
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
+
+
+def _record(line: str) -> None:
+    seen = _seen.get()
+    if seen is not None and line not in seen:
+        seen.append(line)
+
+
+def decide(*, again: bool = False) -> Mapping[str, str]:
+    """Tests the kernels of all imported operations on the default device: call it before training.
+
+    In a job of several processes each must call it, at the same place: the first one tests, and all
+    follow it. Without it an operation is tested when it is first traced, and a job of several
+    processes takes no kernels.
+
+    Args:
+      again: whether to test what was tested before, by this process or an earlier one.
+
+    Returns:
+      Why kernels are left out, by operation; nothing on a CPU.
+    """
+    return selftest.decide(OPERATIONS.values(), again=again)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An implementation beside the reference.
+
+    Attributes:
+      forward: `forward(*operands, **settings)`; where the operation is called with an epilogue, its
+        parts come as `out_scale`, `out_bias`, `out_relu` and `residual`.
+      backward: `backward(*operands, dout, **settings)`, a tuple of the operands' gradients; None
+        has the reference's.
+      unsupported: why it cannot take these operands (arrays or their shapes) and settings, in one
+        clause; None takes all.
+      layout: of the images that it takes and returns.
+    """
+
+    forward: Callable[..., jax.Array]
+    backward: Callable[..., tuple[Any, ...]] | None = None
+    unsupported: Callable[..., str | None] | None = None
+    layout: Layout = "NHWC"
+
+
+class Case(NamedTuple):
+    """What `selftest` calls an operation with: random bfloat16 operands of these shapes."""
+
+    shapes: tuple[tuple[int, ...] | None, ...]  # None for operands that are not there
+    settings: Mapping[str, Any] = {}
+
+
+class Epilogue(NamedTuple):
+    """What may follow an operation: scale, bias, (a ReLU,) and an addition, each if it is there."""
+
+    out_scale: jax.Array | None = None
+    out_bias: jax.Array | None = None
+    residual: jax.Array | None = None
+
+
+def finish(y: jax.Array, epilogue: Epilogue, relu: bool) -> jax.Array:
+    """Does the epilogue in plain XLA; `[..., K]`, scale and bias `[K]` in float32 or wider."""
+    scale, bias, residual = epilogue
+    if scale is not None or bias is not None:
+        y = affine(y, scale, bias, "NHWC")
+    y = jnp.maximum(y, 0) if relu else y
+    return y if residual is None else y + residual
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation on images, whose arguments are checked already.
+
+    Calling it with operands and settings by name (hashable values) returns one array.
+    `implementation`, `out_relu` and an `Epilogue`'s arguments are known to all operations.
+
+    Attributes:
+      name: for errors and messages.
+      reference: `reference(*operands, **settings)` in plain XLA, differentiable.
+      kernels: by implementation; None chooses those called "cpu", "tpu" and "gpu" there.
+      images: which operands are images, `[N, H, W, C]`; the first one and the result are if any is.
+      prepare: `prepare(*operands, **settings)` makes the settings that reference and kernels take
+        of those of a call; by default they are the same.
+      cases: for `selftest`.
+    """
+
+    name: str
+    reference: Callable[..., jax.Array]
+    kernels: Mapping[str, Kernel]
+    images: tuple[bool, ...]
+    prepare: Callable[..., dict[str, Any]] | None = None
+    cases: Sequence[Case] = ()
+
+    def __post_init__(self) -> None:
+        OPERATIONS[self.name] = self
+
+    def __call__(
+        self,
+        *operands: Any,
+        implementation: str | None = None,
+        out_scale: jax.Array | None = None,
+        out_bias: jax.Array | None = None,
+        out_relu: bool = False,
+        residual: jax.Array | None = None,
+        **settings: Any,
+    ) -> jax.Array:
+        if implementation not in (None, "xla", *self.kernels):
+            raise ValueError(
+                f"unknown implementation {implementation!r} of {self.name}; "
+                f"known: {', '.join(('xla', *self.kernels))}"
+            )
+        if implementation is None and implementations.is_only_xla():
+            implementation = "xla"
+        call = _Call(
+            self,
+            tuple(settings.items()),
+            out_relu,
+            implementation,
+            implementations.platform(),
+            implementations.division(operands[0]) if self.images[0] else None,
+        )
+        return _run(call, operands, Epilogue(out_scale, out_bias, residual))
+
+
+class _Call(NamedTuple):
+    """What a call is beside its arrays. Its gradient is taken later, and is to be of one kind."""
+
+    operation: Operation
+    settings: tuple[tuple[str, Any], ...]
+    out_relu: bool
+    implementation: str | None
+    platform: str
+    division: Division | None
+
+    def prepared(self, operands: Sequence[Any]) -> dict[str, Any]:
+        """The settings of the reference and the kernels."""
+        settings = dict(self.settings)
+        prepare = self.operation.prepare
+        return settings if prepare is None else prepare(*operands, **settings)
+
+    def reference(self, *operands: Any) -> jax.Array:
+        return self.operation.reference(*operands, **self.prepared(operands))
+
+    def forward(self, *arrays: Any) -> jax.Array:
+        """The operation of operands and epilogue, by the implementation chosen for these shapes."""
+        count = len(self.operation.images)
+        settings = self.prepared(arrays[:count])
+
+        def plain(*arrays: Any) -> jax.Array:
+            return finish(self.reference(*arrays[:count]), Epilogue(*arrays[count:]), self.out_relu)
+
+        def by(kernel: Kernel, *arrays: Any) -> jax.Array:
+            after: dict[str, Any] = Epilogue(*arrays[count:])._asdict()
+            after = {name: array for name, array in after.items() if array is not None}
+            after |= {"out_relu": True} if self.out_relu else {}
+            images = _changed(_into, kernel, arrays[:count], self.operation.images)
+            if "residual" in after:
+                after["residual"] = _into(after["residual"], kernel.layout)
+            return to_nhwc(kernel.forward(*images, **settings, **after), kernel.layout)
+
+        name, reason = self._choice(arrays[:count], settings)
+        _record(f"{self.operation.name}: {name}" + (f", since {reason}" if reason else ""))
+        if name == "xla":
+            return plain(*arrays)
+        return self._either(
+            name, functools.partial(by, self.operation.kernels[name]), plain, arrays
+        )
+
+    def backward(self, *arrays: Any) -> tuple[Any, ...]:
+        """The gradients of the operands, which `arrays` begins with, for that of the result."""
+        images = self.operation.images
+        settings = self.prepared(arrays[:-1])
+
+        def plain(*arrays: Any) -> tuple[Any, ...]:
+            return jax.vjp(self.reference, *arrays[:-1])[1](arrays[-1])
+
+        name, _ = self._choice(arrays[:-1], settings)
+        if name == "xla":
+            return plain(*arrays)
+        kernel = self.operation.kernels[name]
+        backward = kernel.backward
+        if backward is None:
+            reason: str | None = "its kernel has none"
+        else:
+            reason = self._unsupported(kernel, arrays[:-1], settings, backward=True)
+        if backward is None or reason:
+            _record(f"{self.operation.name}'s gradient: xla, since {reason}")
+            return plain(*arrays)
+
+        def by(*arrays: Any) -> tuple[Any, ...]:
+            changed = _changed(_into, kernel, arrays, (*images, images[0]))
+            return _changed(to_nhwc, kernel, backward(*changed, **settings), images)
+
+        return self._either(name, by, plain, arrays)
+
+    def _choice(self, operands: Sequence[Any], settings: dict[str, Any]) -> tuple[str, str | None]:
+        """The implementation, and why it is plain XLA if that was not asked for.
+
+        Raises:
+          ValueError: where one is asked for that cannot take the operands.
+        """
+        operation, name = self.operation, self.implementation
+        if name == "xla":
+            return name, "it is asked for"
+        if name is not None:
+            if reason := self._unfit(name, operands, settings):
+                raise ValueError(f"{operation.name} has no {name!r} for this: {reason}")
+            return name, None
+        name = self.platform
+        if name not in operation.kernels:
+            return "xla", f"it has no {name} kernel"
+        reason = self._unfit(name, operands, settings)
+        if reason is None and name == jax.default_backend() != "cpu":
+            reason = selftest.failure(operation)
+        return ("xla", reason) if reason else (name, None)
+
+    def _unfit(self, name: str, operands: Sequence[Any], settings: dict[str, Any]) -> str | None:
+        kernel = self.operation.kernels[name]
+        if kernel.unsupported is None:
+            return None
+        sizes = [size for array in jax.tree.leaves(operands) for size in array.shape]
+        if not all(isinstance(size, int) for size in sizes):
+            return "a size is left open"
+        wide = name != "cpu" and jax.config.read("jax_enable_x64")
+        reason = self._unsupported(kernel, operands, settings, backward=False)
+        return reason or ("JAX is in its 64-bit mode" if wide else None)
+
+    def _unsupported(
+        self, kernel: Kernel, operands: Sequence[Any], settings: dict[str, Any], *, backward: bool
+    ) -> str | None:
+        if kernel.unsupported is None:
+            return None
+        shapes = jax.eval_shape(
+            lambda *operands: _changed(from_nhwc, kernel, operands, self.operation.images),
+            *operands,
+        )
+        return kernel.unsupported(*shapes, backward=backward, **settings)
+
+    def _either(
+        self,
+        name: str,
+        kernel: Callable[..., Any],
+        plain: Callable[..., Any],
+        arrays: Sequence[Any],
+    ) -> Any:
+        """Runs the kernel; on its platform alone, where the program may be lowered for another."""
+        kernel = _differentiable(kernel, plain)
+        if self.implementation is not None:
+            return kernel(*arrays)
+        return jax.lax.platform_dependent(*arrays, **{_LOWERED[name]: kernel}, default=plain)
+
+    def divided(
+        self, call: Callable[..., Any], arrays: Sequence[Any], images: Sequence[bool], results: Any
+    ) -> Any:
+        """Calls a function on each device's images.
+
+        The compiler, which divides everything else over the devices by itself, cannot look into a
+        kernel, and would hand each device the whole batch.
+
+        Args:
+          call: from `arrays` to its results.
+          arrays: arrays, or trees of them.
+          images: which of them have a batch.
+          results: which of the results have; those without are added up over the devices.
+        """
+        if self.division is None:
+            return call(*arrays)
+        mesh, axes, free = self.division
+        specs = {True: PartitionSpec(axes or None), False: PartitionSpec()}
+
+        def on_one(*arrays: Any) -> Any:
+            found = call(*arrays)
+            if not isinstance(results, tuple):
+                return found
+            return tuple(
+                result if is_image or not axes else jax.lax.psum(result, axes)
+                for result, is_image in zip(found, results, strict=True)
+            )
+
+        return jax.shard_map(
+            on_one,
+            mesh=mesh,
+            in_specs=tuple(specs[image] for image in images),
+            out_specs=jax.tree.map(specs.get, results),
+            axis_names=free,
+            check_vma=False,
+        )(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(call: _Call, operands: tuple[Any, ...], epilogue: Epilogue) -> jax.Array:
+    images = call.operation.images
+    return call.divided(
+        call.forward, (*operands, *epilogue), (*images, False, False, images[0]), images[0]
+    )
+
+
+def _forward(call, operands, epilogue):
+    y = _run(call._replace(out_relu=False), operands, Epilogue())
+    after = functools.partial(finish, relu=call.out_relu)
+    out, unfinish = jax.vjp(after, y, epilogue)
+    return out, (unfinish, operands)
+
+
+def _backward(call, residuals, dout):
+    unfinish, operands = residuals
+    dy, depilogue = unfinish(dout)
+    images = call.operation.images
+    gradients = call.divided(call.backward, (*operands, dy), (*images, images[0]), images)
+    return tuple(gradients), depilogue
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _into(image: jax.Array, layout: Layout) -> jax.Array:
+    """The image in a kernel's layout, which becomes its layout in memory: nothing is moved.
+
+    Without the barrier XLA computes what leads to the image twice, in the kernel's order of axes
+    and in NHWC: a training step of ShiftResNet20 moves 17.0 MB per image in place of 14.8.
+    """
+    return image if layout == "NHWC" else from_nhwc(jax.lax.optimization_barrier(image), layout)
+
+
+def _changed(
+    change: Callable[[jax.Array, Layout], jax.Array],
+    kernel: Kernel,
+    arrays: Sequence[Any],
+    images: Sequence[bool],
+) -> tuple[Any, ...]:
+    """The arrays, with the images among them in the kernel's layout, or out of it."""
+    pairs = zip(arrays, images, strict=True)
+    return tuple(change(array, kernel.layout) if image else array for array, image in pairs)
+
+
+def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, with the derivatives of `plain`.
+
+    An operation's gradient is its own; these are the second derivatives, through what that runs.
+    """
+    call = jax.custom_jvp(kernel)
+
+    @call.defjvp
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        return call(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return call
