@@ -193,7 +193,7 @@ def test_two_devices_convolve_half_of_the_batch_each():
         y, pull = jax.vjp(lambda x, w: conv(x, w, stride=2), x, w)
         return y, *pull(dy)
 
-    with implementations.over(mesh):
+    with jax.set_mesh(mesh):
         lowered = jax.jit(gradients).lower(x, w)
         assert "tensor<2x9x8x5xf32>" in lowered.as_text()  # the operation's own share
         results = lowered.compile()(x, w)

@@ -1,12 +1,12 @@
 """A two-dimensional convolution without bias."""
 
-import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 
-from shiftnet.kernels import checks, implementations
+from shiftnet.kernels import checks
 from shiftnet.kernels.conv import cpu, xla
+from shiftnet.kernels.operation import Kernel, Operation
 
 __all__ = ["Implementation", "conv"]
 
@@ -58,46 +58,12 @@ def conv(
             f"divide K, got x {x.shape}, w {w.shape} and {groups} groups"
         )
     checks.same_dtype("conv", x, w=w)
-    return _conv(_Setting(stride, groups, implementation), x, w)
+    return OPERATION(x, w, stride=stride, groups=groups, implementation=implementation)
 
 
-class _Setting(NamedTuple):
-    stride: int
-    groups: int
-    implementation: str | None
-
-    def run(self, calls, x, w, *rest):
-        """Runs one of `calls`."""
-        reason = functools.partial(
-            cpu.unsupported, x, w, backward=bool(rest), stride=self.stride, groups=self.groups
-        )
-        return implementations.run("conv", self.implementation, calls, {"cpu": reason}, x, w, *rest)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(setting, x, w):
-    core = {"stride": setting.stride, "groups": setting.groups}
-    calls = {
-        "xla": functools.partial(xla.forward, **core),
-        "cpu": functools.partial(cpu.forward, **core),
-    }
-    return implementations.on_shares(functools.partial(setting.run, calls), (x, w), (0, None), 0)
-
-
-def _forward(setting, x, w):
-    return _conv(setting, x, w), (x, w)
-
-
-def _backward(setting, residuals, dout):
-    core = {"stride": setting.stride, "groups": setting.groups}
-
-    def plain(x, w, dout):
-        return jax.vjp(functools.partial(xla.forward, **core), x, w)[1](dout)
-
-    calls = {"xla": plain, "cpu": functools.partial(cpu.backward, **core)}
-    return implementations.on_shares(
-        functools.partial(setting.run, calls), (*residuals, dout), (0, None, 0), (0, None)
-    )
-
-
-_conv.defvjp(_forward, _backward)
+OPERATION = Operation(
+    "conv",
+    xla.forward,
+    {"cpu": Kernel(cpu.forward, cpu.backward, cpu.unsupported)},
+    images=(True, False),
+)
