@@ -34,6 +34,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -56,13 +60,30 @@ typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)
 inline Vector Load(const float* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
 inline void Store(float* to, Vector value) { *reinterpret_cast<UnalignedVector*>(to) = value; }
 
-// The first `count` lanes.
+// The first `count` lanes, of which there may be more or fewer than a vector has; none beyond them is
+// touched, and those read are zeros.
+#if defined(__AVX512F__)
+inline __mmask16 Mask(int64_t count) { return count >= kLanes ? 0xffff : (1u << count) - 1; }
+inline Vector LoadPart(const float* from, int64_t count) {
+  return (Vector)_mm512_maskz_loadu_ps(Mask(count), from);
+}
+inline void StorePart(float* to, Vector value, int64_t count) {
+  _mm512_mask_storeu_ps(to, Mask(count), (__m512)value);
+}
+#else
+inline Vector LoadPart(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, from, count * sizeof(float));
+  return Load(lanes);
+}
 inline void StorePart(float* to, Vector value, int64_t count) {
   if (count >= kLanes) return Store(to, value);
   float lanes[kLanes];
   Store(lanes, value);
   std::memcpy(to, lanes, count * sizeof(float));
 }
+#endif
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -181,12 +202,12 @@ void CopyWindow(const float* image, const Images& images, const Window& window, 
     if (whole) {
       std::memcpy(to, from, (end - begin) * window.pitch * sizeof(float));
     } else {
-      for (int64_t i = begin; i < end; ++i, from += images.channels) {
+      for (int64_t i = begin; i < end; ++i, from += images.channels, to += window.pitch) {
         int64_t c = 0;
-        for (; c + kLanes <= window.channels; c += kLanes) Store(to + c, Load(from + c));
-        for (; c < window.channels; ++c) to[c] = from[c];
-        for (; c < window.pitch; ++c) to[c] = 0;
-        to += window.pitch;
+        for (; c + kLanes <= window.pitch; c += kLanes) {
+          Store(to + c, LoadPart(from + c, window.channels - c));
+        }
+        for (; c < window.pitch; ++c) to[c] = c < window.channels ? from[c] : 0;
       }
     }
     std::memset(band + end * window.pitch, 0, (window.columns - end) * window.pitch * sizeof(float));
@@ -372,8 +393,8 @@ void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* so
     plan.size = phase.rows.taps * plan.depth * kLanes;  // of one vector of channels
     plan.block = BestVectors(std::max<int64_t>(phase.columns.count, 1), vectors);
     // A slice is a number of blocks whose weights stay in the cache.
-    const int64_t blocks = std::max<int64_t>(kWeights / std::max<int64_t>(plan.size * plan.block, 1), 1);
-    plan.slice = std::min(blocks * plan.block, vectors);
+    const int64_t fitting = kWeights / std::max<int64_t>(plan.size * plan.block, 1);
+    plan.slice = std::min(std::max<int64_t>(fitting, 1) * plan.block, vectors);
     plan.slices = CeilDiv(vectors, plan.slice);
     plan.rows = RowsOfTask(phase, c.in, c.source.count * c.groups * plan.slices, threads);
     plan.bands = CeilDiv(phase.rows.count, plan.rows);
@@ -387,19 +408,25 @@ void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* so
   }
 
   Buffer packed(packed_size);
-  const int64_t number_of_phases = c.phases.size();
-  auto begin_of = [&](int64_t phase, int64_t group, int64_t vector) {
+  auto packed_from = [&](int64_t phase, int64_t group, int64_t vector) {
     return packed.get() + plans[phase].packed + (group * vectors + vector) * plans[phase].size;
   };
-  Parallel(pool, number_of_phases * c.groups, [&](int64_t task) {
-    const int64_t index = task / c.groups, group = task % c.groups;
-    const Plan& plan = plans[index];
-    for (int64_t first = 0; first < vectors; first += plan.slice) {
-      const int64_t last = std::min(first + plan.slice, vectors);
-      for (int64_t v = first; v < last; v += plan.block) {
-        PackBlock(c, c.phases[index], group, v, std::min(plan.block, last - v), weights,
-                  begin_of(index, group, v));
-      }
+  struct Block {
+    int64_t phase, group, begin;
+  };
+  std::vector<Block> blocks;
+  for (int64_t phase = 0; phase < int64_t(plans.size()); ++phase) {
+    for (int64_t group = 0; group < c.groups; ++group) {
+      for (int64_t v = 0; v < vectors; v += plans[phase].block) blocks.push_back({phase, group, v});
+    }
+  }
+  constexpr int64_t kBlocksOfTask = 4;
+  Parallel(pool, CeilDiv(blocks.size(), kBlocksOfTask), [&](int64_t task) {
+    const int64_t end = std::min<int64_t>((task + 1) * kBlocksOfTask, blocks.size());
+    for (int64_t i = task * kBlocksOfTask; i < end; ++i) {
+      const auto [phase, group, begin] = blocks[i];
+      PackBlock(c, c.phases[phase], group, begin, std::min(plans[phase].block, vectors - begin),
+                weights, packed_from(phase, group, begin));
     }
   });
 
@@ -438,7 +465,7 @@ void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* so
           const int64_t count = std::min(pixels, phase.columns.count - p);
           kMultiply[block - 1][count - 1](
               tile, band.get() + r * phase.rows.stride * tile.x_row + p * tile.x_pixel,
-              begin_of(index, group, v), out + r * out_row + p * tile.out_pixel + v * kLanes);
+              packed_from(index, group, v), out + r * out_row + p * tile.out_pixel + v * kLanes);
         }
       }
     }
@@ -657,9 +684,8 @@ void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const floa
       const float* dy_rows = dy + (image * c.y.height + row) * c.y.width * c.y.channels +
                              group * c.out + first * kLanes;
       if (copied) {
-        const Images flat = {1, 1, rows * c.y.width, c.y.channels};
-        CopyWindow(dy_rows, flat,
-                   {0, 0, 1, rows * c.y.width, 0, std::min(width, c.out - first * kLanes), width},
+        const int64_t pixels = rows * c.y.width, channels = std::min(width, c.out - first * kLanes);
+        CopyWindow(dy_rows, {1, 1, pixels, c.y.channels}, {0, 0, 1, pixels, 0, channels, width},
                    dy_band.get());
         dy_rows = dy_band.get();
         tile.dy_pixel = width;
@@ -698,10 +724,11 @@ void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const floa
 }
 
 // sums[r, t, :] += sum over pixels of x[pixel + (r, t), :] * dy[pixel, :], for a vector of channels.
-// Here `x_row` is the distance between rows of x, which are `stride` for one of dy.
+// Here `x_row` is the distance between rows of x, which are `stride` for one of dy; `pitch` that
+// between its pixels; and `channels` the channels of dy that are left.
 template <int kRows, int kColumns>
-void DepthwiseGradientTile(const GradientTile& tile, int64_t stride, int64_t pitch, const float* x,
-                           const float* dy, float* sums) {
+void DepthwiseGradientTile(const GradientTile& tile, int64_t stride, int64_t pitch,
+                           int64_t channels, const float* x, const float* dy, float* sums) {
   Vector total[kRows][kColumns];
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kColumns; ++t) total[r][t] = Load(sums + r * tile.sums_row + t * pitch);
@@ -709,7 +736,7 @@ void DepthwiseGradientTile(const GradientTile& tile, int64_t stride, int64_t pit
   for (int64_t i = 0; i < tile.rows; ++i, x += stride * tile.x_row, dy += tile.dy_row) {
     const float *a = x, *b = dy;
     for (int64_t j = 0; j < tile.columns; ++j, a += tile.x_pixel, b += tile.dy_pixel) {
-      const Vector v = Load(b);
+      const Vector v = LoadPart(b, channels);
       for (int r = 0; r < kRows; ++r) {
         for (int t = 0; t < kColumns; ++t) total[r][t] += v * Load(a + r * tile.x_row + t * pitch);
       }
@@ -734,7 +761,7 @@ void WeightGradientDepthwise(ffi::ThreadPool& pool, const Convolution& c, const 
   Parallel(pool, d.parts, [&](int64_t part) {
     float* const own = sums.get() + part * size;
     std::memset(own, 0, size * sizeof(float));
-    Buffer band(band_size), dy_band(d.rows * c.y.width * pitch);
+    Buffer band(band_size);
     const int64_t end = std::min((part + 1) * d.bands_of_part, c.y.count * d.bands);
     for (int64_t b = part * d.bands_of_part; b < end; ++b) {
       const int64_t image = b / d.bands, row = b % d.bands * d.rows;
@@ -742,28 +769,26 @@ void WeightGradientDepthwise(ffi::ThreadPool& pool, const Convolution& c, const 
       if (rows <= 0) continue;
       CopyWindow(x + image * c.x.height * c.x.width * channels, c.x,
                  WindowOf(phase, row, rows, 0, channels, pitch), band.get());
-      CopyWindow(dy + (image * c.y.height + row) * c.y.width * channels,
-                 {1, 1, rows * c.y.width, channels},
-                 {0, 0, 1, rows * c.y.width, 0, channels, pitch}, dy_band.get());
       GradientTile tile;
       tile.x_pixel = c.stride * pitch;
       tile.x_row = columns * pitch;
-      tile.dy_pixel = pitch;
-      tile.dy_row = c.y.width * pitch;
+      tile.dy_pixel = channels;
+      tile.dy_row = c.y.width * channels;
       tile.rows = rows;
       tile.columns = c.y.width;
       tile.sums_row = c.kernel * pitch;
+      const float* const dy_rows = dy + (image * c.y.height + row) * c.y.width * channels;
       for (int64_t first = 0; first < channels; first += kLanes) {
         if (c.kernel == 3) {
-          DepthwiseGradientTile<3, 3>(tile, c.stride, pitch, band.get() + first,
-                                      dy_band.get() + first, own + first);
+          DepthwiseGradientTile<3, 3>(tile, c.stride, pitch, channels - first, band.get() + first,
+                                      dy_rows + first, own + first);
           continue;
         }
         for (int64_t k = 0; k < c.kernel; ++k) {
           for (int64_t t = 0; t < c.kernel; ++t) {
-            DepthwiseGradientTile<1, 1>(tile, c.stride, pitch,
+            DepthwiseGradientTile<1, 1>(tile, c.stride, pitch, channels - first,
                                         band.get() + k * tile.x_row + t * pitch + first,
-                                        dy_band.get() + first,
+                                        dy_rows + first,
                                         own + (k * c.kernel + t) * pitch + first);
           }
         }
