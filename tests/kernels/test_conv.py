@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from shiftnet.kernels import implementations
-from shiftnet.kernels.conv import build, conv
+from shiftnet.kernels import implementations, native
+from shiftnet.kernels.conv import conv
 
 needs_library = pytest.mark.skipif(
-    build.load().library is None, reason=str(build.load().reason or "")
+    native.load().library is None, reason=str(native.load().reason or "")
 )
 
 
@@ -234,9 +234,9 @@ def test_other_dtypes_are_left_to_xla(x, w):
 def fresh(monkeypatch, tmp_path):
     """Lets a test decide what is compiled, in a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load.cache_clear()
+    native.load.cache_clear()
     yield monkeypatch
-    build.load.cache_clear()
+    native.load.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_processes_that_start_together_compile_once(fresh, tmp_path):
     compiler.chmod(stat.S_IRWXU)
     paths = []
     threads = [
-        threading.Thread(target=lambda: paths.append(build._built([str(compiler)])))
+        threading.Thread(target=lambda: paths.append(native._built([str(compiler)])))
         for _ in range(3)
     ]
     for thread in threads:

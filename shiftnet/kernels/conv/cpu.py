@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.conv import build
+from shiftnet.kernels import native
 
 
 def unsupported(
@@ -16,7 +16,7 @@ def unsupported(
         return f"the kernel needs float32, not {x.dtype}"
     if w.shape[0] != w.shape[1] or w.shape[0] % 2 == 0:
         return "the kernel needs a square window of an odd side"
-    return build.load().reason
+    return native.load().reason
 
 
 def forward(x: jax.Array, w: jax.Array, *, stride: int, groups: int) -> jax.Array:

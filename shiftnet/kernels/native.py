@@ -1,10 +1,10 @@
-"""Compiles `conv.cc` for this machine, at its first use, and loads it.
+"""Compiles the operations that are written in C++ for this machine, at their first use.
 
 The library lies in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that changes
 with the source, jaxlib, the compiler and the processor's instructions, so that nothing is ever out
 of date. It takes a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is there, and
 about ten seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
-convolutions run in plain XLA.
+these operations run in plain XLA.
 """
 
 import contextlib
@@ -29,8 +29,15 @@ try:
 except ImportError:  # not a Unix: two processes may compile at the same time, to no harm
     fcntl = None  # type: ignore[assignment]
 
-HANDLERS = ("shiftnet_conv", "shiftnet_conv_input_gradient", "shiftnet_conv_weight_gradient")
-SOURCE = Path(__file__).with_name("conv.cc")
+HERE = Path(__file__).parent
+SOURCES = (HERE / "conv" / "conv.cc", HERE / "batch_norm" / "batch_norm.cc")
+HANDLERS = (
+    "shiftnet_conv",
+    "shiftnet_conv_input_gradient",
+    "shiftnet_conv_weight_gradient",
+    "shiftnet_batch_norm",
+    "shiftnet_batch_norm_gradient",
+)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -57,8 +64,8 @@ def load() -> Outcome:
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         output = getattr(error, "stderr", None) or str(error)
         lines = [line for line in output.splitlines() if "error" in line] or output.splitlines()
-        reason = f"conv.cc was not compiled: {(lines or ['no reason given'])[0].strip()}"
-        log.warning("convolutions run in plain XLA, several times slower: %s", reason)
+        reason = f"the C++ was not compiled: {(lines or ['no reason given'])[0].strip()}"
+        log.warning("convolutions run in plain XLA, which is several times slower: %s", reason)
         return Outcome(None, reason)
     return Outcome(library, None)
 
@@ -80,17 +87,17 @@ def _compiler() -> list[str]:
 def _built(compiler: list[str]) -> Path:
     """The library's path; compiles it where it is not there."""
     folder = _cache()
-    path = folder / f"conv-{_digest(compiler)}.so"
+    path = folder / f"native-{_digest(compiler)}.so"
     if path.exists():
         return path
     with _lock(path.with_suffix(".lock")):
         if path.exists():
             return path
-        log.info("compiling the CPU's convolutions, once on this machine: about ten seconds")
+        log.info("compiling the CPU's operations, once on this machine: about ten seconds")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
-            include = ("-isystem", jax.ffi.include_dir())
-            _output([*compiler, *FLAGS, *include, str(SOURCE), "-o", str(made)])
+            include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")
+            _output([*compiler, *FLAGS, *include, *map(str, SOURCES), "-o", str(made)])
             made.replace(path)  # all of it, or nothing
     return path
 
@@ -98,7 +105,8 @@ def _built(compiler: list[str]) -> Path:
 def _digest(compiler: list[str]) -> str:
     """What the library depends on: the predefined macros name compiler and instructions."""
     macros = _output([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull])
-    parts = (SOURCE.read_text(), macros, *FLAGS, version("jaxlib"))
+    texts = [path.read_text() for path in (HERE / "native.h", *SOURCES)]
+    parts = (*texts, macros, *FLAGS, version("jaxlib"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
