@@ -1,15 +1,16 @@
-# make quickstart   set up, train on real handwritten digits, evaluate (no download but packages)
+# make quickstart   set up, train on real handwritten digits, evaluate (downloads only packages)
 # make test         linters, type checker, import order, the tests
-# make test-slow    the tests that take longest: more of what others show
-# make compile-check   kernels and whole networks for TPUs and an H200, without one (4.4 GB of NVIDIA's
-#                      packages in an environment of their own; compile-tpu: TPUs alone)
-# make fuzz         22,000 damaged weight files and 20,000 command lines, recipes and settings, none
-#                   of which may crash, hang or leave a file behind (4 to 7 minutes)
-# make torture      kill 60 training runs at bad moments and compare how they end (20 minutes)
-# make results      the tables in docs/results.md and README.md anew, from what lies in results/
-# make clean        forget the environment and the quickstart's run
+# make test-slow    the slowest tests, which show more of what the others show
+# make compile-check   compile kernels and whole networks for TPUs and an H200, without one (4.4 GB of
+#                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs only)
+# make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 5,000
+#                   damaged image files and 500 odd folders of images, none of which may crash, hang
+#                   or leave a file behind (6 to 10 minutes)
+# make torture      kill 60 training runs at critical moments and compare how they end (20 minutes)
+# make results      write the tables in docs/results.md and README.md from results/
+# make clean        remove the environment and the quickstart's run
 
-# The first of these that runs and is new enough; another: make test PYTHON=/path/to/python
+# The first of these that runs and is new enough; to use another: make test PYTHON=/path/to/python
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 COMPILED := tests/kernels/compiled.sha256
 COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_matmul \
-	tests/kernels/compile_*.py tests/benchmarks/compile_*.py shiftnet/training/*.txtpb \
+	tests/kernels/compile_*.py tests/benchmarks/compile_*.py shiftnet/planning/*.txtpb \
 	-name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
@@ -35,7 +36,7 @@ quickstart: $(VENV)/base
 	@echo "  . $(BIN)/activate"
 	@echo "  python train.py --config configs/shiftresnet20_c100.py:expansion=3   # downloads CIFAR-100"
 	@echo "  tensorboard --logdir runs                                            # pip install tensorboard"
-	@echo "  README.md: your own recipe, GPUs and TPUs, the Python door"
+	@echo "  README.md: your own recipe, GPUs and TPUs, use from Python"
 
 test: $(VENV)/dev
 	$(BIN)/ruff format --check .
@@ -47,7 +48,7 @@ test: $(VENV)/dev
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 -m slow
 
-# Through the compilers for devices that are not here.
+# Runs the compilers for devices that are not here.
 compile-check: compile-tpu compile-gpu
 	$(COMPILED_DIGEST) >$(COMPILED)
 
@@ -58,7 +59,7 @@ compile-gpu: $(CUDA_VENV)/cuda
 	$(CUDA_VENV)/bin/python -m tests.kernels.compile_gpu
 	$(CUDA_VENV)/bin/python -m tests.benchmarks.compile_packed_gpu
 
-# What CI calls: nothing to do where compile-check passed with these very files, which it noted.
+# CI calls this: it does nothing if compile-check passed with exactly these files, by the digest it wrote.
 compile-check-if-changed:
 	@if [ "$$($(COMPILED_DIGEST))" = "$$(cat $(COMPILED))" ]; then \
 		echo "kernels and layers compiled for TPUs and an H200 as they are"; \
@@ -66,11 +67,12 @@ compile-check-if-changed:
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands
-	$(BIN)/python -m tests.foreign.fuzz
+	$(BIN)/python -m tests.interchange.fuzz
+	$(BIN)/python -m tests.data.fuzz
 
 results: $(VENV)/dev
-	$(BIN)/python -m shiftnet.report results results/short --out docs/results.md
-	$(BIN)/python -m shiftnet.report results --brief --out README.md
+	$(BIN)/python -m shiftnet report results results/smoke --out docs/results.md
+	$(BIN)/python -m shiftnet report results --brief --out README.md
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.torture

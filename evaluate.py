@@ -1,8 +1,8 @@
-"""See `python evaluate.py --help`, and shiftnet/evaluate.py."""
+"""See `python evaluate.py --help`, and shiftnet/cli/evaluate.py."""
 
-import sys
+if __name__ == "__main__":  # the processes that decode images import this file too
+    import sys
 
-from shiftnet.evaluate import main
+    from shiftnet.cli.evaluate import main
 
-if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""See `python train.py --help`, and shiftnet/train.py."""
+"""See `python train.py --help`, and shiftnet/cli/train.py."""
 
-import sys
+if __name__ == "__main__":  # the processes that decode images import this file too
+    import sys
 
-from shiftnet.train import main
+    from shiftnet.cli.train import main
 
-if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ class Loading(Measurement):
     """Our side: loads batches without doing anything with them."""
 
     def __init__(self, *, folder: str, batch_size: int, workers: int):
-        self._source = FolderSource(folder, "train")
+        self._source = FolderSource(f"{folder}/train")
         self._batch_size = batch_size
         self._workers = workers
 

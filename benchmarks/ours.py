@@ -15,17 +15,16 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 import shiftnet.config
 import shiftnet.data
 from benchmarks.protocol import Measurement, serve
 from shiftnet import checkpoint, models
 from shiftnet.inference import Classifier
+from shiftnet.interchange import torch_names
 from shiftnet.kernels import operation
 from shiftnet.kernels.implementations import only_xla
-from shiftnet.models import torch_names
-from shiftnet.training import loop
+from shiftnet.training import engine
 from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
 from shiftnet.training.processes import use_compilation_cache
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
@@ -37,7 +36,7 @@ LOOP_EPOCHS = 10_000  # more than will be asked for; the loop tabulates the rate
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
-def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> ConfigDict:
+def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> shiftnet.config.Config:
     """The default recipe with this net.
 
     Args:
@@ -47,12 +46,8 @@ def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> ConfigDict:
       dtype: as the recipes' `model.dtype`.
     """
     config = shiftnet.config.default_config()
-    if "model" in net:
-        config.model.update(net["model"])
-    else:
-        config.model.arch = f"shiftresnet{net['depth']}"
-        config.model.expansion = float(net["expansion"])
-    config.model.dtype = dtype
+    shift = {"arch": f"shiftresnet{net.get('depth')}", "expansion": net.get("expansion")}
+    config.model.update(**net.get("model", shift), dtype=dtype)
     config.batch_size = batch_size
     return config
 
@@ -198,7 +193,7 @@ class PlainInference(Inference):
 
 
 class Loop:
-    """Our training loop, `shiftnet.training.loop.train`; one run of this is one epoch of it.
+    """Our training loop, `shiftnet.training.engine.train`; one run of this is one epoch of it.
 
     It is the real loop on random images in memory: order, crop, flip and normalisation, dispatch,
     running means, progress and the check for a finite loss. Evaluation and checkpoints, which come
@@ -239,9 +234,9 @@ class Loop:
         try:
             with (
                 mock.patch.object(shiftnet.data, "load", return_value=self._dataset),
-                mock.patch.object(loop.MetricsLog, "write", epoch_ends),
+                mock.patch.object(engine.MetricsLog, "write", epoch_ends),
             ):
-                loop.train(self._config, self._workdir)
+                engine.train(self._config, self._workdir)
         except Exception as error:
             self._epochs.put(error)
 

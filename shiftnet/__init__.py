@@ -15,12 +15,15 @@ __version__ = "0.1.0"
 
 
 def load(path: "str | PathLike[str]") -> "Classifier":
-    """Loads a trained network from a checkpoint or a run's working directory.
+    """Loads a trained network.
 
-    See `shiftnet.inference.Classifier` for what it does.
+    Args:
+      path: a checkpoint, a run's working directory, or a packed `.safetensors` file. In a directory
+        with several checkpoints the newest is read that is not damaged. `~` is the home directory.
 
     Raises:
-      shiftnet.errors.UserError: where there is no checkpoint; it says where it looked.
+      shiftnet.errors.UserError: if there is no such checkpoint, it is damaged, or it is not one of
+        shiftnet's.
     """
     from shiftnet.inference import Classifier  # imports JAX, which `import shiftnet` should not
 

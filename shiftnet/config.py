@@ -1,18 +1,17 @@
-"""The settings of a training run: what each means, its default, its checks, its command line.
+"""The settings of a training run: their types, defaults, meaning, checks, command line and JSON.
 
-A recipe is a Python file with a function `get_config()` that starts from `default_config()`,
-changes some fields and returns the result; every recipe has the same fields. A command takes one
-with `--config FILE`, or `--config FILE:ARGUMENT` for `get_config(ARGUMENT)`, and overrides single
-fields with `--config.FIELD=VALUE`:
+Each setting is one line of a dataclass below: a type, a default, a text for `--help` and the rules
+for its values. A recipe is a Python file with a function `get_config()` that starts from
+`default_config()`, changes some fields and returns the result; every recipe has the same fields.
+A command takes a recipe with `--config FILE`, or `--config FILE:ARGUMENT` for
+`get_config(ARGUMENT)`, and changes single fields with `--config.FIELD=VALUE`:
 
     parser = Parser(prog="train.py")
     add_arguments(parser)
     config = from_arguments(parser.parse_args())
 
-Why not `ml_collections.config_flags`: on absl's flags an unknown field, a recipe that raises, or
-a file that does not exist ends in a traceback or in no error at all, a tuple field takes any text,
-every error exits with code 1, and the file loader is deprecated (ml_collections 1.1.0). Mending
-that from outside takes more code than this parser.
+Fields are checked when they are set: an unknown name, a wrong type or a value out of range is a
+`UserError`. `load` and `from_arguments` also refuse settings that would be ignored.
 """
 
 import argparse
@@ -24,36 +23,45 @@ import json
 import os
 import re
 import sys
+import tomllib
 import traceback
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
-
-from ml_collections import ConfigDict
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from shiftnet.errors import UserError, unknown
+from shiftnet.files import path_of
 
 
 class Rule(NamedTuple):
-    """What a value must satisfy; `words` completes the sentence "the field must be …"."""
+    """A condition on a field's value; `words` completes the sentence "the field must be …"."""
 
     holds: Callable[[Any], bool]
+    words: str
+
+
+class Scope(NamedTuple):
+    """The configurations in which a field has an effect; `words` completes "it applies to …"."""
+
+    holds: Callable[["Config"], bool]
     words: str
 
 
 AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
-# Times or by any number of channels, that stays a number of channels.
-FACTOR = Rule(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-6 to 1e6")
+SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
-# Of positions and areas in pixels, which are 32-bit numbers on the device.
+# Multiplying or dividing any number of channels by it gives a possible number of channels.
+FACTOR = Rule(lambda value: 1e-6 <= value <= 1e6, "above 0, from 1e-6 to 1e6")
+# Positions and areas in pixels are 32-bit integers on the device.
 SIDE = Rule(lambda value: 0 <= value < 2**15, "at least 0 and below 2**15")
-# jax.random.key drops the higher bits without a word when 64-bit types are off.
+# jax.random.key silently drops the higher bits when 64-bit types are off.
 SEED = Rule(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
-RISING = Rule(
+INCREASING = Rule(
     lambda value: all(before < after for before, after in itertools.pairwise((0, *value))),
-    "rising numbers, the first at least 1",
+    "increasing numbers, the first at least 1",
 )
 CHANNELS = Rule(lambda value: len(value) in (0, 3), "() or three numbers")
 POSITIVE_CHANNELS = Rule(
@@ -64,172 +72,538 @@ SHA256 = Rule(
     lambda value: re.fullmatch("([0-9a-fA-F]{64})?", value) is not None,
     'empty ("") or 64 hexadecimal digits',
 )
+ARCH = Rule(lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth")
+WORKERS = Rule(lambda value: value >= -1, "at least -1")
+
+
+def _reads_files(config: "Config") -> bool:
+    return config.data.source == "folder" or config.data.name.startswith("imagenet")
+
+
+IMAGE_FILES = Scope(_reads_files, "image files, from data.source=folder or data.name=imagenet2012")
+FOLDER = Scope(lambda config: config.data.source == "folder", "data.source=folder")
+IN_MEMORY = Scope(
+    lambda config: not _reads_files(config), "data sets held in memory, such as cifar10"
+)
+CIFAR = Scope(
+    lambda config: config.data.source == "tfds" and config.data.name.startswith("cifar"),
+    "data.name=cifar10 and cifar100",
+)
+LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
+S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
+
+
+def schedules(*names: str) -> Scope:
+    """Returns the scope of a field that only these schedules use."""
+    return Scope(
+        lambda config: config.schedule.name in names, f"schedule.name={' and '.join(names)}"
+    )
+
+
+def optimizers(*names: str) -> Scope:
+    """Returns the scope of a field that only these optimizers use."""
+    return Scope(
+        lambda config: config.optimizer.name in names, f"optimizer.name={' and '.join(names)}"
+    )
+
+
+def setting(default: Any, doc: str, rule: Rule | None = None, scope: Scope | None = None) -> Any:
+    """Declares a field of the classes below.
+
+    Args:
+      default: the value in `default_config()`.
+      doc: meaning, unit, and the source of the default; `--help` shows it.
+      rule: the condition on its value, besides the type.
+      scope: the configurations in which it has an effect; None for all.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule, "scope": scope})
+
+
+class UnknownField(UserError, AttributeError):
+    """There is no such field; `hasattr` and `getattr` with a default catch it."""
+
+
+class Settings(Mapping[str, Any]):
+    """Base of the classes below: setting a field checks its name and value.
+
+    Its fields can also be read and set by name, as a mapping's: `settings["lr"]`.
+    """
+
+    _prefix: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+    def __init_subclass__(cls, group: str = "", **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls._prefix = group and f"{group}."
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        path = f"{self._prefix}{name}"
+        if path in FIELDS:
+            value = FIELDS[path].check(value)
+        elif path not in GROUPS:
+            raise UnknownField(str(_unknown("field", path, FIELDS)))
+        elif not isinstance(value, GROUPS[path]):
+            inside = ", ".join(field for field in FIELDS if field.startswith(f"{path}."))
+            raise UserError(f"{path} must hold {inside}, found {_text(value)}")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python asks for many, to copy and to pickle
+            raise AttributeError(name)
+        raise UnknownField(str(_unknown("field", f"{self._prefix}{name}", FIELDS)))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    def __len__(self) -> int:
+        return len(self.__dataclass_fields__)
+
+    def update(self, *values: Any, **more: Any) -> None:
+        """Sets several fields, given as for `dict.update`."""
+        for name, value in dict(*values, **more).items():
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dictionary, groups as dictionaries in it."""
+        return dataclasses.asdict(self)
+
+
+# The defaults are the CIFAR recipe of the code published with arXiv:1711.08141 ("original").
+
+
+@dataclasses.dataclass
+class ModelConfig(Settings, group="model"):
+    """The network."""
+
+    arch: str = setting("shiftresnet20", "architecture: a family and its depth, 6n+2", ARCH)
+    expansion: float = setting(
+        1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
+    )
+    reduction: float = setting(
+        1.0, "divides the channels of a resnet or depthwiseresnet, see reduction_mode", FACTOR
+    )
+    reduction_mode: Literal["block", "net"] = setting(
+        "net",
+        "block: divides the middle channels of each block by the reduction; net: divides all "
+        "channels by its square root",
+    )
+    width: float = setting(
+        1.0, "widens a wrn: its stages have 16, 32 and 64 times as many channels", FACTOR
+    )
+    weights: str = setting(
+        "float",
+        "form of all weights except the first and last layer's: float, sign, s3 or denseshift",
+    )
+    weight_bits: int = setting(
+        0,
+        "bits per weight, 2, 3 or 4 for s3 and denseshift; 0: the form's default, 3 for these",
+        AT_LEAST_0,
+    )
+    quantize_first_last: bool = setting(
+        False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the computation; parameters and batch statistics stay float32"
+    )
+
+
+@dataclasses.dataclass
+class DataConfig(Settings, group="data"):
+    """The data set and its augmentation."""
+
+    name: str = setting("cifar100", "data set: cifar10, cifar100, digits or imagenet2012")
+    source: Literal["tfds", "folder"] = setting(
+        "tfds",
+        "tfds: the data set of that name; folder: the image files in train/<class>/ and "
+        "val/<class>/ of data.dir",
+    )
+    dir: str = setting(
+        "",
+        "folder of prepared data sets, or of image files; empty: $TFDS_DATA_DIR or "
+        "~/tensorflow_datasets",
+    )
+    url: str = setting(
+        "", "where to download the data set from; empty: its official address", scope=CIFAR
+    )
+    sha256: str = setting(
+        "", "SHA-256 of the download; empty: the official one", SHA256, scope=CIFAR
+    )
+    validation: int = setting(
+        0,
+        "training images held out to choose the best checkpoint; 0: the test set chooses it "
+        "(original)",
+        AT_LEAST_0,
+    )
+    mean: tuple[float, ...] = setting(
+        (), "mean per channel (RGB) of pixels in [0, 1]; (): the data set's own", CHANNELS
+    )
+    std: tuple[float, ...] = setting(
+        (),
+        "standard deviation per channel of pixels in [0, 1]; (): the data set's own",
+        POSITIVE_CHANNELS,
+    )
+    pad: int = setting(
+        4,
+        "pixels added on every side before the random crop; 0: no crop (original: 4)",
+        SIDE,
+        scope=IN_MEMORY,
+    )
+    pad_mode: Literal["zero", "reflect"] = setting(
+        "zero", "content of the added pixels (original: zero)", scope=IN_MEMORY
+    )
+    cutout: int = setting(
+        0,
+        "side in pixels of a square of random pixels placed over each training image, possibly "
+        "beyond its border; 0: none (arXiv:1802.08530's code: 18)",
+        SIDE,
+    )
+    size: int = setting(
+        224,
+        "side in pixels that image files are cropped to (S3's code)",
+        AT_LEAST_1,
+        scope=IMAGE_FILES,
+    )
+    resize: int = setting(
+        0,
+        "shorter side in pixels that image files are resized to in evaluation, before the center "
+        "crop; 0: 8/7 of data.size, so 256 for 224 (S3's code)",
+        SIDE,
+        scope=IMAGE_FILES,
+    )
+    workers: int = setting(
+        -1,
+        "processes that decode image files; 0: decode in the main process; -1: one per core",
+        WORKERS,
+        scope=IMAGE_FILES,
+    )
+    on_corrupt: Literal["error", "skip"] = setting(
+        "error",
+        "what to do with an image file that cannot be decoded: stop, or skip and count it",
+        scope=IMAGE_FILES,
+    )
+    exif: bool = setting(
+        True,
+        "rotate the images of a folder by their EXIF orientation; those of imagenet2012 never are, "
+        "as in its published results",
+        scope=FOLDER,
+    )
+    flip: bool = setting(True, "mirror half of the training images, at random (original)")
+    policy: Literal["none", "trivial", "rand"] = setting(
+        "none",
+        "random operations on every training image: trivial: TrivialAugment (arXiv:2103.10158); "
+        "rand: RandAugment (arXiv:1909.13719), two of strength 9",
+    )
+    mixup: float = setting(
+        0.0,
+        "alpha of mixup (arXiv:1710.09412); 0: none; with cutmix too, batches alternate at random",
+        AT_LEAST_0,
+    )
+    cutmix: float = setting(0.0, "alpha of CutMix (arXiv:1905.04899); 0: none", AT_LEAST_0)
+    erase: float = setting(
+        0.0, "probability that a rectangle of an image is erased (arXiv:1708.04896)", SHARE
+    )
+
+
+@dataclasses.dataclass
+class LossConfig(Settings, group="loss"):
+    """The training loss."""
+
+    label_smoothing: float = setting(
+        0.0,
+        "share of every target that is spread evenly over all classes (arXiv:1512.00567); 0: none",
+        FRACTION,
+    )
+
+
+@dataclasses.dataclass
+class OptimizerConfig(Settings, group="optimizer"):
+    """The optimizer."""
+
+    name: Literal["sgd", "adamw", "lamb", "lion", "muon"] = setting(
+        "sgd",
+        "sgd (original), adamw, lamb or lion; muon: orthogonalized momentum for the kernels "
+        "between the first and last layer, sgd for the other arrays",
+    )
+    lr: float = setting(0.1, "initial learning rate (original)", ABOVE_0)
+    muon_lr: float = setting(
+        0.1,
+        "learning rate of the kernels that muon takes; it follows the schedule too",
+        ABOVE_0,
+        scope=optimizers("muon"),
+    )
+    momentum: float = setting(
+        0.9,
+        "momentum coefficient, in [0, 1); the first coefficient of adamw, lamb and lion (original)",
+        FRACTION,
+    )
+    nesterov: bool = setting(False, "Nesterov momentum for sgd", scope=optimizers("sgd", "muon"))
+    beta2: float = setting(
+        0.999,
+        "second coefficient of adamw, lamb (the papers' 0.999) and lion (its paper: 0.99)",
+        FRACTION,
+        scope=optimizers("adamw", "lamb", "lion"),
+    )
+    eps: float = setting(
+        1e-8,
+        "added to the denominator of adamw and lamb (PyTorch's)",
+        ABOVE_0,
+        scope=optimizers("adamw", "lamb"),
+    )
+    weight_decay: float = setting(
+        5e-4,
+        "L2 penalty on every parameter, batch norms and biases included (original)",
+        AT_LEAST_0,
+    )
+    decay: Literal["all", "kernels"] = setting(
+        "all",
+        "parameters that decay: all (original); kernels: all but biases and batch norms",
+    )
+    clip_norm: float = setting(
+        0.0,
+        "largest norm of all gradients together, to which larger ones are scaled; 0: no limit",
+        AT_LEAST_0,
+    )
+    accumulate: int = setting(
+        1,
+        "batches whose gradients are averaged for one update; batch norm's statistics are still "
+        "those of each batch",
+        AT_LEAST_1,
+    )
+    groups: str = setting(
+        "", "multipliers of the learning rate by path, such as 'layer1.*:0.1,linear:10'"
+    )
+    freeze: str = setting(
+        "",
+        "paths that are not trained, such as 'conv1,bn1,layer1.*'; their batch norms keep their "
+        "running statistics",
+    )
+    regularizer: float = setting(
+        1e-5,
+        "coefficient of the weight form's own regularizer, which is in the gradient and not in "
+        "the logged loss (S3's code)",
+        AT_LEAST_0,
+        scope=S3,
+    )
+
+
+@dataclasses.dataclass
+class ScheduleConfig(Settings, group="schedule"):
+    """The learning rate over the run."""
+
+    name: Literal["step", "cosine", "sgdr", "linear", "onecycle", "wsd"] = setting(
+        "step",
+        "step: multiplied by schedule.factor at each boundary; cosine, linear: falls to "
+        "schedule.lr_min at the end; sgdr: a cosine that restarts at each boundary; onecycle: "
+        "rises and falls once; wsd: constant, then linear over schedule.decay of the run",
+    )
+    by: Literal["epoch", "step"] = setting(
+        "epoch", "change the rate with every epoch (originals) or with every step"
+    )
+    warmup: float = setting(
+        0.0,
+        "epochs in which the rate rises linearly from 0; for onecycle 0 means 0.3 of the run",
+        AT_LEAST_0,
+    )
+    boundaries: tuple[int, ...] = setting(
+        (82, 123),
+        "epochs, counted from 0, at which step and sgdr change the rate (original)",
+        INCREASING,
+        scope=schedules("step", "sgdr"),
+    )
+    factor: float = setting(
+        0.1,
+        "what step multiplies the rate by at each boundary (original)",
+        ABOVE_0,
+        scope=schedules("step"),
+    )
+    lr_min: float = setting(
+        0.0,
+        "rate that cosine, sgdr, linear and wsd fall to",
+        AT_LEAST_0,
+        scope=schedules("cosine", "sgdr", "linear", "wsd"),
+    )
+    decay: float = setting(
+        0.2,
+        "share of the run, at its end, in which wsd's rate falls",
+        FRACTION,
+        scope=schedules("wsd"),
+    )
+
+
+@dataclasses.dataclass
+class EvalConfig(Settings, group="eval"):
+    """Evaluation during training."""
+
+    batch_size: int = setting(500, "images per step of evaluation, over all devices", AT_LEAST_1)
+    every_epochs: int = setting(1, "epochs between two evaluations", AT_LEAST_1)
+
+
+@dataclasses.dataclass
+class CheckpointConfig(Settings, group="checkpoint"):
+    """Checkpoints."""
+
+    every_epochs: int = setting(1, "epochs between two checkpoints", AT_LEAST_1)
+    every_steps: int = setting(
+        0, "steps between two further checkpoints; 0: none within an epoch", AT_LEAST_0
+    )
+    keep: int = setting(2, "checkpoints to keep, in case the newest is damaged", AT_LEAST_1)
+
+
+@dataclasses.dataclass
+class ParallelConfig(Settings, group="parallel"):
+    """Training on several devices."""
+
+    batch_norm: Literal["global", "per_device"] = setting(
+        "global",
+        "batch statistics: global, of the whole batch; per_device, of each device's part, keeping "
+        "the first device's running averages (the originals' DataParallel)",
+    )
+    fsdp: bool = setting(
+        False,
+        "shard large parameters and the optimizer state over the devices instead of copying them "
+        "to each",
+    )
+
+
+@dataclasses.dataclass
+class LogConfig(Settings, group="log"):
+    """Logging."""
+
+    every_seconds: float = setting(10.0, "seconds between two lines of progress", AT_LEAST_0)
+    tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
+
+
+@dataclasses.dataclass
+class Config(Settings):
+    """All settings of a run."""
+
+    seed: int = setting(
+        0, "seed of the initial weights, the order of the images and the augmentation", SEED
+    )
+    epochs: int = setting(164, "passes over the training images (original)", AT_LEAST_1)
+    batch_size: int = setting(
+        128,
+        "images per step, over all devices; an incomplete last batch is dropped (original: 128)",
+        AT_LEAST_1,
+    )
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One setting. Its type is the default's.
+    """What a class above declares for one setting.
 
     Attributes:
-      default: the value in `default_config()`.
-      doc: meaning, unit, and the source of the default; `--help` shows it.
-      rule: what a value must satisfy besides its type.
-      choices: the values there are, when they can be listed.
-      item: the type of the members when the field is a tuple.
+      path: its dotted name, such as `"optimizer.lr"`.
+      default: its value in `default_config()`.
+      kind: its type: bool, int, float, str or tuple.
+      item: the type of a tuple's members.
+      choices: all its values, where they can be listed.
+      doc, rule, scope: see `setting`.
     """
 
-    default: bool | int | float | str | tuple
+    path: str
+    default: Any
+    kind: type
+    item: type
+    choices: tuple[str, ...]
     doc: str
-    rule: Rule | None = None
-    choices: tuple[str, ...] = ()
-    item: type[int] | type[float] = float
+    rule: Rule | None
+    scope: Scope | None
+
+    @classmethod
+    def of(cls, path: str, declared: dataclasses.Field) -> "Field":
+        origin, arguments = typing.get_origin(declared.type), typing.get_args(declared.type)
+        choices = arguments if origin is Literal else ()
+        item = arguments[0] if origin is tuple else float
+        default = declared.default
+        return cls(path, default, type(default), item, choices, **declared.metadata)
+
+    def check(self, value: Any) -> Any:
+        """Returns the value in the field's own type: 0 as 0.0, a list as a tuple.
+
+        Raises:
+          UserError: if it has another type or is not a value that the field can take.
+        """
+        if self.kind is tuple and isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+        if not _is_a(value, self.kind, self.item):
+            raise UserError(f"{self.path} must be {self.expected}, found {_text(value)}")
+        if self.choices and value not in self.choices:
+            raise unknown(self.path, value, self.choices)
+        if self.rule and not self.rule.holds(value):
+            raise UserError(f"{self.path} must be {self.rule.words}, found {_text(value)}")
+        return tuple(map(self.item, value)) if self.kind is tuple else self.kind(value)
+
+    def parse(self, text: str) -> Any:
+        """Returns the value that a text stands for, as `override` describes; not checked."""
+        try:
+            if self.kind is bool:
+                return {"true": True, "false": False}[text.lower()]
+            if self.kind is tuple:
+                inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+                parts = inner.split(",")
+                if not parts[-1].strip():  # (), and the comma of (5,)
+                    parts.pop()
+                return tuple(self.item(part) for part in parts)
+            return self.kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f"{self.path} must be {self.expected}, found {text!r}") from None
+
+    def applies(self, config: Config) -> bool:
+        """Returns whether the field has an effect in a configuration."""
+        return self.scope is None or self.scope.holds(config)
+
+    @property
+    def expected(self) -> str:
+        """The field's type in the words of a sentence."""
+        if self.kind is tuple:
+            return f"a tuple of {'whole ' if self.item is int else ''}numbers, such as (5, 8)"
+        return {
+            bool: "true or false",
+            int: "a whole number below 2**63",
+            float: "a finite number",
+            str: "a text",
+        }[self.kind]
+
+    @property
+    def metavar(self) -> str:
+        """What `--help` calls its value."""
+        names = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", tuple: "A,B,..."}
+        return "|".join(self.choices) or names[self.kind]
 
 
-# The defaults are the CIFAR recipe of the code published with arXiv:1711.08141 ("the original").
+GROUPS: Mapping[str, type[Settings]] = {
+    declared.name: declared.type
+    for declared in dataclasses.fields(Config)
+    if isinstance(declared.type, type) and issubclass(declared.type, Settings)
+}
+_CLASSES: Sequence[type[Settings]] = (Config, *GROUPS.values())
 FIELDS: Mapping[str, Field] = {
-    "seed": Field(0, "draws the weights, the order of the images and the augmentation", SEED),
-    "epochs": Field(164, "passes over the training images (original)", AT_LEAST_1),
-    "batch_size": Field(
-        128, "images a step, all devices together; an incomplete last batch is dropped", AT_LEAST_1
-    ),
-    "model.arch": Field(
-        "shiftresnet20",
-        "architecture: a family and its depth 6n+2",
-        Rule(
-            lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth"
-        ),
-    ),
-    "model.expansion": Field(
-        1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
-    ),
-    "model.reduction": Field(
-        1.0, "divides the channels of a resnet or depthwiseresnet, see reduction_mode", FACTOR
-    ),
-    "model.reduction_mode": Field(
-        "net",
-        "block: the middle channels of each block / reduction; net: all channels / sqrt(reduction)",
-        choices=("block", "net"),
-    ),
-    "model.width": Field(
-        1.0, "of a wrn: its stages have 16, 32 and 64 times as many channels", FACTOR
-    ),
-    "model.weights": Field(
-        "float",
-        "form of all weights but the first and the last layer's: float, sign, s3 or denseshift",
-    ),
-    "model.weight_bits": Field(
-        0, "2, 3 or 4 bits for s3 and denseshift; 0: the form's own, 3 there", AT_LEAST_0
-    ),
-    "model.quantize_first_last": Field(
-        False, "give the first and the last layer the form of weights too (originals: no)"
-    ),
-    "model.dtype": Field(
-        "float32",
-        "type of the computation; parameters and batch statistics stay float32",
-        choices=("float32", "bfloat16"),
-    ),
-    "data.name": Field("cifar100", "data set, for example cifar10, digits or imagenet2012"),
-    "data.source": Field(
-        "tfds",
-        "tfds: the data set of that name; folder: the image files of data.dir's train/<class>/ and "
-        "val/<class>/",
-        choices=("tfds", "folder"),
-    ),
-    "data.dir": Field(
-        "",
-        "folder of prepared data sets, or of image files; empty: $TFDS_DATA_DIR or "
-        "~/tensorflow_datasets",
-    ),
-    "data.url": Field("", "where to download the data set from; empty: its official address"),
-    "data.sha256": Field("", "digest of the download; empty: the official one", SHA256),
-    "data.validation": Field(
-        0,
-        "training images held out to choose the best checkpoint; 0: the test set does (original)",
-        AT_LEAST_0,
-    ),
-    "data.mean": Field(
-        (), "means of the red, green and blue pixels in [0, 1]; (): the data set's own", CHANNELS
-    ),
-    "data.std": Field(
-        (), "standard deviations, like data.mean; (): the data set's own", POSITIVE_CHANNELS
-    ),
-    "data.pad": Field(
-        4, "pixels added on every side before the random crop; 0: no crop (original: 4)", SIDE
-    ),
-    "data.pad_mode": Field(
-        "zero", "what the added pixels hold (original: zero)", choices=("zero", "reflect")
-    ),
-    "data.cutout": Field(
-        0,
-        "side in pixels of the square of random pixels put over each training image, partly beside "
-        "it; 0: none (arXiv:1802.08530's code: 18)",
-        SIDE,
-    ),
-    "data.size": Field(
-        224, "side in pixels that image files are cropped to (S3's code)", AT_LEAST_1
-    ),
-    "data.resize": Field(
-        0,
-        "shorter side in pixels of image files in evaluation, before the crop from their middle; "
-        "0: 8/7 of data.size, so 256 for 224 (S3's code)",
-        SIDE,
-    ),
-    "data.workers": Field(
-        -1,
-        "processes that decode image files; 0: none beside the run's own; -1: one a core",
-        Rule(lambda value: value >= -1, "at least -1"),
-    ),
-    "data.on_corrupt": Field(
-        "error",
-        "what to do about an image file that cannot be decoded: stop, or skip and count it",
-        choices=("error", "skip"),
-    ),
-    "data.flip": Field(True, "mirror every second training image, at random (original)"),
-    "optimizer.lr": Field(0.1, "learning rate at the start (original)", ABOVE_0),
-    "optimizer.momentum": Field(0.9, "of stochastic gradient descent (original)", FRACTION),
-    "optimizer.weight_decay": Field(
-        5e-4, "on every parameter, batch norm and biases included (original)", AT_LEAST_0
-    ),
-    "optimizer.regularizer": Field(
-        1e-5,
-        "times the weights' own regulariser, in the gradient and not in the logged loss; s3 has "
-        "one (S3's code)",
-        AT_LEAST_0,
-    ),
-    "schedule.name": Field(
-        "step",
-        "step: the rate times factor at each boundary; cosine: from the rate to lr_min at the end; "
-        "sgdr: a cosine that starts anew at each boundary",
-        choices=("step", "cosine", "sgdr"),
-    ),
-    "schedule.boundaries": Field(
-        (82, 123), "epochs, counted from 0, of step and sgdr (original)", RISING, item=int
-    ),
-    "schedule.factor": Field(0.1, "of step: what the rate is multiplied by (original)", ABOVE_0),
-    "schedule.lr_min": Field(0.0, "of cosine and sgdr: the rate that they fall to", AT_LEAST_0),
-    "eval.batch_size": Field(500, "images a step of evaluation, all devices together", AT_LEAST_1),
-    "eval.every_epochs": Field(1, "epochs between two evaluations", AT_LEAST_1),
-    "checkpoint.every_epochs": Field(1, "epochs between two checkpoints", AT_LEAST_1),
-    "checkpoint.every_steps": Field(
-        0, "steps between two checkpoints besides those; 0: none within an epoch", AT_LEAST_0
-    ),
-    "checkpoint.keep": Field(2, "checkpoints to keep, should the newest be damaged", AT_LEAST_1),
-    "parallel.batch_norm": Field(
-        "global",
-        "statistics of a batch on several devices: global, of the whole batch; per_device, of each "
-        "device's share, the first one's running averages kept (the originals' DataParallel)",
-        choices=("global", "per_device"),
-    ),
-    "parallel.fsdp": Field(
-        False,
-        "divide large parameters and the optimiser's state over the devices, in place of a copy on "
-        "each",
-    ),
-    "log.every_seconds": Field(10.0, "seconds between two lines of progress", AT_LEAST_0),
-    "log.tensorboard": Field(True, "write TensorBoard events beside metrics.jsonl"),
+    path: Field.of(path, declared)
+    for kind in _CLASSES
+    for declared in kind.__dataclass_fields__.values()
+    if (path := f"{kind._prefix}{declared.name}") not in GROUPS
 }
 
-# What a result does not depend on: how a run is watched, where its data lie and how they are read.
+# Fields that a result does not depend on: how a run is watched, where its data lie, how they are
+# read.
 IMMATERIAL = (
     "log.*",
     "eval.*",
@@ -239,124 +613,162 @@ IMMATERIAL = (
     "data.workers",
     "data.on_corrupt",
 )
-# What may change between the runs of one working directory. Any other field would make the resumed
-# run another experiment.
+# Fields that may change when a run is resumed. Any other would make it another experiment.
 RESUMABLE = ("epochs", *IMMATERIAL)
+# The fields that `--help` shows first.
+MOST_USED = (
+    *("epochs", "batch_size", "seed", "model.arch", "model.weights", "model.dtype", "data.name"),
+    *("data.source", "data.dir", "optimizer.lr"),
+)
+# In a folder of recipes, the names that stand for a file of it with arguments.
+NAMES = "names.toml"
 
 
-def default_config() -> ConfigDict:
-    """Every field of `FIELDS` at its default."""
-    config = ConfigDict()
-    for name, field in FIELDS.items():
-        group, _, last = name.rpartition(".")
-        if group and group not in config:
-            config[group] = ConfigDict()
-        (config[group] if group else config)[last] = field.default
-    return config
+def default_config() -> Config:
+    """Returns a configuration with every field at its default."""
+    return Config()
 
 
-def validate(config: ConfigDict | Mapping[str, Any]) -> None:
-    """Checks the fields' names, types and ranges.
+def validate(config: Config) -> None:
+    """Checks what the fields' own checks cannot see: fields that must agree.
 
     The names of the architecture and of the data set are left to `shiftnet.models` and
     `shiftnet.data`, which know them.
 
     Raises:
-      UserError: for the first field that is unknown, missing, or has a value it cannot take.
+      UserError: if one of `data.mean` and `data.std` is given without the other.
     """
-    values = _flat(config)
-    for name, value in values.items():
-        if name not in FIELDS:
-            inside = [field for field in FIELDS if field.startswith(f"{name}.")]
-            if inside:
-                raise UserError(f"{name} must hold {', '.join(inside)}, found {_text(value)}")
-            raise _unknown("field", name, FIELDS)
-    for name, field in FIELDS.items():
-        if name not in values:
-            raise UserError(f"field {name!r} is missing; its default is {field.default!r}")
-        _check(name, values[name])
-    if len(values["data.mean"]) != len(values["data.std"]):
+    data = config.data
+    if len(data.mean) != len(data.std):
         raise UserError(
-            "data.mean and data.std must be given together, "
-            f"found {_text(values['data.mean'])} and {_text(values['data.std'])}"
+            f"data.mean and data.std must be given together, found {data.mean} and {data.std}"
         )
 
 
-def differences(
-    old: ConfigDict | Mapping[str, Any],
-    new: ConfigDict | Mapping[str, Any],
-    *,
-    ignore: Sequence[str] = (),
-) -> list[str]:
-    """The fields that differ, each as `"optimizer.lr: 0.1 -> 0.05"`.
+def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
+    """Refuses settings of a new run that would be ignored, or fail when they are first used.
+
+    Args:
+      config: the configuration.
+      allowed: fields that may have no effect.
+
+    Raises:
+      UserError: for the first field that differs from its default where it does not apply, and for
+        a `data.resize` below `data.size`.
+    """
+    for path, field in FIELDS.items():
+        value, scope = _get(config, path), field.scope
+        if scope and value != field.default and path not in allowed and not scope.holds(config):
+            raise UserError(
+                f"{path}={_written(value)} would be ignored: it applies to {scope.words}; "
+                f"leave it at {_written(field.default)}"
+            )
+    data = config.data
+    if 0 < data.resize < data.size:
+        raise UserError(
+            f"data.resize must be at least data.size, {data.size}, or 0; found {data.resize}"
+        )
+
+
+def differences(old: Config, new: Config, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Returns the fields that differ, each as `"optimizer.lr: 0.1 -> 0.05"`.
+
+    Fields that apply to neither configuration do not count.
 
     Args:
       old: one configuration.
       new: the other.
       ignore: fields to pass over, as names or patterns such as `"log.*"`; see `IMMATERIAL`.
     """
-    before, after = _flat(old), _flat(new)
     return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
-        for name in sorted(before | after)
-        if before.get(name) != after.get(name)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+        f"{path}: {_get(old, path)!r} -> {_get(new, path)!r}"
+        for path, field in sorted(FIELDS.items())
+        if _get(old, path) != _get(new, path)
+        and not any(fnmatch.fnmatchcase(path, pattern) for pattern in ignore)
+        and (field.applies(old) or field.applies(new))
     ]
 
 
-def to_json(config: ConfigDict) -> str:
-    """The configuration as JSON, for a checkpoint to carry; `from_json` brings it back."""
+def to_json(config: Config) -> str:
+    """Returns the configuration as JSON, for a checkpoint to carry; `from_json` reads it."""
     return json.dumps(config.to_dict(), indent=2)
 
 
-def from_json(text: str) -> ConfigDict:
-    """The configuration that `to_json` wrote, tuples as tuples; locked, as from `load`.
+def from_json(text: str) -> Config:
+    """Returns the configuration that `to_json` wrote.
 
-    Fields that did not exist yet when it was written have their defaults, so that what was saved
-    once can always be loaded.
+    Fields that did not exist yet when it was written have their defaults, and settings without an
+    effect are accepted, so that what was saved once can always be loaded.
 
     Raises:
       UserError: if the text is not JSON, or not a valid configuration.
     """
     try:
-        loaded = json.loads(text)
-        if not isinstance(loaded, dict):
-            raise TypeError(f"found {type(loaded).__name__}")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the configuration is not a JSON object: {error}") from error
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in _flat(loaded).items()
-    }
-    return _typed(_flat(default_config()) | values)
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the configuration is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the configuration must be a JSON object, found {_text(values)}")
+    config = _from_mapping(values)
+    validate(config)
+    return config
 
 
-def load(recipe: str) -> ConfigDict:
-    """Runs a recipe: its configuration, checked, and locked against new fields.
+def split_recipe(recipe: str) -> tuple[str, str]:
+    """Splits `"FILE[:ARGUMENT]"` into file and argument; the file's name may have colons too."""
+    ends = [match.start() for match in re.finditer(":", recipe)]
+    for end in [*ends, len(recipe)]:
+        if os.path.isfile(path_of(recipe[:end], "--config")):
+            return recipe[:end], recipe[end + 1 :]
+    match = re.match(r"(.*?\.py)(?::|$)", recipe, re.DOTALL)
+    file = match[1] if match else recipe.partition(":")[0]
+    return file, recipe[len(file) + 1 :]
+
+
+def load(recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Runs a recipe and returns its configuration, checked.
+
+    A recipe is a file, or a name that `names.toml` in its folder lists: where there is no file
+    `configs/NAME.py`, but the line `NAME = "FILE:ARGUMENT"`, that file is run with that argument.
 
     While the file runs, its folder is on `sys.path`, as for a script, so that it can import its
     neighbours whatever the current directory.
 
     Args:
       recipe: `"FILE"`, or `"FILE:ARGUMENT"` to call its `get_config` with that text.
+      overrides: fields to change after that, as texts; see `override`.
 
     Raises:
-      UserError: if there is no such file, if it raises, or if its configuration is not valid.
+      UserError: if there is no such file, if it raises, or if the configuration is not valid or
+        has settings that would be ignored.
     """
-    path, _, argument = recipe.partition(":")
+    file, argument = split_recipe(recipe)
+    path = os.fspath(path_of(file, "--config"))
     if not os.path.isfile(path):
-        raise _no_file(path)
+        path, named = _named(path)
+        argument = ",".join(filter(None, (named, argument)))
     try:
-        return _typed(_run(path, [argument] if argument else []))
+        config = _run(path, [argument] if argument else [])
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
+    overrides = overrides or {}
+    # A recipe's own settings may lose their effect by an override; those given here must have one.
+    own = {name for name, field in FIELDS.items() if field.applies(config)} - overrides.keys()
+    for name, text in overrides.items():
+        override(config, name, text)
+    try:
+        validate(config)
+        check_effects(config, allowed=own)
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from error
+    return config
 
 
-def apply_argument(config: ConfigDict, argument: str, fields: Mapping[str, str]) -> None:
+def apply_argument(config: Config, argument: str, fields: Mapping[str, str]) -> None:
     """Sets fields from a recipe's argument, `"expansion=3"` or `"reduction=2.8,dtype=bfloat16"`.
 
     Args:
-      config: what to change.
+      config: the configuration to change.
       argument: `name=value` pairs with commas between them; `""` changes nothing.
       fields: the names that the recipe knows, with the field each stands for, for example
         `{"expansion": "model.expansion"}`.
@@ -373,37 +785,21 @@ def apply_argument(config: ConfigDict, argument: str, fields: Mapping[str, str])
         override(config, fields[name.strip()], text.strip())
 
 
-def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets one field from text, by the field's own type; `validate` checks the range.
+def override(config: Config, path: str, text: str) -> None:
+    """Sets one field from text, by the field's own type.
 
     Args:
-      config: what to change.
-      name: the field, for example `"schedule.boundaries"`.
+      config: the configuration to change.
+      path: the field, for example `"schedule.boundaries"`.
       text: `3` or `0.05` for a number, `true` or `false`, `(5,8)` or `5,8` for a tuple.
 
     Raises:
-      UserError: if there is no such field or the text does not read as its type.
+      UserError: if there is no such field, or the text is not a value that it can take.
     """
-    if name not in FIELDS:
-        raise _unknown("field", name, FIELDS)
-    field = FIELDS[name]
-    kind = type(field.default)
-    value: Any
-    try:
-        if kind is bool:
-            value = {"true": True, "false": False}[text.lower()]
-        elif kind is tuple:
-            inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-            parts = inner.split(",")
-            if not parts[-1].strip():  # (), and the comma of (5,)
-                parts.pop()
-            value = tuple(field.item(part) for part in parts)
-        else:
-            value = kind(text)
-    except (KeyError, ValueError):
-        raise UserError(f"{name} must be {_kind(field)}, found {text!r}") from None
-    group, _, last = name.rpartition(".")
-    (config[group] if group else config)[last] = value
+    if path not in FIELDS:
+        raise _unknown("field", path, FIELDS)
+    group, _, name = path.rpartition(".")
+    setattr(config[group] if group else config, name, FIELDS[path].parse(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -436,80 +832,55 @@ class Parser(argparse.ArgumentParser):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Gives a command `--config FILE[:ARGUMENT]` and `--config.FIELD VALUE` for every field."""
-    group = parser.add_argument_group(
-        "recipe", "a file of settings, and single settings that differ from it"
-    )
-    group.add_argument(
+    sections = {
+        "": parser.add_argument_group("recipe", "A file of settings, and the most used settings.")
+    }
+    for name, kind in GROUPS.items():
+        sections[name] = parser.add_argument_group(f"{name} settings", kind.__doc__)
+    sections[""].add_argument(
         "--config",
         metavar="FILE[:ARGUMENT]",
-        help="for example configs/shiftresnet20_c100.py:expansion=3",
+        help="the recipe, for example configs/shiftresnet20_c100.py:expansion=3; the options below "
+        "change its settings",
     )
-    for name, field in FIELDS.items():
-        default = str(field.default).lower() or '""'  # as one would write it: true, not True
-        group.add_argument(
-            f"--config.{name}",
-            metavar="|".join(field.choices) or type(field.default).__name__.upper(),
-            help=f"{field.doc} (default: {default})".replace("%", "%%"),
+    for path in dict.fromkeys((*MOST_USED, *FIELDS)):
+        field = FIELDS[path]
+        sections["" if path in MOST_USED else path.rpartition(".")[0]].add_argument(
+            f"--config.{path}",
+            metavar=field.metavar,
+            help=f"{field.doc} (default: {_written(field.default)})".replace("%", "%%"),
         )
 
 
-def from_arguments(arguments: argparse.Namespace) -> ConfigDict:
-    """The recipe that the command line names, with its overrides; checked and locked.
+def from_arguments(arguments: argparse.Namespace) -> Config:
+    """Returns the configuration of the recipe on the command line, with its overrides; checked.
 
     Raises:
-      UserError: as `load`, `override` and `validate` do, or if there is no `--config`.
+      UserError: as `load`, or if there is no `--config`.
     """
     given = vars(arguments)
     if given["config"] is None:
         raise UserError("--config is missing: name a recipe, such as configs/quickstart.py")
-    config = load(given["config"])
-    for name in FIELDS:
-        text = given[f"config.{name}"]
-        if text is not None:
-            override(config, name, text)
-    validate(config)
-    return config
+    overrides = {path: given[f"config.{path}"] for path in FIELDS}
+    return load(
+        given["config"], {path: text for path, text in overrides.items() if text is not None}
+    )
 
 
-def _flat(config: ConfigDict | Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """Dotted names and values; an empty group is the value `{}`, so that nothing goes unseen."""
-    if depth > 8:
-        raise UserError("its fields are nested without end; expected field or group.field")
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if not isinstance(value, (ConfigDict, Mapping)):
-            flat[str(key)] = value
-        elif len(value) == 0:
-            flat[str(key)] = {}
-        else:
-            flat.update({f"{key}.{name}": leaf for name, leaf in _flat(value, depth + 1).items()})
-    return flat
+def _get(config: Config, path: str) -> Any:
+    group, _, name = path.rpartition(".")
+    return (config[group] if group else config)[name]
 
 
-def _typed(values: Mapping[str, Any]) -> ConfigDict:
-    """Checks dotted names and values, gives each its field's own type (0 becomes 0.0), locks."""
-    validate(values)
+def _from_mapping(values: Mapping[str, Any]) -> Config:
+    """Returns the defaults with the given values, groups being mappings in it."""
     config = default_config()
-    config.update_from_flattened_dict(values)
-    return config.lock()
-
-
-def _check(name: str, value: Any) -> None:
-    field = FIELDS[name]
-    if not _is_a(value, type(field.default), field.item):
-        raise UserError(f"{name} must be {_kind(field)}, found {_text(value)}")
-    if any(abs(member) >= 2**63 for member in _whole(value)):
-        raise UserError(f"{name} must be below 2**63, found {_text(value)}")
-    if field.choices and value not in field.choices:
-        raise unknown(name, value, field.choices)
-    if field.rule and not field.rule.holds(value):
-        raise UserError(f"{name} must be {field.rule.words}, found {_text(value)}")
-
-
-def _whole(value: Any) -> list[int]:
-    """The whole numbers among a field's value or its members."""
-    members = value if isinstance(value, tuple) else (value,)
-    return [member for member in members if isinstance(member, int)]
+    for name, value in values.items():
+        if name in GROUPS and hasattr(value, "items"):  # ml_collections' are no Mappings
+            config[name].update(value.items())
+        else:
+            config[name] = value
+    return config
 
 
 def _is_a(value: Any, kind: type, item: type) -> bool:
@@ -519,15 +890,14 @@ def _is_a(value: Any, kind: type, item: type) -> bool:
         return kind is bool
     if kind is float and isinstance(value, (int, float)):
         return abs(value) <= sys.float_info.max  # neither infinite, nor NaN, nor too large an int
+    if kind is int and isinstance(value, int):
+        return abs(value) < 2**63
     return isinstance(value, kind)
 
 
-def _kind(field: Field) -> str:
-    """What a value of the field's type is called in a sentence."""
-    if isinstance(field.default, tuple):
-        return f"a tuple of {'whole ' if field.item is int else ''}numbers, such as (5, 8)"
-    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
-    return names[type(field.default)]
+def _written(value: Any) -> str:
+    """A field's value as one would type it: true, not True."""
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
 
 
 def _unknown(kind: str, found: str, known: Collection[str]) -> UserError:
@@ -553,26 +923,44 @@ def _unknown(kind: str, found: str, known: Collection[str]) -> UserError:
     return UserError(f"unknown {kind} {found!r}; {hint}")
 
 
-def _no_file(path: str) -> UserError:
-    folder = os.path.dirname(path)
+def _named(path: str) -> tuple[str, str]:
+    """Returns the file and the argument that `names.toml` beside a recipe gives for its name.
+
+    Raises:
+      UserError: if that has no such name, with the nearest name or file of the folder.
+    """
+    folder, file = os.path.split(path)
+    index = os.path.join(folder, NAMES)
+    names: dict[str, str] = {}
+    if os.path.isfile(index):
+        try:
+            with open(index, "rb") as opened:
+                names = tomllib.load(opened)
+        except ValueError as error:
+            raise UserError(f"{index} is damaged: {error}") from error
+    found = names.get(file.removesuffix(".py"))
+    if isinstance(found, str):
+        return split_recipe(os.path.join(folder, found))
     try:
-        names = [name for name in os.listdir(folder or ".") if name.endswith(".py")]
+        files = {entry for entry in os.listdir(folder or ".") if entry.endswith(".py")}
     except (OSError, ValueError):
-        return UserError(f"there is no recipe {path!r}: its folder cannot be read")
-    if not names:
-        return UserError(f"there is no recipe {path!r}: its folder holds no .py file")
-    return unknown("recipe", path, [os.path.join(folder, name) for name in names])
+        raise UserError(f"there is no recipe {path!r}: its folder cannot be read") from None
+    files |= {f"{name}.py" for name in names}
+    if not files:
+        raise UserError(f"there is no recipe {path!r}: its folder holds no .py file")
+    raise unknown("recipe", path, [os.path.join(folder, name) for name in files])
 
 
-def _run(path: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """What the file's `get_config` returns, by dotted names.
+def _run(path: str, arguments: Sequence[str]) -> Config:
+    """Returns what the file's `get_config` returns.
 
     Raises:
       UserError: for whatever the file raises, an exit too.
     """
-    module = types.ModuleType("recipe")
+    module = types.ModuleType("shiftnet_recipe")
     module.__file__ = path
     before = list(sys.path)
+    sys.modules["shiftnet_recipe"] = module  # where dataclasses look up a module's names
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
         with open(path, "rb") as file:
@@ -582,9 +970,9 @@ def _run(path: str, arguments: Sequence[str]) -> dict[str, Any]:
         if not hasattr(module, "get_config"):
             raise UserError("the file defines no function get_config")
         found = module.get_config(*arguments)
-        if not isinstance(found, ConfigDict):
-            raise UserError(f"get_config must return a ConfigDict, found {type(found).__name__}")
-        return _flat(found)
+        if not hasattr(found, "items"):
+            raise UserError(f"get_config must return a Config, found {type(found).__name__}")
+        return _from_mapping(dict(found.items()))
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -597,6 +985,7 @@ def _run(path: str, arguments: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{''.join(lines[-1:])}{type(error).__name__}: {message}") from error
     finally:
         sys.path[:] = before  # whatever the file did to it
+        sys.modules.pop("shiftnet_recipe", None)
 
 
 def _text(value: Any, form: Callable[[Any], str] = repr) -> str:

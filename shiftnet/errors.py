@@ -1,4 +1,4 @@
-"""Errors that people read: a sentence, an exit code, no traceback."""
+"""Errors for people to read: one sentence and an exit code, without a traceback."""
 
 import difflib
 import functools
@@ -11,19 +11,19 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence: what was found, where, and what was expected.
+    """Bad input. The message is one sentence: where it is, what was expected, what was found.
 
-    The commands print it and exit with code 2; as a library, it is an ordinary `ValueError`.
+    Commands print it and exit with code 2; in a library it is an ordinary `ValueError`.
     """
 
 
 def unknown(kind: str, found: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does.
+    """Returns the error for an unknown name, which suggests the nearest known one.
 
     Args:
       kind: what the name stands for, for example `"architecture"`.
-      found: what the user wrote.
-      known: every name there is.
+      found: the name that the user gave.
+      known: all known names.
     """
     names = sorted(known)
     close = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
@@ -32,23 +32,23 @@ def unknown(kind: str, found: str, known: Iterable[str]) -> UserError:
 
 
 class RunFailed(RuntimeError):
-    """A run that could not go on though its input was good; a sentence, shown without traceback.
+    """A run that failed although its input was good; shown as one sentence, without a traceback.
 
-    The commands exit with code 1.
+    Commands exit with code 1.
     """
 
 
 def reported(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates a command's `main`: errors meant for people become a sentence and an exit code.
+    """Decorates a command's `main`: prints errors meant for people, and returns an exit code.
 
-    2 for `UserError` and for a path that the system refuses, 1 for `RunFailed`, 130 for Ctrl-C, 141
-    where nobody reads what is printed.
+    The code is 2 for `UserError`, a path that the system refuses and a platform that JAX does not
+    find, 1 for `RunFailed`, 130 for Ctrl-C, and 141 if the reader of the output is gone.
     """
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # A name from the command line may hold what the terminal's encoding does not.
+            # A name from the command line may have characters that the terminal cannot encode.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = main(*args, **kwargs)
@@ -56,7 +56,7 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             return code
         except UserError as error:
             return say(str(error), 2)
-        except BrokenPipeError:  # `| head` has seen enough
+        except BrokenPipeError:  # for example `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as error:
@@ -65,6 +65,10 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             return say(f"{error.filename}: {error.strerror}", 2)
         except RunFailed as error:
             return say(str(error), 1)
+        except (RuntimeError, AssertionError):
+            if sentence := _missing_platform():
+                return say(sentence, 2)
+            raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -72,10 +76,28 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
     return wrapper
 
 
+def _missing_platform() -> str | None:
+    """Says that JAX does not find the platform it is told to use, if that is so."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or "jax" not in sys.modules:
+        return None
+    import jax  # which commands that compute have imported before
+
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion for cuda (0.11.2)
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return (
+            f"JAX finds no device of JAX_PLATFORMS={platforms}{reason}: "
+            "unset it to use those there are, or install JAX for that platform"
+        )
+    return None
+
+
 def say(sentence: str, code: int) -> int:
     """Prints an error in one line, and returns `code`.
 
-    A name in it may hold line ends, or a terminal's commands.
+    Line breaks and terminal control characters in names are escaped.
     """
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
     print(f"error: {''.join(shown)}", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""Tables and times in plain text."""
+"""Formats tables and times as plain text."""
 
 from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[object]]) -> str:
-    """Rows of cells as lines of columns: the first column to the left, the others to the right.
+    """Returns rows of cells as aligned text: the first column left, the others right.
 
     Args:
-      rows: all of one length; the first holds the titles. Whole numbers get commas.
+      rows: rows of equal length; the first has the titles. Integers get thousands separators.
     """
     texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
@@ -21,7 +21,7 @@ def aligned(rows: Sequence[Sequence[object]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words, such as `"2 h 5 min"`."""
+    """Returns a time as text, such as `"2 h 5 min"`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

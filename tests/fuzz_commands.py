@@ -38,23 +38,12 @@ from unittest import mock
 import numpy as np
 from flax import nnx
 
-from shiftnet import (
-    checkpoint,
-    config,
-    convert_torch,
-    count,
-    data,
-    evaluate,
-    export,
-    models,
-    pack,
-    reproduce,
-    train,
-)
+from shiftnet import checkpoint, config, data, models
+from shiftnet.cli import convert, count, evaluate, export, pack, reproduce, train
+from shiftnet.cli.report import main as report
 from shiftnet.errors import UserError
 from shiftnet.layers import Linear
-from shiftnet.report.__main__ import main as report
-from shiftnet.training.loop import Summary
+from shiftnet.training.engine import Outcome
 
 HANG = 2.0  # seconds
 REAL = 0.05  # share of the networks that are really counted, or built
@@ -63,7 +52,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train.main,
     "evaluate": evaluate.main,
     "count": count.main,
-    "convert_torch": convert_torch.main,
+    "convert_torch": convert.main,
     "pack": pack.main,
     "export": export.main,
     "reproduce": reproduce.main,
@@ -74,6 +63,8 @@ LINES = {
     "train": [
         "--config recipe.py",
         "--config recipe.py:expansion=3,dtype=bfloat16 --workdir new --init run",
+        "--config named.py:dtype=bfloat16",
+        "--config a:b/recipe.py:expansion=3",
         "--config mutant.py",
         "--config=mutant.py:expansion=3 --workdir=new --profile",
         "--config recipe.py --config.epochs=3 --config.optimizer.lr 0.05",
@@ -125,6 +116,7 @@ OPTIONS = {
 }
 PATHS = [
     *("recipe.py", "mutant.py", "mutant.py:", "mutant.py::=,", "recipe", "recipe.py/", "run"),
+    *("named.py", "nmed.py", "named", "names.toml", "a:b/recipe.py", "a:b", "a:b/rec.py:x=1"),
     *("missing.py", "missing/missing.py", "folder", "folder/", "folder.npz", "folder.safetensors"),
     *("text.txt", "text.txt/x.npz", "text.txt/x.safetensors", "secret.py", "secret/x.py"),
     *("secret/x.npz", "secret/x.safetensors", "loop", "loop/x.npz", "loop.py", "missing/x.npz"),
@@ -172,7 +164,8 @@ def get_config(argument=""):
 PRELUDE = """
 import sys
 import numpy as np
-from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_dict
+from types import MappingProxyType, SimpleNamespace
+from shiftnet.config import Config, ModelConfig
 class Bad:
     def __repr__(self): raise RuntimeError("no repr")
 class BadError(Exception):
@@ -180,8 +173,8 @@ class BadError(Exception):
 """
 STATEMENTS = [
     *("pass", "return", "return None", "return 3", "return config.to_dict()", "return get_config"),
-    *("return ConfigDict()", "return FrozenConfigDict(config)", "return ConfigDict(config)"),
-    *("return type('C', (ConfigDict,), {})(config)", "return config, config", "yield config"),
+    *("return {}", "return MappingProxyType(config)", "return dict(config)", "return Config()"),
+    *("return type('C', (Config,), {})()", "return config, config", "yield config"),
     *("raise RuntimeError", "raise RuntimeError('two\\nlines')", "raise BadError", "raise 3"),
     *("raise SystemExit", "raise SystemExit(0)", "sys.exit('so\\nit is')", "exit(3)", "1 / 0"),
     *("raise BaseException('base')", "raise GeneratorExit", "raise StopIteration", "assert False"),
@@ -189,7 +182,7 @@ STATEMENTS = [
     *("raise MemoryError", "raise RecursionError", "get_config()", "raise UnicodeError('\\udcff')"),
     *("raise ValueError('\\x1b[31m')", "raise ExceptionGroup('a', [ValueError('b')])", "del x"),
     *("sys.path.clear()", "sys.path.pop(0)", "sys.path = []", "sys.path.append('x')", "config = ("),
-    *("print('printed')", "config.lock()", "config.unlock()", "config.x = config", "break", "  x"),
+    *("print('printed')", "del config.model", "vars(config).clear()", "config.x = config", "break"),
     *("config.model = config", "config.model.model = config.model", "config['a.b'] = 1", "\tx"),
     *("config['optimizer.lr'] = 1", "config[''] = 1", "config = config.to_dict()", "config = None"),
     *(
@@ -220,12 +213,10 @@ PYTHON_VALUES = [
         "int",
         "print",
         "3j",
-        "ConfigDict()",
+        "ModelConfig()",
     ),
-    *("ConfigDict({'lr': 1})", "np.float32(1)", "np.float64(1)", "np.int64(1)", "np.arange(3)"),
-    *("np.array(1.0)", "np.str_('resnet8')", "np.bool_(True)", "config_dict.placeholder(int)"),
-    *("config_dict.required_placeholder(int)", "config_dict.required_placeholder(str)"),
-    *("FieldReference(3)", "FieldReference(None, field_type=int)", "config", "config.model"),
+    *("SimpleNamespace(lr=1)", "np.float32(1)", "np.float64(1)", "np.int64(1)", "np.arange(3)"),
+    *("np.array(1.0)", "np.str_('resnet8')", "np.bool_(True)", "config", "config.model"),
     *("list(range(100_000))", "type('S', (str,), {})('resnet8')", "type('I', (int,), {})(3)"),
 ]
 JSON_VALUES = [
@@ -383,16 +374,14 @@ def mutated_recipe(draw: random.Random) -> str:
             name = draw.choice([*config.FIELDS, "model", "data", "other", "model.other"])
             name = _scratched(draw, name) if draw.random() < 0.1 else name
             value = draw.choice(PYTHON_VALUES)
-            # By the path's parts, so that ConfigDict's own check of the type is passed by.
             group, _, last = name.rpartition(".")
             holder = f"config[{group!r}]" if group else "config"
             line = draw.choice(
                 [
                     f"config.{name} = {value}",
                     f"del config.{name}",
-                    f"{holder}._fields[{last!r}] = {value}",
-                    f"{holder}._fields[{last!r}] = {value}",
-                    f"{holder}._fields.pop({last!r})",
+                    f"{holder}[{last!r}] = {value}",
+                    f"{holder}.update({{{last!r}: {value}}})",
                 ]
             )
             lines.insert(at, "    " + line)
@@ -490,36 +479,38 @@ class Stubs:
     def patches(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         for name, stub in {
-            "shiftnet.train.train": self.train,
-            "shiftnet.train.plan.plan": _raise(Accepted),
-            "shiftnet.train.use_compilation_cache": lambda: None,
+            "shiftnet.cli.train.train": self.train,
+            "shiftnet.cli.train.plan.plan": _raise(Accepted),
+            "shiftnet.cli.train.use_compilation_cache": lambda: None,
             "jax.distributed.initialize": _raise(Accepted),
             "shiftnet.load": self.load,
-            "shiftnet.data.load": self.dataset,
-            "shiftnet.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
-            "shiftnet.count._count": self.count,
-            "shiftnet.convert_torch.fill": lambda found: (self.network, [], []),
+            "shiftnet.data.load_test": self.dataset,
+            "shiftnet.cli.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
+            "shiftnet.cli.count._count": self.count,
+            "shiftnet.cli.convert.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
-            "shiftnet.reproduce.use_compilation_cache": lambda: None,
-            "shiftnet.reproduce._train": lambda *_: SimpleNamespace(finished=True),
-            "shiftnet.report.page.render": lambda found: "page",
-            "shiftnet.report.sources._count": lambda *_: None,
-            "shiftnet.export._converter": self.converter,
-            "shiftnet.export.stablehlo": lambda model, size: b"program",
-            "shiftnet.export.original": lambda model: {"x": np.zeros(2)},
-            "shiftnet.export.packed": lambda model: {"x": np.zeros(2)},
+            "shiftnet.cli.reproduce.use_compilation_cache": lambda: None,
+            "shiftnet.results.reproduce._train": lambda *_: SimpleNamespace(
+                finished=True, signal=0
+            ),
+            "shiftnet.results.report.page.render": lambda found: "page",
+            "shiftnet.results.report.sources._count": lambda *_: None,
+            "shiftnet.cli.export._converter": self.converter,
+            "shiftnet.cli.export.stablehlo": lambda model, size: b"program",
+            "shiftnet.cli.export.original": lambda model: {"x": np.zeros(2)},
+            "shiftnet.cli.export.packed": lambda model: {"x": np.zeros(2)},
         }.items():
             stack.enter_context(mock.patch(name, stub))
         return stack
 
-    def train(self, settings: Any, workdir: Path, *, init: Any, profile: bool) -> Summary:
+    def train(self, settings: Any, workdir: Path, *, init: Any, profile: bool) -> Outcome:
         self.trained = True
         if config.from_json(config.to_json(settings)) != settings:
             raise AssertionError("the recipe does not come back from its JSON")
         models.parse_arch(settings.model.arch)
         if self.real and _is_small(settings.model.arch):
             models.check(settings.model)
-        return Summary(True, 7, 0.5, None, "test")
+        return Outcome(True, 7, [0.5], [None], "test")
 
     def load(self, path: str) -> Any:
         return SimpleNamespace(
@@ -535,10 +526,12 @@ class Stubs:
             stats=None,
         )
 
-    def dataset(self, name: str, *, source: str, data_dir: str) -> Any:
+    def dataset(
+        self, name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True
+    ) -> Any:
         if source == "tfds":
             data.normalization(name)  # knows the names
-        return SimpleNamespace(name=name, class_names=("a",) * 10, test=None)
+        return SimpleNamespace(name=name, class_names=("a",) * 10, part=None, found="")
 
     def converter(self, ending: str) -> None:
         if ending in (".onnx", ".pth"):
@@ -567,6 +560,9 @@ def furnish(here: Path) -> None:
         else:
             entry.unlink()
     (here / "recipe.py").write_text(RECIPE)
+    (here / "names.toml").write_text('named = "recipe.py:expansion=2"\n')
+    (here / "a:b").mkdir()
+    (here / "a:b" / "recipe.py").write_text(RECIPE)
     (here / "text.txt").write_text("some text\n")
     (here / "text.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (here / "results").mkdir()

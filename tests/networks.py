@@ -11,9 +11,9 @@ import optax
 from flax import nnx
 
 from shiftnet import config as config_lib
-from shiftnet import models, weights
-from shiftnet.models import torch_names
-from shiftnet.models.torch_names import SHIFT, TORCHVISION, WRN, Naming
+from shiftnet import models, quantizers
+from shiftnet.interchange import torch_names
+from shiftnet.interchange.torch_names import SHIFT, TORCHVISION, WRN, Naming
 from tests import oracle
 from tests.oracle import Arrays, Case
 
@@ -142,7 +142,7 @@ def differentiate(
             model = nnx.merge(graphdef, params, stats, copy=True)
             output = model(x, train=train)
             value = loss_of(output)
-            total = value + regularizer * weights.regularizer(model)
+            total = value + regularizer * quantizers.regularizer(model)
             return total, (value, output, nnx.state(model, nnx.BatchStat))
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)

@@ -1,15 +1,16 @@
-"""The recipes in configs/: each loads, and every cell of the original's tables can be named."""
+"""The recipes in configs/: each loads, and the results' table has every cell of the original's."""
 
-import ast
 import json
 import re
+import runpy
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from shiftnet import config, models
+from shiftnet import config, models, results
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -31,7 +32,9 @@ IMAGENET_RECIPES = [
     "shiftnet_b_imagenet",
 ]
 RECIPES = ["quickstart", *TABLE_RECIPES, *LOW_BIT_RECIPES, *IMAGENET_RECIPES]
-BUILDERS = {"shift_family", "wrn_family", "s3_family", "shiftnet_family"}
+FAMILY_FILES = [f"{family}_family" for family in ("shift", "wrn", "s3", "shiftnet")]
+# The results' table, by name of its rows.
+ROWS = {row.name: row for table in results.tables(ROOT / "results") for row in table.rows}
 
 # The rows of the page, as they stand there. CIFAR-100: model, e, accuracy of the shift, conv and
 # depthwise net, parameters in millions, reduction (in parentheses the one used for the conv net
@@ -76,13 +79,19 @@ ResNet110 original - 92.46% 1.73 1.0
 class Cell(NamedTuple):
     """One accuracy of the page and the network it belongs to."""
 
-    recipe: str
+    arch: str
+    data: str  # "c10" or "c100"
     row: str  # "3c", "original", …
-    accuracy: str
+    accuracy: float
     expansion: float
     reduction: float
     mode: str
-    millions: float  # parameters, as the page rounds them for the shift net
+
+    @property
+    def name(self) -> str:
+        """Its row in the results' table."""
+        size = {"c": "1c_", "--": "", "original": ""}.get(self.row, f"{self.row}_")
+        return f"{self.arch}_{size}{self.data}"
 
 
 def cells() -> list[Cell]:
@@ -92,49 +101,21 @@ def cells() -> list[Cell]:
             model, row, *rest = re.sub(r"[%()]", "", line).split()
             depth = model.removeprefix("ResNet")
             columns = 3 if data == "c100" else 2
-            accuracies, millions, rest = rest[:columns], float(rest[columns]), rest[columns + 1 :]
+            accuracies, rest = rest[:columns], rest[columns + 1 :]  # after the parameters
             if row in ("--", "original"):
-                name = f"resnet{depth}_{data}"
-                found.append(Cell(name, row, accuracies[1], 1.0, 1.0, "net", millions))
+                plain = float(accuracies[1])
+                found.append(Cell(f"resnet{depth}", data, row, plain, 1.0, 1.0, "net"))
                 continue
+            shift, conv, *depthwise = map(float, accuracies)
             expansion = float(row.removesuffix("c") or 1)
-            depthwise = float(rest[-2]) if data == "c100" else None  # r**, before the shuffle net's
-            reduction = float((rest[:-2] if data == "c100" else rest)[-1])  # in parentheses or not
-            found += [
-                Cell(
-                    f"shiftresnet{depth}_{data}",
-                    row,
-                    accuracies[0],
-                    expansion,
-                    1.0,
-                    "net",
-                    millions,
-                ),
-                Cell(
-                    f"resnet{depth}_{data}", row, accuracies[1], 1.0, reduction, "block", millions
-                ),
-            ]
-            if depthwise is not None:
-                name = f"depthwiseresnet{depth}_{data}"
-                found.append(Cell(name, row, accuracies[2], 1.0, depthwise, "block", millions))
+            # In parentheses or not; before r of the depthwise and of the shuffle net.
+            reduction = float((rest[:-2] if data == "c100" else rest)[-1])
+            found.append(Cell(f"shiftresnet{depth}", data, row, shift, expansion, 1.0, "net"))
+            found.append(Cell(f"resnet{depth}", data, row, conv, 1.0, reduction, "block"))
+            for accuracy in depthwise:
+                cell = (accuracy, 1.0, float(rest[-2]), "block")
+                found.append(Cell(f"depthwiseresnet{depth}", data, row, *cell))
     return found
-
-
-def docstring(recipe: str) -> str:
-    return ast.get_docstring(ast.parse((ROOT / "configs" / f"{recipe}.py").read_text())) or ""
-
-
-def table(recipe: str) -> dict[str, tuple[str, str, int]]:
-    """The docstring's table: row -> argument, reported accuracy, parameters."""
-    lines = re.findall(r"^    (\S+) +(\S+) +(-|[\d.]+ %) +([\d,]+)$", docstring(recipe), re.M)
-    return {
-        row: (
-            argument.replace("(none)", ""),
-            accuracy.removesuffix(" %"),
-            int(count.replace(",", "")),
-        )
-        for row, argument, accuracy, count in lines
-    }
 
 
 def load(recipe: str, argument: str = ""):
@@ -143,8 +124,11 @@ def load(recipe: str, argument: str = ""):
 
 @pytest.mark.core
 def test_every_recipe_is_tested_here():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {*RECIPES, *BUILDERS}
+    folder = ROOT / "configs"
+    names = set(tomllib.loads((folder / config.NAMES).read_text()))
+    files = {path.stem for path in folder.glob("*.py")}
+    assert files == {"quickstart", *FAMILY_FILES}
+    assert names == {*RECIPES} - {"quickstart"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -155,15 +139,14 @@ def test_every_recipe_loads_from_any_folder(recipe, tmp_path, monkeypatch):
     models.check(settings.model)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_command_in_every_docstring_works(recipe):
-    command = re.search(
-        r"^    python train\.py --config (\S+) [\\\s]*--workdir \S+$", docstring(recipe), re.M
-    )
-    assert command is not None
-    path, _, argument = command[1].partition(":")
-    assert path == f"configs/{recipe}.py"
-    config.validate(load(recipe, argument))
+@pytest.mark.parametrize("file", ["quickstart", *FAMILY_FILES])
+def test_every_command_in_a_docstring_works(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    docstring = runpy.run_path(f"configs/{file}.py")["__doc__"]
+    commands = re.findall(r"^    python train\.py --config (\S+)", docstring, re.M)
+    assert commands
+    for recipe in commands:
+        config.load(recipe)
 
 
 @pytest.mark.parametrize("recipe", TABLE_RECIPES)
@@ -186,37 +169,48 @@ def test_the_defaults_are_the_originals_recipe():
 
 
 def test_the_page_has_66_cells_here():
-    assert len(cells()) == len({cell[:2] for cell in cells()}) == 39 + 27
+    assert len(cells()) == len({cell.name for cell in cells()}) == 39 + 27
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("cell", cells(), ids=lambda cell: f"{cell.recipe}-{cell.row}")
-def test_every_cell_of_the_tables_can_be_trained_from_its_docstring(cell):
-    argument, accuracy, _ = table(cell.recipe)[cell.row]
-    model = load(cell.recipe, argument).model
-    assert (model.expansion, model.reduction, model.reduction_mode) == (
-        cell.expansion,
-        cell.reduction,
-        cell.mode,
-    )
-    assert accuracy == cell.accuracy
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.name)
+def test_every_cell_of_the_page_is_a_row_that_can_be_trained(cell, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    row = ROWS[cell.name]
+    assert row.reported == cell.accuracy
+    recipe = config.load(row.recipe)
+    assert (recipe.model.arch, recipe.model.expansion) == (cell.arch, cell.expansion)
+    assert (recipe.model.reduction, recipe.model.reduction_mode) == (cell.reduction, cell.mode)
+    assert recipe.data.name == {"c10": "cifar10", "c100": "cifar100"}[cell.data]
 
 
-@pytest.mark.parametrize("depth", [20, 56, 110])
-def test_the_depthwise_recipes_of_cifar10_claim_no_accuracy(depth):
-    ours, page = table(f"depthwiseresnet{depth}_c10"), table(f"depthwiseresnet{depth}_c100")
-    assert [row[1] for row in ours.values()] == ["-"] * 4
-    assert [row[0] for row in ours.values()] == [row[0] for row in page.values()]
+def test_the_table_has_no_row_that_the_page_has_not():
+    known = {cell.name for cell in cells()}
+    shift = [table for table in results.tables(ROOT / "results") if table.name.startswith("shift-")]
+    assert {row.name for table in shift for row in table.rows} == known
 
 
-def test_no_docstring_has_a_row_that_the_page_has_not():
-    rows = {(recipe, row) for recipe in TABLE_RECIPES for row in table(recipe)}
-    depthwise = {
-        (f"depthwiseresnet{depth}_c10", row)
-        for depth in (20, 56, 110)
-        for row in ("c", "3c", "6c", "9c")
-    }
-    assert rows == {cell[:2] for cell in cells()} | depthwise
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+def test_every_row_names_a_recipe_that_names_toml_has(row):
+    assert row.recipe.startswith("configs/")
+    assert Path(row.recipe.partition(":")[0]).stem in RECIPES
+
+
+@pytest.mark.parametrize(
+    ("row", "reported"),
+    [
+        # arXiv:1802.08530, and for two rows the page of its PyTorch code.
+        ("wrn20_10_c100", 80.5),
+        ("wrn20_10_1bit_c100", 80.0),
+        ("wrn20_10_1bit_cutout_c100", 81.49),
+        ("wrn26_10_1bit_c100", 81.06),
+        ("wrn20_10_1bit_c10", 95.28),
+        ("wrn20_10_1bit_cutout_c10", 96.08),
+        ("wrn26_10_1bit_c10", 95.54),
+    ],
+)
+def test_the_wide_networks_are_held_to_what_was_reported(row, reported):
+    assert ROWS[row].reported == reported
 
 
 @pytest.mark.core
@@ -287,18 +281,16 @@ def test_the_rows_above_are_the_pages():
 
 
 @pytest.mark.skipif(not (SHARED / "oracle").is_dir(), reason="needs ../shared/oracle/counts.json")
-@pytest.mark.parametrize("recipe", TABLE_RECIPES)
-def test_the_parameters_in_the_docstrings_are_the_originals(recipe):
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.name)
+def test_the_parameters_in_the_table_are_the_originals(cell):
     known = json.loads((SHARED / "oracle" / "counts.json").read_text())["rows"]
-    more = 90 * (64 + 1) if recipe.endswith("_c100") else 0
-    for argument, _, count in table(recipe).values():
-        model = load(recipe, argument).model
-        (expected,) = (
-            row["params"]
-            for row in known
-            if row["arch"] == model.arch
-            and row.get("expansion", 1) == model.expansion
-            and row.get("reduction", 1) == model.reduction
-            and row.get("reduction_mode", model.reduction_mode) == model.reduction_mode
-        )
-        assert count == expected + more
+    more = 90 * (64 + 1) if cell.data == "c100" else 0  # its counts are for 10 classes
+    (expected,) = (
+        row["params"]
+        for row in known
+        if row["arch"] == cell.arch
+        and row.get("expansion", 1) == cell.expansion
+        and row.get("reduction", 1) == cell.reduction
+        and row.get("reduction_mode", cell.mode) == cell.mode
+    )
+    assert ROWS[cell.name].parameters == expected + more

@@ -2,15 +2,19 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, evaluate, inference, pack, packing, weights
+from shiftnet import checkpoint, packing, quantizers
 from shiftnet import config as config_lib
+from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
+from shiftnet.inference import classifier
+from shiftnet.quantizers import form
 from tests import networks
 
 FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
@@ -41,18 +45,18 @@ def images(size=12):
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("form", "bits", "constant_bytes"),
-    [(*form, inference.CONSTANT_BYTES) for form in FORMS] + [("s3", 3, 0)],
+    [(*form, classifier.CONSTANT_BYTES) for form in FORMS] + [("s3", 3, 0)],
 )
 def test_low_bit_weights_come_back_bit_for_bit_and_the_network_computes_the_same(
     form, bits, constant_bytes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(inference, "CONSTANT_BYTES", constant_bytes)
+    monkeypatch.setattr(classifier, "CONSTANT_BYTES", constant_bytes)
     network, recipe = small(form, bits)
-    before = {name: np.asarray(w()) for name, w in weights.of_layers(network).items()}
+    before = {name: np.asarray(w()) for name, w in quantizers.of_layers(network).items()}
     logits = networks.evaluate(network, np.moveaxis(images(), -1, 1))
     packing.write(tmp_path / "net.safetensors", network, note(recipe))
     model = shiftnet.load(tmp_path / "net.safetensors")
-    after = weights.of_layers(model.network)
+    after = quantizers.of_layers(model.network)
     for name, expected in before.items():
         np.testing.assert_array_equal(after[name](), expected, err_msg=name)
     np.testing.assert_allclose(model(images()), logits, rtol=1e-4, atol=1e-4 * abs(logits).max())
@@ -84,11 +88,62 @@ def test_files_are_as_small_as_promised(arch, fields, classes, rest, most, tmp_p
 
 def test_a_float16_rest_keeps_the_low_bit_weights_exact(tmp_path):
     network, recipe = small()
-    low = {n: np.asarray(w()) for n, w in weights.of_layers(network).items() if w.bits < 32}
+    low = {n: np.asarray(w()) for n, w in quantizers.of_layers(network).items() if w.bits < 32}
     packing.write(tmp_path / "net.safetensors", network, note(recipe), "float16")
-    after = weights.of_layers(shiftnet.load(tmp_path / "net.safetensors").network)
+    after = quantizers.of_layers(shiftnet.load(tmp_path / "net.safetensors").network)
     for name, expected in low.items():
         np.testing.assert_array_equal(after[name](), expected)
+
+
+def test_two_packs_of_one_network_are_the_same_file(tmp_path):
+    files = []
+    for name in ("a.safetensors", "b.safetensors"):
+        network, recipe = small()
+        packing.write(tmp_path / name, network, note(recipe))
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_number_that_float16_cannot_hold_is_refused_by_name(tmp_path):
+    network, recipe = small()
+    network.linear.bias.set_value(network.linear.bias[...].at[3].set(1e6))
+    with pytest.raises(UserError, match=r"linear\.bias has a value of 1e\+06, more than float16"):
+        packing.write(tmp_path / "net.safetensors", network, note(recipe), "float16")
+    assert not list(tmp_path.iterdir())
+
+
+class ScaledSign(quantizers.LowBitWeight):
+    """Signs times the mean of the latents' sizes in each output channel."""
+
+    levels = (-1, 1)
+
+    def __init__(self, shape, *, init, rngs):
+        super().__init__(shape, ["latent"], init=init, rngs=rngs)
+        self.scale_shape = (shape[-1],)
+
+    @property
+    def scale(self):
+        latent = self.latent[...]
+        return abs(latent).mean(range(latent.ndim - 1))
+
+    def level(self):
+        return form.sign(self.latent[...])
+
+    def set_quantized(self, codes, scale=None):
+        self.latent.set_value(jnp.asarray(np.asarray(self.levels, np.float32)[codes] * scale))
+
+
+def test_a_scale_that_depends_on_the_latents_is_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(quantizers.FORMS, "sign", (ScaledSign, ()))
+    network, recipe = small("sign")
+    before = {name: np.asarray(w()) for name, w in quantizers.of_layers(network).items()}
+    packing.write(tmp_path / "net.safetensors", network, note(recipe))
+    loaded = packing.read(tmp_path / "net.safetensors")[0]
+    scales = safetensors.numpy.load_file(tmp_path / "net.safetensors")
+    assert scales["layer1.0.conv1.weight_scale"].shape == (16,)
+    assert "conv1.weight_scale" not in scales  # float
+    for name, weight in quantizers.of_layers(loaded).items():
+        np.testing.assert_allclose(weight(), before[name], rtol=1e-6, err_msg=name)
 
 
 # Files that are not right
@@ -184,7 +239,8 @@ def test_the_command_packs_a_checkpoint_that_evaluate_and_load_take(tmp_path, ca
     network, recipe = small("sign")
     _, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
     arrays = checkpoint.to_arrays(params, stats)
-    saved = checkpoint.write(tmp_path / "ckpt", arrays, note(recipe))
+    known = note(recipe) | {"class_names": [str(digit) for digit in range(10)]}
+    saved = checkpoint.write(tmp_path / "ckpt", arrays, known)
     out = tmp_path / "net.safetensors"
     assert pack.main([str(saved), str(out)]) == 0
     printed = capsys.readouterr().out

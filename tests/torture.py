@@ -4,19 +4,28 @@
 
 Two kinds of run, one on data that the device holds, one on image files read by worker processes,
 are each done once in peace. Then they are done again while their process is killed: by SIGKILL at
-random moments, right after the first step of a start, and while a checkpoint is being written; and
-stopped by SIGTERM. Each time the run is started again, until it ends; then it begins anew, until
-there were enough kills. Last comes a job of 4 processes with 2 devices each and divided parameters,
-one of whose processes is killed: the others must end, and the job must go on.
+random moments, right after the first step of a start, while a checkpoint is being written, and
+between its digests and its renaming; and stopped by SIGTERM. Some starts have other settings, of
+those that may change, and some have settings that must be refused. Each time the run is started
+again, until it ends; then it begins anew, until there were enough kills.
+
+The third kind is two seeds of a row of results, trained by two processes at once, which are killed
+at random moments and while they end; the row's file must have both seeds.
+
+Last comes a job of 4 processes with 2 devices each and divided parameters, one of whose processes
+is killed: the others must end, and the job must be continued.
 
 Every array of every end's checkpoint and every line of `metrics.jsonl` (but for the clock's
-numbers) must be those of the run in peace. Exits with 1 where they are not.
+numbers) must be those of the run in peace. Each kill is printed with what happened, how the run was
+continued and how it ended. Exits with 1 where an end differs, or a kill is not accounted for.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +46,12 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from shiftnet.checkpoint import BEST, LATEST, find, flaw
+from shiftnet.checkpoint import BEST, LATEST, find, verify
 from tests.data.image_files import write_folder
 from tests.training.small import epochs
 
 ROOT = Path(__file__).parents[1]
-TRAIN = [sys.executable, "train.py", "--config", "configs/quickstart.py"]
+TRAIN = ["train.py", "--config", "configs/quickstart.py"]
 COMMON = {"checkpoint.every_steps": 3, "log.every_seconds": 0, "log.tensorboard": "false"}
 DIGITS = {"model.arch": "shiftresnet8", "batch_size": 128, "epochs": 4}
 FILES = {
@@ -54,22 +64,92 @@ FILES = {
     "batch_size": 8,
     "epochs": 8,
 }
+# Settings that change nothing, and settings that must be refused once there is a checkpoint.
+HARMLESS = (
+    {"checkpoint.every_steps": 2},
+    {"checkpoint.every_epochs": 3},
+    {"checkpoint.keep": 1},
+    {"checkpoint.keep": 4},
+)
+REFUSED = ({"optimizer.lr": 0.3}, {"batch_size": 7}, {"seed": 5})
 JOB = DIGITS | {"model.expansion": 9, "epochs": 2, "parallel.fsdp": "true"}
 PROCESSES, DEVICES, BOUND = 4, 2, 180  # seconds, three times JAX's patience with a silent process
-MOMENTS = ("any time", "any time", "first step", "checkpoint", "SIGTERM")
+MOMENTS = ("any time", "first step", "checkpoint", "sealed", "SIGTERM", "other settings")
+
+# Runs a script that kills itself when it has written the digests of so many checkpoints, which it
+# has not renamed yet.
+DIES_SEALED = """
+import os, pathlib, runpy, signal, sys
+left, replace = int(sys.argv[1]), pathlib.Path.replace
+def dying(self, target):
+    global left
+    result = replace(self, target)
+    left -= pathlib.Path(target).name == "digests.json"
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+pathlib.Path.replace = dying
+sys.argv[:2] = []
+sys.path.insert(0, "")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+ROW = "digits"
+RECIPE = """
+from shiftnet.config import default_config
 
 
-def command(workdir: Path, settings: dict[str, Any]) -> list[str]:
+def get_config():
+    config = default_config()
+    config.epochs, config.model.arch, config.schedule.boundaries = 2, "shiftresnet8", (1,)
+    config.data.name, config.data.flip, config.log.every_seconds = "digits", False, 0.0
+    config.checkpoint.every_steps = 4
+    return config
+"""
+TABLE = f"""
+[[tables]]
+name = "one"
+title = "One row"
+source = "nothing"
+epoch = "best"
+note = ""
+[[tables.rows]]
+name = "{ROW}"
+recipe = "RECIPE"
+parameters = 1
+multiply_adds = 1
+bytes = 1
+"""
+
+
+@dataclasses.dataclass
+class Kill:
+    """One kill: of which kind of run, when, how the process ended, and what came of the run."""
+
+    kind: str
+    moment: str
+    code: int | None = None
+    then: str = ""
+    end: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.moment}: exit {self.code}; {self.then}; end: {self.end}"
+
+    @property
+    def accounted(self) -> bool:
+        """Whether it is known what came of it, and it is good."""
+        return self.code is not None and bool(self.then) and self.end == "the same"
+
+
+def settings_of(workdir: Path, settings: dict[str, Any]) -> list[str]:
     overrides = [f"--config.{name}={value}" for name, value in (COMMON | settings).items()]
     return [*TRAIN, "--workdir", str(workdir), *overrides]
 
 
-def start(
-    workdir: Path, settings: dict[str, Any], *options: str, **variables: str
-) -> subprocess.Popen[str]:
+def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     # A group of its own, so that a kill is the process's alone, as the system's is for memory.
     return subprocess.Popen(
-        [*command(workdir, settings), *options],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables,
         stdout=subprocess.PIPE,
@@ -79,18 +159,25 @@ def start(
     )
 
 
+def in_peace(arguments: list[str]) -> None:
+    process = start(arguments)
+    printed, _ = process.communicate()
+    if process.returncode:
+        print(printed)
+        raise SystemExit(f"a run in peace ended with code {process.returncode}")
+
+
 def writing(workdir: Path) -> bool:
     """Whether a checkpoint of the run is not complete at this moment."""
     return any(any((workdir / series).glob("*.unsealed*")) for series in (LATEST, BEST))
 
 
-def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: random.Random) -> bool:
-    """Kills it at the moment; False where it ended before that."""
+def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: random.Random) -> str:
+    """Kills it at the moment, unless it ends before; returns what it had printed."""
     assert process.stdout is not None
-    if moment == "any time":
-        deadline = time.monotonic() + chance.uniform(0.0, 12.0)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
+    seen = ""
+    if moment == "sealed":
+        process.wait()
     elif moment == "checkpoint":
         patience = chance.randrange(3)  # the first that is seen, or a later one
         while process.poll() is None:
@@ -99,19 +186,23 @@ def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: ran
                     break
                 patience -= 1
                 time.sleep(0.3)
-    else:
+    elif moment in ("first step", "SIGTERM"):
         for line in process.stdout:
+            seen += line
             if "  step " in line:
                 break
-    if process.poll() is not None:
-        return False
+    else:
+        deadline = time.monotonic() + chance.uniform(0.0, 12.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
     process.send_signal(signal.SIGTERM if moment == "SIGTERM" else signal.SIGKILL)
-    return True
+    rest, _ = process.communicate()
+    return seen + rest
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     path = find(workdir)
-    assert flaw(path) is None, flaw(path)
+    assert verify(path) is None, verify(path)
     here = SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
@@ -121,24 +212,45 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
 
 
-def differences(workdir: Path, peaceful: Path) -> list[str]:
-    want, got = final_state(peaceful), final_state(workdir)
-    assert len(want) > 20, "there is hardly anything to compare"
-    found = [f"array {name}" for name in want.keys() ^ got.keys()]
-    found += [
-        f"array {name}"
-        for name in want.keys() & got.keys()
-        if want[name].tobytes() != got[name].tobytes()
-    ]
+def differences(workdir: Path, peaceful: Path) -> str:
+    """Names what differs between two ended runs, the best networks included."""
+    found = []
+    for series in (LATEST, BEST):
+        want, got = final_state(peaceful / series), final_state(workdir / series)
+        assert len(want) > 20, "there is hardly anything to compare"
+        found += [f"{series}: {name}" for name in want.keys() ^ got.keys()]
+        found += [
+            f"{series}: {name}"
+            for name in want.keys() & got.keys()
+            if want[name].tobytes() != got[name].tobytes()
+        ]
     if json.dumps(epochs(workdir)) != json.dumps(epochs(peaceful)):
         found.append("metrics.jsonl")
-    return found
+    return ", ".join(found) or "the same"
 
 
-def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Random) -> int:
-    """Kills runs of one kind; returns how many of their ends differ from the peaceful one."""
-    wrong = 0
-    done: Counter[str] = Counter()
+def beginning(printed: str) -> str:
+    """Says how a start began, by what it printed."""
+    if found := re.search("continuing after step [0-9]+|already finished", printed):
+        return found[0]
+    return "began anew" if "compiling" in printed else "stopped before it began"
+
+
+def refused(workdir: Path, settings: dict[str, Any], chance: random.Random) -> None:
+    """Starts a run with a setting that it cannot have any more."""
+    if not (workdir / "config.json").exists():
+        return
+    wrong = chance.choice(REFUSED)
+    process = start(settings_of(workdir, settings | wrong))
+    printed, _ = process.communicate()
+    if process.returncode != 2 or "Traceback" in printed:
+        print(printed)
+        raise SystemExit(f"{wrong} ended with code {process.returncode}")
+
+
+def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Random) -> list[Kill]:
+    """Kills runs of one kind."""
+    done: list[Kill] = []
     with tempfile.TemporaryDirectory() as scratch:
         if kind == "files":
             images = Path(scratch) / "images"
@@ -146,35 +258,118 @@ def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Rand
                 "data.dir": str(write_folder(images, (9, 8, 7, 10), (3, 2, 3, 3)))
             }
         peaceful, workdir = Path(scratch) / "peaceful", Path(scratch) / "run"
-        subprocess.run(command(peaceful, settings), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        ends = 0
-        while done.total() < kills:
-            moment = chance.choice(MOMENTS)
-            process = start(workdir, settings)
-            killed = kill(process, moment, workdir, chance)
-            printed, _ = process.communicate()
-            done[moment] += killed
-            if killed and moment == "SIGTERM" and process.returncode not in (143, 0):
+        in_peace(settings_of(peaceful, settings))
+        pending: list[Kill] = []  # of the run that goes on
+
+        def started(printed: str) -> None:
+            if pending and not pending[-1].then:
+                pending[-1].then = f"the next start: {beginning(printed)}"
+
+        def ended() -> None:
+            for one in pending:
+                one.end = differences(workdir, peaceful)
+                print(one, flush=True)
+            pending.clear()
+            shutil.rmtree(workdir)
+
+        while len(done) < kills:
+            moment, own = chance.choice(MOMENTS), settings
+            if moment == "other settings":
+                refused(workdir, settings, chance)
+                own = settings | chance.choice(HARMLESS)
+            arguments = settings_of(workdir, own)
+            if moment == "sealed":
+                arguments = ["-c", DIES_SEALED, str(chance.randrange(1, 6)), *arguments]
+            process = start(arguments)
+            printed = kill(process, moment, workdir, chance)
+            started(printed)
+            code = process.returncode
+            if code == 0:  # it had ended by itself
+                ended()
+                continue
+            if code not in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
                 print(printed)
-                raise SystemExit(f"SIGTERM ended with code {process.returncode}")
-            if not killed or process.returncode == 0:
-                if process.returncode:
-                    print(printed)
-                    raise SystemExit(f"{kind}: a start failed with code {process.returncode}")
-                ends += 1
-                found = differences(workdir, peaceful)
-                wrong += bool(found)
-                print(f"{kind}: end {ends} after {done.total()} kills: {found or 'the same'}")
-                shutil.rmtree(workdir)
-        if workdir.exists():
-            subprocess.run(
-                command(workdir, settings), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-            )
-            found = differences(workdir, peaceful)
-            wrong += bool(found)
-            print(f"{kind}: last end after {done.total()} kills: {found or 'the same'}")
-    print(f"{kind}: {dict(done)}")
-    return wrong
+                raise SystemExit(f"{kind}: a start failed with code {code}")
+            done.append(Kill(kind, moment, code))
+            pending.append(done[-1])
+        if pending:
+            process = start(settings_of(workdir, settings))
+            printed, _ = process.communicate()
+            if process.returncode:
+                print(printed)
+                raise SystemExit(f"{kind}: the last start failed with code {process.returncode}")
+            started(printed)
+            ended()
+    return done
+
+
+def row_lines(place: Path) -> dict[int, str]:
+    """Each seed's epochs in a row's result, without what depends on the clock."""
+    path = place / "results" / f"{ROW}.json"
+    if not path.exists():
+        return {}
+    return {
+        run["seed"]: json.dumps([{**line, "images_per_second": 0} for line in run["epochs"]])
+        for run in json.loads(path.read_text())["runs"]
+    }
+
+
+def torture_seeds(kills: int, chance: random.Random) -> list[Kill]:
+    """Kills two processes that train two seeds of a row."""
+    done: list[Kill] = []
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def furnished(name: str) -> tuple[Path, list[str]]:
+            place = Path(scratch) / name
+            (place / "results").mkdir(parents=True)
+            (place / "recipe.py").write_text(RECIPE)
+            table = TABLE.replace("RECIPE", str(place / "recipe.py"))
+            (place / "results" / "table.toml").write_text(table)
+            options = ["--only", ROW, "--seeds", "2", "--together", "1"]
+            options += ["--results", str(place / "results"), "--workdir", str(place / "runs")]
+            return place, ["-m", "shiftnet", "reproduce", *options]
+
+        peaceful, command = furnished("peaceful")
+        in_peace(command)
+        want = row_lines(peaceful)
+        assert sorted(want) == [0, 1]
+        while len(done) < kills:
+            place, command = furnished("killed")
+            pending = []
+            while len(row_lines(place)) < 2:
+                processes = [start(command), start(command)]
+                victim = chance.choice(processes)
+                moment = chance.choice(("any time", "its end"))
+                assert victim.stdout is not None
+                if len(done) >= kills:
+                    pass
+                elif moment == "any time":
+                    time.sleep(chance.uniform(0.0, 12.0))
+                else:
+                    for line in victim.stdout:
+                        if "epoch 2/2  lr" in line:
+                            break
+                    time.sleep(chance.uniform(0.0, 1.0))
+                if len(done) < kills and victim.poll() is None:
+                    victim.kill()
+                    done.append(Kill("seeds", moment))
+                    pending.append(done[-1])
+                printed = [process.communicate()[0] for process in processes]
+                for process, text in zip(processes, printed, strict=True):
+                    if process.returncode not in (0, -signal.SIGKILL):
+                        print(text)
+                        raise SystemExit(f"seeds: a start failed with code {process.returncode}")
+                if pending and pending[-1].code is None:
+                    pending[-1].code = victim.returncode
+                    pending[-1].then = f"seeds {sorted(row_lines(place))} were kept then"
+            for one in pending:
+                one.end = "the same" if row_lines(place) == want else "another result"
+                print(one, flush=True)
+            left = [path.name for path in (place / "runs").iterdir() if path.is_dir()]
+            if left:
+                raise SystemExit(f"seeds: {left} were left behind")
+            shutil.rmtree(place)
+    return done
 
 
 def start_job(workdir: Path) -> list[subprocess.Popen[str]]:
@@ -183,19 +378,22 @@ def start_job(workdir: Path) -> list[subprocess.Popen[str]]:
         address = f"localhost:{free.getsockname()[1]}"
     join = ["--coordinator", address, "--num-processes", str(PROCESSES), "--process-id"]
     count = {"JAX_NUM_CPU_DEVICES": str(DEVICES)}
-    return [start(workdir, JOB, *join, str(number), **count) for number in range(PROCESSES)]
+    arguments = settings_of(workdir, JOB)
+    return [start([*arguments, *join, str(number)], **count) for number in range(PROCESSES)]
 
 
 def finish_job(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes[1:] + processes[:1]:  # the first one speaks, the others hardly
+    for process in processes[1:] + processes[:1]:  # the first one prints, the others hardly
         printed, _ = process.communicate()
         if process.returncode:
             print(printed)
             raise SystemExit(f"job: a process ended with code {process.returncode}")
 
 
-def torture_job() -> int:
-    """Kills one process of a job; returns whether the job ends otherwise than in peace."""
+def torture_job(kills: int, chance: random.Random) -> list[Kill]:
+    """Kills one process of a job."""
+    del kills, chance
+    done = Kill("job", "step 5")
     with tempfile.TemporaryDirectory() as scratch:
         peaceful, workdir = Path(scratch) / "peaceful", Path(scratch) / "run"
         finish_job(start_job(peaceful))
@@ -209,26 +407,39 @@ def torture_job() -> int:
         for process in processes:
             printed, _ = process.communicate(timeout=BOUND)
             assert process.returncode, printed
-        print(f"job: the others ended within {time.monotonic() - began:.0f} s of a kill")
+        done.code = processes[2].returncode
+        done.then = f"the others ended within {time.monotonic() - began:.0f} s"
         finish_job(start_job(workdir))
-        found = differences(workdir, peaceful)
-        print(f"job: end after the kill: {found or 'the same'}")
-        return bool(found)
+        done.end = differences(workdir, peaceful)
+        print(done)
+    return [done]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.torture", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--kills", type=int, default=60, help="of all runs together")
+    parser.add_argument("--kills", type=int, default=60, help="of all runs together, the job's too")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
-    wrong = torture("digits", DIGITS, arguments.kills // 2, chance)
-    wrong += torture("files", FILES, arguments.kills - arguments.kills // 2, chance)
-    wrong += torture_job()
-    print("every end was the same" if not wrong else f"{wrong} ends differ")
-    return wrong > 0
+    kinds: list[Callable[[int, random.Random], list[Kill]]] = [
+        lambda kills, chance: torture("digits", DIGITS, kills, chance),
+        lambda kills, chance: torture("files", FILES, kills, chance),
+        torture_seeds,
+    ]
+    done: list[Kill] = []
+    for number, kind in enumerate(kinds):
+        left = arguments.kills - 1 - len(done)
+        done += kind(left // (len(kinds) - number), chance)
+    done += torture_job(1, chance)
+    wrong = [one for one in done if not one.accounted]
+    for (kind, moment), count in sorted(Counter((one.kind, one.moment) for one in done).items()):
+        print(f"{kind:8} {moment:16} {count}")
+    print(f"{len(done)} kills of {arguments.kills}, {len(done) - len(wrong)} accounted for")
+    for one in wrong:
+        print(f"not accounted for: {one}")
+    return bool(wrong) or len(done) != arguments.kills
 
 
 if __name__ == "__main__":

@@ -8,15 +8,30 @@ held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from shiftnet import errors
 from shiftnet.data import cifar, digits
+from shiftnet.data.parts import Source, Split, Subset
 
-if TYPE_CHECKING:  # the digits need neither Pillow nor a JPEG library
-    from shiftnet.data.images import Encoded
+__all__ = [
+    "IMAGENET",
+    "IN_MEMORY",
+    "NAMES",
+    "RGB",
+    "Dataset",
+    "Source",
+    "Split",
+    "Subset",
+    "TestSet",
+    "class_names",
+    "load",
+    "load_test",
+    "normalization",
+    "of_recipe",
+]
 
 IN_MEMORY = (*cifar.NAMES, *digits.NAMES)
 IMAGENET = "imagenet2012"
@@ -30,59 +45,17 @@ RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Some images and their classes, in a fixed order.
-
-    Attributes:
-      images: uint8 [N, H, W, 3].
-      labels: int32 [N], indices into `Dataset.class_names`.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-class Source(Protocol):
-    """Some images that are read when asked for, in a fixed order; picklable."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> "Encoded": ...
-
-
-@dataclass(frozen=True, eq=False)
-class Subset:
-    """Some images of a source.
-
-    Attributes:
-      source: what they are taken from.
-      indices: int [N], which.
-    """
-
-    source: Source
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int, /) -> "Encoded":
-        return self.source[int(self.indices[index])]
-
-
-@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set: in host memory (every part a `Split`), or in files (every part a `Source`).
 
     Attributes:
       name: one of `NAMES`, or the path of a folder.
       train: the images to learn from, without those held out.
-      test: the published test split; of image files, those under `val`.
+      test: the published test split; of image files, those under `val` (see `folder.TEST`).
       validation: the training images held out, or None if none are.
-      class_names: one name a class, indexed by label.
+      class_names: one name per class, indexed by label.
       mean, std: of each channel, for pixels in [0, 1]; see `normalization`.
+      found: how many images there are of how many classes, and what was left out, in a line.
     """
 
     name: str
@@ -92,6 +65,30 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: RGB
     std: RGB
+    found: str = ""
+
+    @property
+    def images(self) -> dict[str, int]:
+        """The number of images of each part; validation has 0 if none are held out."""
+        held_out = 0 if self.validation is None else len(self.validation)
+        return {"train": len(self.train), "validation": held_out, "test": len(self.test)}
+
+
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """Images to evaluate on.
+
+    Attributes:
+      name: one of `NAMES`, or the path of a folder.
+      part: the images.
+      class_names: indexed by label; those of a folder that have images there.
+      found: as in `Dataset`.
+    """
+
+    name: str
+    part: Split | Source
+    class_names: tuple[str, ...]
+    found: str = ""
 
 
 def load(
@@ -104,6 +101,7 @@ def load(
     std: Sequence[float] = (),
     url: str = "",
     sha256: str = "",
+    exif: bool = True,
 ) -> Dataset:
     """Opens a data set, and downloads and prepares a CIFAR before that if it must.
 
@@ -120,6 +118,8 @@ def load(
       mean, std: as in `normalization`.
       url, sha256: another source of the CIFAR archive, and another digest to hold it to; empty
         stands for the official ones. Used only to prepare a CIFAR that is not there yet.
+      exif: whether the images of a folder are turned as their EXIF orientation says; those of
+        `imagenet2012` never are, whose published results are without.
 
     Raises:
       UserError: for an unknown name, a `validation` out of range, or data that is not there and
@@ -128,7 +128,7 @@ def load(
     if source not in SOURCES:
         raise errors.unknown("data.source", source, SOURCES)
     if source == "folder" or name == IMAGENET:
-        return _image_files(name, source, data_dir, validation, mean, std)
+        return _image_files(name, source, data_dir, validation, mean, std, exif)
     own_mean, own_std = normalization(name, mean, std)
     if name in digits.NAMES:
         splits = digits.load()
@@ -140,11 +140,31 @@ def load(
         chosen = _chosen(name, len(train), validation)
         held_out = Split(train.images[chosen], train.labels[chosen])
         train = Split(train.images[~chosen], train.labels[~chosen])
-    return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std)
+    found = f"{len(splits['train'][1])} training and {len(test)} test images"
+    return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std, found)
+
+
+def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True) -> TestSet:
+    """Opens the images of a data set to evaluate on.
+
+    Args:
+      name, source, data_dir, exif: as for `load`, but a folder may lack `train`, or hold the class
+        folders itself.
+
+    Raises:
+      UserError: as `load`.
+    """
+    if source != "folder":
+        dataset = load(name, source=source, data_dir=data_dir)
+        return TestSet(name, dataset.test, dataset.class_names, dataset.found)
+    from shiftnet.data import folder
+
+    test = folder.open_test(data_dir, exif=exif and name != IMAGENET)
+    return TestSet(data_dir, test, test.class_names, folder.found(None, test))
 
 
 def of_recipe(data: Any) -> Dataset:
-    """The data set that a recipe's `config.data` names, see `load`."""
+    """Loads the data set that a recipe's `config.data` names; see `load`."""
     return load(
         data.name,
         source=data.source,
@@ -154,6 +174,7 @@ def of_recipe(data: Any) -> Dataset:
         std=data.std,
         url=data.url,
         sha256=data.sha256,
+        exif=data.exif,
     )
 
 
@@ -164,6 +185,7 @@ def _image_files(
     validation: int,
     mean: Sequence[float],
     std: Sequence[float],
+    exif: bool,
 ) -> Dataset:
     train: Source
     test: Source
@@ -174,25 +196,26 @@ def _image_files(
             )
         from shiftnet.data import folder
 
-        in_train, in_val = (folder.FolderSource(data_dir, split) for split in ("train", "val"))
-        folder.check_same_classes(in_train, in_val)
-        train, test, names, name = in_train, in_val, in_train.class_names, data_dir
+        in_train, in_test = folder.open_training(data_dir, exif=exif and name != IMAGENET)
+        train, test, names, name = in_train, in_test, in_train.class_names, data_dir
+        found = folder.found(in_train, in_test)
     else:
         from shiftnet.data import imagenet_tfds  # TFDS takes seconds to import
 
         in_tfds = imagenet_tfds.TfdsSource(cifar.root(data_dir), "train")
         test = imagenet_tfds.TfdsSource(cifar.root(data_dir), "val")
         train, names = in_tfds, in_tfds.class_names
+        found = f"{len(train)} training and {len(test)} test images"
     held_out = None
     if validation:
         chosen = _chosen(name, len(train), validation)
         held_out = Subset(train, np.flatnonzero(chosen))
         train = Subset(train, np.flatnonzero(~chosen))
-    return Dataset(name, train, test, held_out, names, *normalization(IMAGENET, mean, std))
+    return Dataset(name, train, test, held_out, names, *normalization(IMAGENET, mean, std), found)
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The names of the classes of a set held in memory, by label; needs no data on disk.
+    """Returns the class names of a set held in memory, by label; needs no data on disk.
 
     Raises:
       UserError: for an unknown name.
@@ -206,19 +229,19 @@ def class_names(name: str) -> tuple[str, ...]:
 def normalization(
     name: str, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> tuple[RGB, RGB]:
-    """The mean and standard deviation that a network's input is normalised with.
+    """Returns the mean and standard deviation that a network's input is normalised with.
 
     Needs no data on disk.
 
     Args:
       name: one of `NAMES`.
-      mean, std: one number a channel, for pixels in [0, 1]; empty stands for the data set's own.
+      mean, std: one number per channel, for pixels in [0, 1]; empty stands for the data set's own.
 
     Returns:
       The mean and the standard deviation, each of three channels.
 
     Raises:
-      UserError: for an unknown name, or when there are not three finite numbers, or a standard
+      UserError: for an unknown name, or if there are not three finite numbers, or a standard
         deviation is not positive.
     """
     constants = {
@@ -241,14 +264,14 @@ def _rgb(field: str, values: Sequence[float]) -> RGB:
     ):
         kind = "positive numbers" if field == "std" else "numbers"
         raise errors.UserError(
-            f"data.{field} is {numbers}; expected three {kind}, one a channel, or () for the "
+            f"data.{field} is {numbers}; expected three {kind}, one per channel, or () for the "
             f"data set's own"
         )
     return numbers[0], numbers[1], numbers[2]
 
 
 def _chosen(name: str, length: int, count: int) -> np.ndarray:
-    """Which of the training images are held out, bool [length]."""
+    """Draws which of the training images are held out, bool [length]."""
     if not 0 <= count < length:
         raise errors.UserError(
             f"data.validation is {count}; expected 0 to {length - 1}, since {name} has "

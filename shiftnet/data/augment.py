@@ -14,11 +14,11 @@ from shiftnet import errors
 PAD_MODES = {"zero": "constant", "reflect": "reflect"}  # ours -> jnp.pad's
 
 # Streams of one seed, so that epoch 3 and step 3 do not share their random numbers.
-_ORDER, _AUGMENT, _CUTOUT = 0, 1, 2
+_ORDER, _AUGMENT, _CUTOUT, _POLICY, _ERASING, _MIXING = range(6)
 
 
 def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
-    """The order in which an epoch visits the examples.
+    """Returns the order in which an epoch visits the examples.
 
     Args:
       seed: of the run.
@@ -32,13 +32,28 @@ def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int
 
 
 def augment_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
-    """The random key of a step's augmentation; `step` counts from 0 over the whole run."""
+    """Returns the random key of a step's augmentation; `step` counts from 0 over the whole run."""
     return _key(seed, _AUGMENT, step)
 
 
 def cutout_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
-    """The random key of a step's cutout; `step` counts from 0 over the whole run."""
+    """Returns the random key of a step's cutout; `step` counts from 0 over the whole run."""
     return _key(seed, _CUTOUT, step)
+
+
+def policy_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's TrivialAugment or RandAugment."""
+    return _key(seed, _POLICY, step)
+
+
+def erasing_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's random erasing."""
+    return _key(seed, _ERASING, step)
+
+
+def mixing_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of a step's mixup and CutMix."""
+    return _key(seed, _MIXING, step)
 
 
 def _key(seed: int | jax.Array, stream: int, number: int | jax.Array) -> jax.Array:
@@ -71,7 +86,7 @@ def crop_flip(
 
 
 def draw(key: jax.Array, num_images: int, *, pad: int, flip: bool) -> tuple[jax.Array, jax.Array]:
-    """The random choices of `crop_flip`.
+    """Draws the random choices of `crop_flip`.
 
     Returns:
       offsets: int32 [N, 2], the row and column of each crop in the padded image, 0 to 2 * pad.
@@ -134,7 +149,7 @@ def normalize(
     std: tuple[float, float, float],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """`(images / 255 - mean) / std`, channel by channel.
+    """Computes `(images / 255 - mean) / std`, channel by channel.
 
     Args:
       images: uint8 [N, H, W, 3].

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.image_classification import cifar as stock
 
-from shiftnet.data.cifar import ARCHIVES, SIDE, VERSION, Splits, check_class_names
+from shiftnet.data.cifar_archive import ARCHIVES, SIDE, VERSION, Splits, check_class_names
 from shiftnet.errors import UserError
 
 

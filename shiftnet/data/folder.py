@@ -1,60 +1,78 @@
-"""Images in folders, one a class: `train/<class>/*` and `val/<class>/*`, as PyTorch users have."""
+"""Images in folders, one per class, as PyTorch users have: `train/<class>/*`, `val/<class>/*`."""
 
 import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from shiftnet.data.images import Encoded
+from shiftnet.data.classes import listed
+from shiftnet.data.images import CorruptImage, Encoded, extensions
 from shiftnet.errors import UserError
+from shiftnet.files import path_of
 
-SPLITS = ("train", "val")
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in any case of letters
+TRAIN = "train"
+TEST = ("val", "valid", "validation", "test")  # the first of these that exists is used
+
+# Folders that systems put beside people's files; Synology's holds thumbnails of each image.
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")
 
 
 class FolderSource:
     """The images of a split, sorted by class and then by file name, and read when asked for.
 
-    A class is a folder; its label is its place among the sorted names, which is how torchvision's
-    `ImageFolder` numbers them. Hidden folders and files, and files without one of `EXTENSIONS`, are
-    left out. What is pickled is the list of names, about 25 bytes an image for ImageNet.
+    A class is a folder, and the folders within it are searched too; its label is its place among
+    the sorted names, which is how torchvision's `ImageFolder` numbers them. Hidden files, files
+    without one of `extensions()` and class folders without images are left out and counted. What is
+    pickled is the list of names, about 25 bytes per image for ImageNet.
 
     Args:
-      directory: holds `train` and `val`.
-      split: `"train"` or `"val"`.
+      folder: the split's folder, which holds the class folders.
+      exif: whether images are turned as their EXIF orientation says.
+      class_names: the names that labels stand for; None: those of the folders with images.
 
     Attributes:
-      class_names: the names of the folders, indexed by label.
+      folder: as given.
+      exif: as given.
+      class_names: indexed by label.
       labels: int32 [N], of each image.
+      missing: the members of `class_names` without images.
+      left_out: what the folder holds besides, in words; empty where there is nothing.
 
     Raises:
-      UserError: when the directory is not laid out so, or a class has no images.
+      UserError: if there are no images in class folders, or a folder is not in `class_names`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], split: str) -> None:
-        root = Path(directory).expanduser()
-        if not root.is_dir():
-            raise UserError(f"{root} is not a directory; expected one that holds train and val")
-        if missing := [name for name in SPLITS if not (root / name).is_dir()]:
-            raise UserError(
-                f"{root} has no folder {missing[0]}; expected train/<class>/* and val/<class>/*"
-            )
-        self._folder = root / split
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        exif: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.exif = exif
+        left_out = _LeftOut()
         try:
-            names = sorted(name for name in os.listdir(self._folder) if not name.startswith("."))
-            classes = [name for name in names if (self._folder / name).is_dir()]
-            if not classes:
-                loose = sum(name.lower().endswith(EXTENSIONS) for name in names)
-                images = f"; move its {loose} images into one folder a class" if loose else ""
-                raise UserError(f"{self._folder} has no class folders{images}")
-            files = [_images(self._folder / name) for name in classes]
+            found = _classes(self.folder, left_out)
         except OSError as error:
-            raise UserError(f"{self._folder} cannot be read ({error})") from error
-        self.class_names = tuple(classes)
-        counts = [len(in_class) for in_class in files]
-        self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+            raise UserError(f"{error.filename or folder} cannot be read ({error})") from error
+        self.left_out = str(left_out)
+        if not found:
+            raise UserError(f"{self.folder} has no class folders with images{left_out.hint()}")
+        known = tuple(found) if class_names is None else tuple(class_names)
+        if strange := sorted(found.keys() - set(known)):
+            raise UserError(
+                f"{self.folder} has {len(strange)} of {_counted(len(found), 'class', 'classes')} "
+                f"without training images: {listed(strange)}"
+            )
+        self.class_names = known
+        self.missing = tuple(name for name in known if name not in found)
+        counts = [len(found.get(name, ())) for name in known]
+        self.labels = np.repeat(np.arange(len(known), dtype=np.int32), counts)
         # One string of bytes, not a million objects: this goes to every worker process.
-        encoded = [os.fsencode(name) for in_class in files for name in in_class]
+        encoded = [os.fsencode(file) for name in known for file in found.get(name, ())]
         self._names = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
 
@@ -65,44 +83,182 @@ class FolderSource:
         """Reads an image's file.
 
         Raises:
-          IndexError: when there is no such image.
-          UserError: when the file cannot be read.
+          IndexError: if there is no such image.
+          CorruptImage: if the file cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         label = int(self.labels[index])
         file = os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
-        path = self._folder / self.class_names[label] / file
+        path = self.folder / self.class_names[label] / file
         try:
-            return Encoded(path.read_bytes(), label, str(path))
+            return Encoded(path.read_bytes(), label, str(path), self.exif)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+            raise CorruptImage(str(path), f"cannot be read ({error.strerror or error})") from error
 
 
-def _images(folder: Path) -> list[str]:
-    names = sorted(
-        name
-        for name in os.listdir(folder)
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    )
-    if not names:
-        raise UserError(f"{folder} has no images; expected files that end in {_listed()}")
-    return names
+def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSource]:
+    """Opens `directory/train` and the folder beside it that is named as one of `TEST`.
 
-
-def _listed() -> str:
-    return f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
-
-
-def check_same_classes(train: FolderSource, val: FolderSource) -> None:
-    """Refuses two splits whose labels stand for different classes.
+    Both have the classes of `train`; some may have no images in the other.
 
     Raises:
-      UserError: when a class is in one of them and not in the other.
+      UserError: if the directory is not laid out like that, or there are classes without training
+        images.
     """
-    for has, lacks in ((train, val), (val, train)):
-        if missing := sorted(set(has.class_names) - set(lacks.class_names)):
-            raise UserError(
-                f"{lacks._folder} has no folder {missing[0]}, which {has._folder} has "
-                f"({len(missing)} such classes of {len(has.class_names)})"
+    root = _existing(directory)
+    folders = {name.lower(): root / name for name in _folders(root)}
+    expected = f"expected {TRAIN}/<class>/* and {TEST[0]}/<class>/*"
+    if TRAIN not in folders:
+        raise UserError(f"{root} has no folder {TRAIN}; {expected}")
+    if (test := _test_folder(folders)) is None:
+        raise UserError(f"{root} has no folder {', '.join(TEST[:-1])} or {TEST[-1]}; {expected}")
+    train = FolderSource(folders[TRAIN], exif=exif)
+    return train, FolderSource(test, exif=exif, class_names=train.class_names)
+
+
+def open_test(directory: str, *, exif: bool) -> FolderSource:
+    """Opens the images to evaluate on: those of `open_training`, or of class folders alone.
+
+    Its classes are those that have images there.
+
+    Raises:
+      UserError: if there are no images in class folders, or only those to train on.
+    """
+    root = _existing(directory)
+    folders = {name.lower(): root / name for name in _folders(root)}
+    test = _test_folder(folders)
+    if test is None and TRAIN in folders and _folders(folders[TRAIN]):  # else a class, as in CIFAR
+        raise UserError(
+            f"{root} has no folder {', '.join(TEST[:-1])} or {TEST[-1]} beside {TRAIN}; "
+            f"to evaluate on the training images, name {folders[TRAIN]}"
+        )
+    return FolderSource(test or root, exif=exif)
+
+
+def found(train: FolderSource | None, test: FolderSource) -> str:
+    """Returns what was found and what was left out, for a person to read, in one line."""
+    parts = []
+    for source in (train, test):
+        if source is not None:
+            classes = len(source.class_names) - len(source.missing)
+            parts.append(
+                f"{_counted(len(source), 'image', 'images')} of "
+                f"{_counted(classes, 'class', 'classes')} in {source.folder}"
             )
+    line = " and ".join(parts)
+    if test.missing:
+        line += f"; no images of {listed(test.missing)} in {test.folder}"
+    for source in (train, test):
+        if source is not None and source.left_out:
+            line += f"; left out of {source.folder}: {source.left_out}"
+    if test.exif:
+        line += "; turned as their EXIF orientation says (data.exif)"
+    return line
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+class _LeftOut:
+    """Counts what is not read, by reason."""
+
+    def __init__(self) -> None:
+        self.endings: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.loose = 0
+        self.empty: list[str] = []
+
+    def __str__(self) -> str:
+        parts = [
+            _counted(count, "file ", "files ")
+            + (f"ending in {ending}" if ending else "without an ending")
+            for ending, count in sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
+        ]
+        if len(parts) > 10:
+            rest = sum(sorted(self.endings.values())[:-10])
+            parts = [*parts[:10], f"{rest} files with other endings"]
+        parts += [f"{reason}: {count}" for reason, count in self.reasons.items()]
+        if self.loose:
+            parts.append(_counted(self.loose, "image", "images") + " outside the class folders")
+        if self.empty:
+            parts.append(f"class folders without images: {listed(self.empty)}")
+        return ", ".join(parts)
+
+    def hint(self) -> str:
+        """Returns the end of a sentence that says why there are no images."""
+        if self.loose:
+            return f"; move its {self.loose} images into one folder per class"
+        return f" (it holds {self})" if str(self) else ""
+
+
+def _classes(folder: Path, left_out: _LeftOut) -> dict[str, list[str]]:
+    """Returns the files of each class with images, as paths within the class's folder."""
+    files, folders = _entries(folder, left_out)
+    left_out.loose = len(files)
+    classes = {}
+    for name in folders:
+        inside = _images(folder / name, "", [folder], left_out)
+        if inside:
+            classes[name] = inside
+        else:
+            left_out.empty.append(name)
+    return classes
+
+
+def _images(folder: Path, prefix: str, above: list[Path], left_out: _LeftOut) -> list[str]:
+    """Returns the image files of a folder and those within it, sorted, the folder's own first."""
+    if any(folder.samefile(other) for other in above):
+        left_out.reasons["links to a folder that holds them"] += 1
+        return []
+    files, folders = _entries(folder, left_out)
+    found = [prefix + name for name in files]
+    for name in folders:
+        found += _images(folder / name, f"{prefix}{name}/", [*above, folder], left_out)
+    return found
+
+
+def _entries(folder: Path, left_out: _LeftOut) -> tuple[list[str], list[str]]:
+    """Returns the names of a folder's image files and of its folders, sorted; counts the others."""
+    files, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            ending = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+                left_out.reasons["hidden files or folders"] += 1
+            elif _is(entry.is_dir):
+                folders.append(entry.name)
+            elif ending not in extensions():
+                left_out.endings[ending] += 1
+            elif _is(entry.is_file) or entry.is_symlink():  # a link to nothing cannot be opened
+                files.append(entry.name)
+            else:  # reading a pipe would wait for ever
+                left_out.reasons["neither files nor folders"] += 1
+    return sorted(files), sorted(folders)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to itself
+        return False
+
+
+def _existing(directory: str) -> Path:
+    root = path_of(directory, "data.dir")
+    if not root.is_dir():
+        raise UserError(f"{root} is not a directory; expected one that holds train and val")
+    return root
+
+
+def _folders(root: Path) -> list[str]:
+    try:
+        # `train` comes after `Train`, and takes its place.
+        return sorted(name for name in os.listdir(root) if (root / name).is_dir())
+    except OSError as error:
+        raise UserError(f"{root} cannot be read ({error})") from error
+
+
+def _test_folder(folders: dict[str, Path]) -> Path | None:
+    return next((folders[name] for name in TEST if name in folders), None)

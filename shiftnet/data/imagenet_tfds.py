@@ -89,7 +89,7 @@ class TfdsSource:
 
 
 def _newest(folder: Path) -> Path:
-    """The directory of the newest version in `folder`."""
+    """Returns the directory of the newest version in `folder`."""
     versions = {}
     for path in folder.glob(f"{MAJOR_VERSION}.*.*"):
         if tfds.core.Version.is_valid(path.name) and path.is_dir():

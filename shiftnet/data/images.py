@@ -2,8 +2,13 @@
 
 The numbers are those of torchvision's Pillow path (`Image.open(...).convert("RGB")`, `Resize`,
 `CenterCrop`, `RandomResizedCrop`), which the published ImageNet results were made with. Like there,
-the file's name says nothing about its kind, EXIF orientation is ignored, and so is damage that the
-JPEG library goes over (it fills in grey); a file that ends early is an error.
+the file's name says nothing about its kind, and damage that the JPEG library goes over is ignored
+(it fills in grey); a file that ends early is an error. Unlike there, grey levels of more than 8
+bits are scaled to 8, where Pillow's `convert` clips them at 255, and images of more pixels than
+Pillow opens (178,956,970) are refused in training too.
+
+EXIF orientation is applied where `exif` says so: people's own photos need it, and the published
+ImageNet results were made without.
 
 Training decodes ordinary JPEGs by simplejpeg, which is libjpeg-turbo as in Pillow and gives the
 same pixels, and only down to the last row of the crop. For files of 500x375 pixels and 105 kB that
@@ -13,6 +18,7 @@ instructions: 0.21 ms in place of 0.65 ms (Pillow's where that is not installed)
 Pillow's.
 """
 
+import functools
 import io
 import math
 import warnings
@@ -20,12 +26,15 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 try:
     import cykooz_resizer as resizer
 except ImportError:  # it has no wheel for Linux on ARM
     resizer = None
+
+# Pillow opens these, but runs another program for them (EPS) or cannot decode them by itself.
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 # torchvision's `RandomResizedCrop`: parts of the area, ratios of width to height, and tries.
 SCALE = (0.08, 1.0)
@@ -37,6 +46,22 @@ _FRAMES = (0xC0, 0xC1, 0xC2)
 _START_OF_IMAGE = b"\xff\xd8"
 _START_OF_SCAN = 0xDA
 _END_OF_IMAGE = b"\xff\xd9"
+_METADATA = b"\xff\xe1"  # what EXIF and XMP begin with
+
+_ORIENTATION = 0x0112  # the EXIF tag
+# Orientation -> whether rows and columns change places, and whether rows and then columns are
+# reversed after that (EXIF 2.3, 4.6.4).
+_TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+_TRANSPOSED = [orientation for orientation, (transposed, _, _) in _TURNS.items() if transposed]
 
 
 class Encoded(NamedTuple):
@@ -46,38 +71,70 @@ class Encoded(NamedTuple):
       data: the file's bytes.
       label: of its class, counted from 0.
       name: what errors call it: a path, or the name that the data set gives it.
+      exif: whether it is shown turned as its EXIF orientation says.
     """
 
     data: bytes
     label: int
     name: str
+    exif: bool = False
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Returns the kinds of image files that are read, by Pillow's names, such as `JPEG`."""
+    Image.init()
+    return tuple(kind for kind in Image.ID if kind not in NOT_DECODED)
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Returns the endings of the image files that are read, in lower case, such as `.jpg`."""
+    known = formats()
+    return frozenset(
+        ending for ending, kind in Image.registered_extensions().items() if kind in known
+    )
 
 
 class CorruptImage(ValueError):
-    """Bytes that are no readable image. The message is one sentence: which file, and why."""
+    """An image that cannot be read. The message is one sentence: which file, and why.
+
+    Attributes:
+      name: of the file.
+      reason: the rest of the sentence.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # what is pickled
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
 
 
-def decode(data: bytes, *, name: str) -> np.ndarray:
+def decode(data: bytes, *, name: str, exif: bool = False) -> np.ndarray:
     """Decodes an image file in full.
 
     Args:
-      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG, WebP, BMP or whatever else Pillow
-        reads.
+      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG or another of `formats()`.
       name: what an error calls it.
+      exif: whether it is turned as its EXIF orientation says.
 
     Returns:
       uint8 [H, W, 3], red, green, blue.
 
     Raises:
-      CorruptImage: when it cannot be decoded.
+      CorruptImage: if it cannot be decoded.
     """
     try:
-        return np.asarray(_rgb(_open(data)))
+        return np.asarray(_read(data, exif))
     except Exception as error:  # Pillow's readers each have their own
         raise _corrupt(name, data, error) from error
 
 
-def for_evaluation(data: bytes, *, size: int, resize: int, name: str) -> np.ndarray:
+def for_evaluation(
+    data: bytes, *, size: int, resize: int, name: str, exif: bool = False
+) -> np.ndarray:
     """Decodes an image and takes its middle: torchvision's `Resize(resize)`, `CenterCrop(size)`.
 
     The shorter side becomes `resize` and the other one `int(resize * longer / shorter)`, by
@@ -88,18 +145,19 @@ def for_evaluation(data: bytes, *, size: int, resize: int, name: str) -> np.ndar
       size: side of the result, in pixels; at most `resize`.
       resize: the shorter side before the crop, in pixels.
       name: what an error calls it.
+      exif: whether it is turned as its EXIF orientation says.
 
     Returns:
       uint8 [size, size, 3].
 
     Raises:
-      CorruptImage: when it cannot be decoded.
-      ValueError: when `size` is more than `resize`.
+      CorruptImage: if it cannot be decoded.
+      ValueError: if `size` is more than `resize`.
     """
     if size > resize:
         raise ValueError(f"size is {size}, more than the {resize} that images are resized to")
     try:
-        image = _rgb(_open(data))
+        image = _read(data, exif)
         shorter, longer = sorted(image.size)
         other = int(resize * longer / shorter)
         width, height = (resize, other) if image.width <= image.height else (other, resize)
@@ -112,7 +170,13 @@ def for_evaluation(data: bytes, *, size: int, resize: int, name: str) -> np.ndar
 
 
 def for_training(
-    data: bytes, *, size: int, flip: bool, rng: np.random.Generator, name: str
+    data: bytes,
+    *,
+    size: int,
+    flip: bool,
+    rng: np.random.Generator,
+    name: str,
+    exif: bool = False,
 ) -> np.ndarray:
     """Decodes a random part of an image: torchvision's `RandomResizedCrop(size)`, then a flip.
 
@@ -131,21 +195,24 @@ def for_training(
       flip: whether the image is mirrored left to right with probability 1/2.
       rng: makes the random choices; the same state gives the same result.
       name: what an error calls it.
+      exif: whether it is turned as its EXIF orientation says.
 
     Returns:
       uint8 [size, size, 3].
 
     Raises:
-      CorruptImage: when it cannot be decoded.
+      CorruptImage: if it cannot be decoded.
     """
     try:
-        jpeg, scale = _jpeg(data), 1
+        jpeg, scale, orientation = _jpeg(data), 1, 1
         if jpeg:
-            shape = jpeg.shape
+            orientation = _jpeg_orientation(data, jpeg) if exif else 1
+            shape = jpeg.shape[::-1] if orientation in _TRANSPOSED else jpeg.shape
         else:
-            pixels = np.asarray(_rgb(_open(data)))
+            pixels = np.asarray(_read(data, exif))
             shape = pixels.shape[0], pixels.shape[1]
-        top, left, height, width = crop_box(rng, *shape)
+        box = crop_box(rng, *shape)
+        top, left, height, width = _stored_box(box, shape, orientation)
         right, bottom = left + width, top + height
         if jpeg:
             while scale < 8 and min(height, width) >= 2 * scale * size:
@@ -153,12 +220,12 @@ def for_training(
             try:
                 pixels = _upper_rows(data, jpeg, bottom, scale)
             except ValueError:  # sampling factors that TurboJPEG does not know, or a damaged file
-                pixels, scale = np.asarray(_rgb(_open(data))), 1
+                pixels, scale = np.asarray(_read(data, exif=False)), 1
         # The whole pixels of what is decoded that the crop touches, and the crop within them.
         x, y = left // scale, top // scale
         part = pixels[y : -(-bottom // scale), x : -(-right // scale)]
-        box = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
-        image = _resized(part, box, size)
+        corners = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
+        image = _turned(_resized(part, corners, size), orientation)
         return image[:, ::-1] if flip and rng.random() < 0.5 else image
     except Exception as error:
         raise _corrupt(name, data, error) from error
@@ -198,11 +265,79 @@ def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # About metadata that nothing here uses; some files of ImageNet have damaged EXIF.
         warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=formats())
+
+
+def _read(data: bytes, exif: bool) -> Image.Image:
+    """Decodes an image in full, in mode RGB."""
+    image = _open(data)
+    image.load()  # a TIFF's reader turns the image, and then no longer knows of an orientation
+    orientation = _orientation(image) if exif else 1
+    image = _rgb(image)
+    if orientation == 1:
+        return image
+    return Image.fromarray(_turned(np.asarray(image), orientation))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") and image.format != "PPM":  # that one's reader scales to 16 bits
+        kind = {"I": "32-bit integers", "F": "floating-point numbers"}[image.mode]
+        raise ValueError(
+            f"its pixels are {kind}, whose range the file does not state; expected 8 or 16 bits"
+        )
+    if image.mode[0] == "I":
+        bits, inverted = 16, False
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+            inverted = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(~grey if inverted else grey)
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata says nothing; each of Pillow's readers has its own errors
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _jpeg_orientation(data: bytes, jpeg: "_Jpeg") -> int:
+    """Returns a JPEG's orientation; opens it only where there is metadata before its pixels."""
+    metadata = data.find(_METADATA, 0, jpeg.height_at) >= 0
+    return _orientation(_open(data)) if metadata else 1
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns [H, W, 3] as stored into what is to be seen."""
+    transposed, up, left = _TURNS[orientation]
+    if transposed:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if up else 1, :: -1 if left else 1]
+
+
+def _stored_box(
+    box: tuple[int, int, int, int], shape: tuple[int, int], orientation: int
+) -> tuple[int, int, int, int]:
+    """Returns where a part of the image that is seen lies in the image that is stored.
+
+    Args:
+      box: top, left, height and width, in pixels.
+      shape: height and width of what is seen.
+      orientation: of the EXIF.
+    """
+    top, left, height, width = box
+    transposed, up, mirrored = _TURNS[orientation]
+    if up:
+        top = shape[0] - top - height
+    if mirrored:
+        left = shape[1] - left - width
+    return (left, top, width, height) if transposed else (top, left, height, width)
 
 
 def _resized(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
@@ -238,11 +373,11 @@ def _corrupt(name: str, data: bytes, error: Exception) -> CorruptImage:
         reason = "it is no image of a known kind"  # Pillow's sentence gives a memory address
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
-    return CorruptImage(f"{name} cannot be decoded ({reason})")
+    return CorruptImage(name, f"cannot be decoded ({reason})")
 
 
 class _Jpeg(NamedTuple):
-    """What the header of an ordinary JPEG says.
+    """The header of an ordinary JPEG.
 
     Attributes:
       shape: height and width in pixels.
@@ -275,6 +410,8 @@ def _jpeg(data: bytes) -> _Jpeg | None:
             complete = data.rfind(_END_OF_IMAGE, at) > 0
             if not (complete and components in (1, 3) and height and width and block_row):
                 return None
+            if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
+                return None  # Pillow says that it is too large
             return _Jpeg((height, width), at + 5, block_row)
         if marker == _START_OF_SCAN:
             return None

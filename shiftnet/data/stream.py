@@ -8,19 +8,21 @@ another version.)
 Grain starts its workers by spawning, so the script that is run is imported again in each: it must
 do its work under `if __name__ == "__main__"`. Grain imports JAX where it is installed; nothing here
 or there initialises it, so workers take no accelerator. Batches come through POSIX shared memory
-(/dev/shm on Linux), up to four a worker.
+(/dev/shm on Linux), up to four per worker.
 """
 
 import functools
 import gc
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -29,25 +31,18 @@ from grain.multiprocessing import SharedMemoryArray
 
 from shiftnet import errors
 from shiftnet.data import images
-from shiftnet.data.images import CorruptImage, Encoded
-from shiftnet.errors import UserError
+from shiftnet.data.images import CorruptImage
+from shiftnet.data.parts import Source
+from shiftnet.data.workers import AHEAD, SHARED_MEMORY, fit_shared_memory
+from shiftnet.errors import RunFailed, UserError
 
 ON_CORRUPT = ("error", "skip")
-AHEAD = 2  # batches that each worker keeps ready
 
 # Grain 0.2.18 reads this flag of its own without regard to programs that parse no Abseil flags, and
 # fails (github.com/google/grain/issues/1355). A flag that is marked as given has its default value.
 _UNPARSED = "grain_enable_multiprocess_worker_profiling"
 if _UNPARSED in flags.FLAGS:
     flags.FLAGS[_UNPARSED].present = 1
-
-
-class Source(Protocol):
-    """What is read from: `FolderSource` or `TfdsSource`. It is pickled for each worker."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Encoded: ...
 
 
 class Batch(NamedTuple):
@@ -79,15 +74,15 @@ class TrainStream:
     and the epoch as its key and a counter from 0; the crop and flip of example i (its index in the
     source) with the same key and a counter from (i + 1) * 2^128.
 
-    Under `on_corrupt="skip"`, a file that cannot be decoded is replaced by the example at the next
-    position of the epoch's order whose file can be (after the last position comes the first), cut
-    as it is everywhere in that epoch; so that one is seen twice. The batch names each file that is
-    replaced in it; those passed over on the way are named where they belong.
+    Under `on_corrupt="skip"`, a file that cannot be read or decoded is replaced by the example at
+    the next position of the epoch's order whose file can be (after the last position comes the
+    first), cut as it is everywhere in that epoch; so that one is seen twice. The batch names each
+    file that is replaced in it; those passed over on the way are named where they belong.
 
     Args:
       source: the training images.
       size: side of the images, in pixels.
-      batch_size: images a step, over all processes.
+      batch_size: images per step, over all processes.
       steps_per_epoch: at most `len(source) // batch_size`.
       total_steps: of the run.
       seed: of the run, 0 to 2^64 - 1.
@@ -98,7 +93,7 @@ class TrainStream:
 
     Raises:
       UserError: for an unknown `on_corrupt`, a `batch_size` that the processes cannot share evenly,
-        or more steps an epoch than there are images for.
+        or more steps per epoch than there are images for.
     """
 
     def __init__(
@@ -134,20 +129,19 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
-        """The next step's batch.
+        """Returns the next step's batch.
 
         Raises:
           StopIteration: after the last step.
-          UserError: for a file that cannot be read, or, under `on_corrupt="error"`, decoded.
+          UserError: for a file that cannot be read or decoded, under `on_corrupt="error"`.
+          RunFailed: if a worker process was killed.
         """
         if self._step >= self._total_steps:
             self.close()
             raise StopIteration
         if not self._running:
             first, stop = self._step, self._total_steps
-            self._running.append(
-                _batches(self._example, first, stop, self._share.size, self._workers)
-            )
+            self._running.append(_batches(self._example, first, stop, self._workers))
         try:
             batch = _next(self._running)
         except BaseException:
@@ -175,21 +169,22 @@ class EvalStream:
 
     Batch b has the images from b * batch_size on, and process k of n the k-th n-th of these. The
     last batch is filled up with black images and the label -1, so that all processes get the same
-    number of batches. Under `on_corrupt="skip"`, a file that cannot be decoded becomes such an
-    image.
+    number of batches. Under `on_corrupt="skip"`, a file that cannot be read or decoded becomes such
+    an image.
 
     Args:
       source: the images.
       size: side of the images, in pixels.
       resize: the shorter side before the crop, in pixels.
-      batch_size: images a batch, over all processes.
+      batch_size: images per batch, over all processes.
       on_corrupt: `"error"` or `"skip"`.
       workers: processes that decode; 0 decodes in this one.
       process_index, process_count: which process of the job this is.
 
     Raises:
       UserError: for an unknown `on_corrupt`, or a `batch_size` that the processes cannot share
-        evenly; while iterating, for a file that cannot be read, or, under "error", decoded.
+        evenly; while iterating, for a file that cannot be read or decoded, under "error".
+      RunFailed: while iterating, if a worker process was killed.
     """
 
     def __init__(
@@ -210,11 +205,11 @@ class EvalStream:
         self._workers = workers
 
     def __len__(self) -> int:
-        """How many batches there are."""
+        """Returns the number of batches."""
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        running = [_batches(self._example, 0, self._length, self._share.size, self._workers)]
+        running = [_batches(self._example, 0, self._length, self._workers)]
         end = weakref.finalize(self, _close, running)
         try:
             for _ in range(self._length):
@@ -225,7 +220,7 @@ class EvalStream:
 
 @dataclass(frozen=True)
 class _Share:
-    """Which part of every batch this process makes, and what it does about corrupt files."""
+    """The part of every batch that this process makes, and its policy on corrupt files."""
 
     batch_size: int
     process_index: int
@@ -246,7 +241,7 @@ class _Share:
         return self.batch_size // self.process_count
 
     def locate(self, number: int) -> tuple[int, int]:
-        """The batch, and the place in the whole of it, of this process's `number`-th image."""
+        """Returns the batch of this process's `number`-th image, and its place in that batch."""
         batch, place = divmod(number, self.size)
         return batch, self.process_index * self.size + place
 
@@ -270,16 +265,16 @@ class _TrainExample:
         skipped: tuple[str, ...] = ()
         for candidate in range(position, position + len(order)):
             index = int(order[candidate % len(order)])
-            data, label, name = self.source[index]
             rng = _generator(self.seed, epoch, index + 1)
             try:
+                data, label, name, exif = self.source[index]
                 image = images.for_training(
-                    data, size=self.size, flip=self.flip, rng=rng, name=name
+                    data, size=self.size, flip=self.flip, rng=rng, name=name, exif=exif
                 )
             except CorruptImage as error:
                 if self.share.on_corrupt == "error":
                     raise UserError(str(error)) from error
-                skipped = skipped or (name,)
+                skipped = skipped or (error.name,)
             else:
                 return _Example(image, label, skipped)
         raise UserError(f"none of the {len(order)} training images can be decoded")
@@ -299,14 +294,16 @@ class _EvalExample:
         index = batch * self.share.batch_size + place
         skipped: tuple[str, ...] = ()
         if index < len(self.source):
-            data, label, name = self.source[index]
             try:
-                image = images.for_evaluation(data, size=self.size, resize=self.resize, name=name)
+                data, label, name, exif = self.source[index]
+                image = images.for_evaluation(
+                    data, size=self.size, resize=self.resize, name=name, exif=exif
+                )
                 return _Example(image, label, skipped)
             except CorruptImage as error:
                 if self.share.on_corrupt == "error":
                     raise UserError(str(error)) from error
-                skipped = (name,)
+                skipped = (error.name,)
         return _Example(np.zeros((self.size, self.size, 3), np.uint8), -1, skipped)
 
 
@@ -320,9 +317,14 @@ def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 
 def _batches(
-    example: Callable[[int], _Example], first: int, stop: int, size: int, workers: int
+    example: _TrainExample | _EvalExample, first: int, stop: int, workers: int
 ) -> grain.DatasetIterator:
-    """An iterator over batches `first` to `stop` - 1 of `size` images each."""
+    """Returns an iterator over this process's part of the batches `first` to `stop` - 1."""
+    size = example.share.size
+    ahead = AHEAD
+    if workers:
+        workers, ahead, message = fit_shared_memory(workers, size * 3 * example.size**2)
+        _print_once(message)
     numbers = grain.MapDataset.range(first * size, stop * size)
     # Batched before it is split among the workers, each makes whole batches, and which images are
     # in a batch does not depend on how many they are. Each works for itself, without threads.
@@ -332,9 +334,15 @@ def _batches(
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     )
     if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
     return iter(batches)
+
+
+@functools.cache
+def _print_once(message: str) -> None:
+    if message:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _stack(examples: Sequence[_Example], *, shared: bool) -> Batch:
@@ -354,9 +362,29 @@ def _next(running: list[grain.DatasetIterator]) -> Batch:
     except UserError as error:
         # Without the frames of Grain and a worker, and a note about them that Grain adds.
         raise UserError(str(error)) from None
+    except RuntimeError as error:
+        killed = re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))
+        if killed is None:
+            raise
+        raise RunFailed(_killed(int(killed[1]))) from error
     # Out of a worker come arrays of Grain's own class in shared memory; a copy lets go of that at
     # once, and Grain complains at the interpreter's exit about one that is still held then.
     return Batch(np.array(batch.images), np.array(batch.labels), batch.skipped)
+
+
+def _killed(number: int) -> str:
+    """Returns the sentence for a worker process that a signal ended."""
+    name = signal.Signals(number).name
+    if number == signal.SIGBUS:
+        return (
+            f"a process that decodes images was killed ({name}), as when {SHARED_MEMORY} is full: "
+            "set data.workers lower, or give the container more shared memory "
+            "(docker run --shm-size=2g)"
+        )
+    return (
+        f"a process that decodes images was killed ({name}), as when the machine's memory is full: "
+        "set data.workers lower, or 0 to decode in the run's own process"
+    )
 
 
 def _close(running: list[grain.DatasetIterator]) -> None:

@@ -41,6 +41,11 @@ def lowered_for(platform: str) -> contextlib.AbstractContextManager[None]:
     return _platform(platform)
 
 
+def is_lowered_for(platform: str) -> bool:
+    """Whether this is within `lowered_for(platform)`."""
+    return _platform.value == platform
+
+
 def platform() -> str:
     """The platform that programs are laid out for: "cpu", "tpu" or "gpu"."""
     return _platform.value or jax.default_backend()

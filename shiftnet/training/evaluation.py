@@ -1,8 +1,9 @@
 """Evaluation: every image once, on all devices."""
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from shiftnet.data import RGB, Source, Split, augment
-from shiftnet.training.feed import gather_names, num_workers
+from shiftnet.data.workers import num_workers
+from shiftnet.errors import UserError
+from shiftnet.training.data_iterator import gather_names
 from shiftnet.training.mesh import batch_sharded, compiled, replicate, replicated, shard_batch
+
+# Steps that may wait on the devices. One keeps them busy while the next batch is prepared. Without
+# a bound XLA's CPU client aborts the process when hundreds of steps that communicate between two
+# devices are queued.
+IN_FLIGHT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a network made of a set of images.
+    """The predictions of a network on a set of images, and their accuracy.
 
     Attributes:
       loss: mean cross entropy.
@@ -58,6 +66,22 @@ class Evaluation:
         return np.column_stack([found, counts]).tolist()
 
 
+class Reading(NamedTuple):
+    """The settings for reading image files, named as in `config.data`.
+
+    Attributes:
+      size: side in pixels of the crop from their middle.
+      resize: their shorter side in pixels before that; 0: 8/7 of `size`.
+      workers: processes that decode, see `num_workers`.
+      on_corrupt: `"error"` or `"skip"`.
+    """
+
+    size: int
+    resize: int
+    workers: int
+    on_corrupt: str
+
+
 class Evaluator(Protocol):
     """Evaluates networks on one set of images: `evaluator(params, stats)`."""
 
@@ -74,15 +98,15 @@ def make_evaluator(
     batch_size: int,
     mesh: Mesh,
 ) -> Evaluator:
-    """The evaluator of some images.
+    """Makes the evaluator of some images.
 
     Args:
       graphdef: the network, from `nnx.graphdef`.
       part: the images.
-      data: a recipe's `config.data`; of image files it says how they are read.
+      data: a recipe's `config.data`, or `Reading`: how image files are read.
       mean: per channel, for pixels in [0, 1].
       std: likewise.
-      batch_size: images a step; rounded up to a multiple of the devices.
+      batch_size: images per step; rounded up to a multiple of the devices.
       mesh: from `make_mesh`.
     """
     scorer = _Scorer(graphdef, mean, std, mesh)
@@ -93,7 +117,7 @@ def make_evaluator(
 
 
 class _Scorer:
-    """What both evaluators do with a batch: uint8 images and labels to losses, classes, ranks."""
+    """Scores a batch: uint8 images and labels to losses, predictions and ranks."""
 
     def __init__(self, graphdef: nnx.GraphDef, mean: RGB, std: RGB, mesh: Mesh):
         self._graphdef = graphdef
@@ -110,10 +134,20 @@ class _Scorer:
         return losses, logits.argmax(-1).astype(jnp.int32), _rank(logits, known), labels
 
 
-def _evaluation(columns: Iterable[Sequence[np.ndarray]]) -> Evaluation:
-    """Joins what a scorer gave for each batch, without the places that hold no image."""
-    losses, predictions, ranks, labels = map(np.concatenate, zip(*columns, strict=True))
+def _evaluation(results: Iterable[Sequence[jax.Array]]) -> Evaluation:
+    """Joins what a scorer gives for each batch, without the places that hold no image.
+
+    Args:
+      results: an iterator that starts a step each time it is asked.
+
+    Raises:
+      UserError: if there is no image at all, as where all files are corrupt.
+    """
+    columns = zip(*_fetched(results), strict=True)
+    losses, predictions, ranks, labels = map(np.concatenate, columns)
     real = labels >= 0
+    if not real.any():
+        raise UserError("none of the images to evaluate on can be decoded")
     return Evaluation(
         loss=float(losses[real].mean(dtype=np.float64)),
         top1=float((ranks[real] < 1).mean()),
@@ -121,6 +155,17 @@ def _evaluation(columns: Iterable[Sequence[np.ndarray]]) -> Evaluation:
         predictions=predictions[real],
         labels=labels[real],
     )
+
+
+def _fetched(results: Iterable[Sequence[jax.Array]]) -> Iterator[Sequence[np.ndarray]]:
+    """Yields results on the host, in order, while at most `IN_FLIGHT` steps are not done."""
+    waiting: collections.deque[Sequence[jax.Array]] = collections.deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) == IN_FLIGHT:
+            yield jax.device_get(waiting.popleft())
+    while waiting:
+        yield jax.device_get(waiting.popleft())
 
 
 class ResidentEvaluator:
@@ -145,11 +190,10 @@ class ResidentEvaluator:
         """Evaluates a network with these parameters and running statistics."""
         params, stats = jax.device_put((params, stats), replicated(self._mesh))
         starts = range(0, len(self._images), self._batch_size)
-        results = [
+        return _evaluation(
             self._step(params, stats, self._images, self._labels, np.int32(start))
             for start in starts
-        ]
-        return _evaluation(jax.device_get(results))
+        )
 
 
 class FileEvaluator:
@@ -165,7 +209,7 @@ class FileEvaluator:
             resize=data.resize or round(data.size * 8 / 7),
             batch_size=batch_size,
             on_corrupt=data.on_corrupt,
-            workers=num_workers(data.workers),
+            workers=num_workers(data.workers, len(source)),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -174,22 +218,19 @@ class FileEvaluator:
     def __call__(self, params: nnx.State, stats: nnx.State) -> Evaluation:
         """Evaluates a network with these parameters and running statistics."""
         params, stats = jax.device_put((params, stats), replicated(self._mesh))
-        columns: list[Sequence[np.ndarray]] = []
         skipped: list[str] = []
-        ahead = None  # one batch on the device while the next is fetched, and no more
-        for batch in self._stream:
-            skipped += batch.skipped
-            images, labels = (shard_batch(a, self._mesh) for a in (batch.images, batch.labels))
-            result = self._step(params, stats, images, labels)
-            if ahead is not None:
-                columns.append(jax.device_get(ahead))
-            ahead = result
-        columns.append(jax.device_get(ahead))
-        return dataclasses.replace(_evaluation(columns), skipped=gather_names(skipped))
+
+        def results() -> Iterator[Sequence[jax.Array]]:
+            for batch in self._stream:
+                skipped.extend(batch.skipped)
+                images, labels = (shard_batch(a, self._mesh) for a in (batch.images, batch.labels))
+                yield self._step(params, stats, images, labels)
+
+        return dataclasses.replace(_evaluation(results()), skipped=gather_names(skipped))
 
 
 def _rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """How many classes come before the label, int32 `[N]`; ties by index, as argmax breaks them.
+    """Counts the classes that come before the label, int32 `[N]`; ties by index, as in argmax.
 
     A label whose logit is not a number comes last.
     """

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C or SIGTERM is only noted; a second Ctrl-C interrupts.
+    """While entered, the first Ctrl-C or SIGTERM is only recorded; a second Ctrl-C interrupts.
 
     SIGTERM is what SLURM, Kubernetes and cloud machines send before they end a process, 30 seconds
     before by default. Further ones change nothing.
@@ -28,14 +28,14 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         if not self._signal:
             again = "once more stops at once, without saving"
             hint = f"; {again}" if signum == signal.SIGINT else ""

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from shiftnet import tables, weights
+from shiftnet import quantizers, tables
+from shiftnet.quantizers import LowBitWeight
 from shiftnet.training.mesh import replicated
 from shiftnet.training.step import Program
-from shiftnet.weights import LowBitWeight
 
-Codes = dict[str, jax.Array]  # uint8 of each layer's shape, by layer; see `LowBitWeight.codes`
+Codes = dict[str, jax.Array]  # uint8 of each weight's shape, by layer; see `QuantizedWeight`
 
 
 class LevelWatch:
@@ -25,25 +25,27 @@ class LevelWatch:
 
     Args:
       program: what trains the network.
+      runs: how many of them are trained at once; several have a first axis on each array.
 
     Attributes:
       codes: `codes(params, stats)`, the weights' levels by layer, replicated over the mesh.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, runs: int = 1):
         def low_bit(params: nnx.State, stats: nnx.State) -> dict[str, LowBitWeight]:
             network = nnx.merge(program.graphdef, params, stats)
-            found = weights.of_layers(network)
+            found = quantizers.of_layers(network)
             return {n: w for n, w in found.items() if isinstance(w, LowBitWeight)}
 
         def codes(params: nnx.State, stats: nnx.State) -> Codes:
-            return {name: weight.codes() for name, weight in low_bit(params, stats).items()}
+            found = low_bit(params, stats)
+            return {name: weight.quantized().codes for name, weight in found.items()}
 
         abstract = jax.eval_shape(program.draw, np.uint32(0))
         found = low_bit(abstract.params, abstract.stats)
         self._levels = {name: weight.levels for name, weight in found.items()}
         everywhere = replicated(program.mesh)
-        self.codes = jax.jit(codes, out_shardings=everywhere)
+        self.codes = jax.jit(codes if runs == 1 else jax.vmap(codes), out_shardings=everywhere)
         self._compare = jax.jit(self._count_changes, out_shardings=everywhere)
 
     def __bool__(self) -> bool:
@@ -102,7 +104,7 @@ def table(network: nnx.Module, zeros: Mapping[str, float]) -> str:
     rows: list[tuple[object, ...]] = [
         ("layer", "shape", "bits", "zeros", "float32 bytes", "packed bytes")
     ]
-    found = weights.of_layers(network)
+    found = quantizers.of_layers(network)
     for name, weight in found.items():
         share = f"{zeros[name]:.1%}" if name in zeros else ""
         shape = "x".join(map(str, weight.shape))

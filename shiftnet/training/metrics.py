@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from shiftnet.errors import RunFailed
+from shiftnet.errors import RunFailed, UserError
+from shiftnet.files import write_atomically
 
 FILE = "metrics.jsonl"
 CONFUSION = "confusion.json"
 
 
 class MetricsLog:
-    """One line an epoch, numbers by name; nested where they belong together.
+    """One line per epoch, numbers by name; nested where they belong together.
 
     Args:
       workdir: the run's working directory.
@@ -24,18 +27,23 @@ class MetricsLog:
         are dropped.
       tensorboard: write TensorBoard events to `workdir/tensorboard` too.
       on: False writes nothing: in a job of several processes only the first one writes.
+
+    Attributes:
+      damage: a message on the damaged end that was cut off, None where there was none.
     """
 
     def __init__(self, workdir: Path, *, step: int, tensorboard: bool, on: bool = True):
         self._on = on
         self._writer = None
+        self.damage: str | None = None
         if not on:
             return
         self._path = workdir / FILE
-        kept = [line for line in read(workdir) if line["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
+        lines, damaged, _ = read_sound(workdir)
+        if damaged:
+            self.damage = f"cut off the damaged end of {self._path}, from line {damaged} on"
+        kept = [line for line in lines if line["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -55,10 +63,12 @@ class MetricsLog:
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(dict(metrics)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # on disk before a checkpoint counts on it
         except OSError as error:
             raise RunFailed(f"cannot write {self._path}: {error.strerror}") from error
         if self._writer:
-            self._draw("", metrics, metrics["step"])
+            self._plot("", metrics, metrics["step"])
             self._writer.flush()
 
     def write_confusion(
@@ -78,7 +88,6 @@ class MetricsLog:
         if not self._on:
             return
         path = self._path.with_name(CONFUSION)
-        temporary = path.with_suffix(".tmp")
         content = {
             "step": step,
             "epoch": epoch,
@@ -86,19 +95,18 @@ class MetricsLog:
             "confusion": confusion,
         }
         try:
-            temporary.write_text(json.dumps(content) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            raise RunFailed(f"cannot write {path}: {error.strerror}") from error
+            write_atomically(path, json.dumps(content) + "\n")
+        except UserError as error:
+            raise RunFailed(str(error)) from error
 
-    def _draw(self, prefix: str, metrics: Mapping[str, Any], step: int) -> None:
+    def _plot(self, prefix: str, metrics: Mapping[str, Any], step: int) -> None:
         assert self._writer is not None
         for key, value in metrics.items():
             name = f"{prefix}{key}"
             if key == "levels":
                 self._writer.add_histogram_raw(name, **_histogram(value), global_step=step)
             elif isinstance(value, Mapping):
-                self._draw(f"{name}/", value, step)
+                self._plot(f"{name}/", value, step)
             elif name != "step":
                 self._writer.add_scalar(name, value, step)
 
@@ -123,36 +131,68 @@ def _histogram(shares: Mapping[str, float]) -> dict[str, Any]:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line that was cut off is left out."""
+    """Returns the lines of a run's `metrics.jsonl`, without a last one that is not complete.
+
+    Raises:
+      ValueError: where another line is damaged.
+    """
+    lines, damaged, is_last = read_sound(workdir)
+    if damaged and not is_last:
+        raise ValueError(f"line {damaged} is not an epoch's")
+    return lines
+
+
+def read_sound(workdir: Path) -> tuple[list[dict[str, Any]], int, bool]:
+    """Returns the lines of a run's `metrics.jsonl` up to the first one that is damaged.
+
+    With them its number, counted from 1, or 0 where there is none; and whether that line is an
+    incomplete last one, as a writer that was cut off leaves it behind.
+    """
     path = workdir / FILE
     if not path.exists():
-        return []
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+        return [], 0, False
+    lines: list[dict[str, Any]] = []
+    rows = path.read_text(errors="replace").split("\n")
+    for number, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
+        is_last = number == len(rows)
+        try:
+            line = json.loads(row)
+            if is_last or not isinstance(line["step"], int):
+                return lines, number, is_last
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return lines, number, is_last
+        lines.append(line)
+    return lines, 0, False
 
 
-class Tally:
-    """Loss and accuracy over an epoch, summed on the host one call behind the device.
+class MetricAccumulator:
+    """Loss and accuracy of one or more runs over an epoch, summed one call behind the device.
 
     Args:
-      batch_size: images a step.
-      sums: from `sums()` of the run this one continues.
+      batch_size: images per step.
+      sums: of each run, from `sums()` of the session this one continues, or None.
 
     Attributes:
-      bad_step: the first step whose loss was not finite, None where there was none.
-      bad_loss: that loss.
+      bad: the first loss that was not finite, as its run, its step and itself; None without one.
     """
 
-    def __init__(self, batch_size: int, sums: Mapping[str, float] | None = None):
+    def __init__(self, batch_size: int, sums: Sequence[Mapping[str, float] | None]):
+        empty = {"loss": 0.0, "correct": 0, "steps": 0}
         self._batch_size = batch_size
-        self._sums = dict(sums) if sums else {"loss": 0.0, "correct": 0, "steps": 0}
+        self._sums = [dict(one or empty) for one in sums]
         self._pending: tuple[int, jax.Array, jax.Array] | None = None
-        self.bad_step: int | None = None
-        self.bad_loss = math.nan
+        self.bad: tuple[int, int, float] | None = None
 
     def push(self, step: int, losses: jax.Array, corrects: jax.Array) -> None:
-        """Takes the results of the steps up to `step`, and counts those pushed before."""
+        """Takes the results of the steps up to `step`, and counts those pushed before.
+
+        Args:
+          step: steps taken so far.
+          losses: `[steps]`, or `[runs, steps]`.
+          corrects: likewise.
+        """
         self.settle()
         self._pending = (step, losses, corrects)
 
@@ -160,28 +200,40 @@ class Tally:
         """Waits for what was pushed last and counts it."""
         if self._pending is None:
             return
-        step, losses, corrects = self._pending
+        step, *results = self._pending
         self._pending = None
-        losses, corrects = jax.device_get((losses, corrects))
-        first = step - len(losses) + 1
-        for number, loss in enumerate(losses.tolist(), first):
-            if not math.isfinite(loss) and self.bad_step is None:
-                self.bad_step, self.bad_loss = number, loss
-            self._sums["loss"] += loss
-        self._sums["correct"] += int(np.sum(corrects))
-        self._sums["steps"] += len(losses)
+        losses, corrects = (a.reshape(len(self._sums), -1) for a in jax.device_get(results))
+        first = step - losses.shape[1] + 1
+        for run, sums in enumerate(self._sums):
+            for number, loss in enumerate(losses[run].tolist(), first):
+                if not math.isfinite(loss) and (self.bad is None or number < self.bad[1]):
+                    self.bad = run, number, loss
+                sums["loss"] += loss
+            sums["correct"] += int(np.sum(corrects[run]))
+            sums["steps"] += losses.shape[1]
 
-    def sums(self) -> dict[str, float]:
-        """What has been counted, to be continued by another tally."""
-        return dict(self._sums)
+    def sums(self) -> list[dict[str, float]]:
+        """Returns what has been counted of each run, for another accumulator to continue."""
+        return [dict(one) for one in self._sums]
+
+    @property
+    def losses(self) -> list[float]:
+        """Each run's mean over the steps counted; NaN before the first."""
+        return [one["loss"] / one["steps"] if one["steps"] else math.nan for one in self._sums]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Each run's fraction of the images counted; NaN before the first."""
+        images = [one["steps"] * self._batch_size for one in self._sums]
+        pairs = zip(self._sums, images, strict=True)
+        return [one["correct"] / count if count else math.nan for one, count in pairs]
 
     @property
     def loss(self) -> float:
-        """Mean over the steps counted; NaN before the first."""
-        return self._sums["loss"] / self._sums["steps"] if self._sums["steps"] else math.nan
+        """The mean of `losses`."""
+        return statistics.fmean(self.losses)
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the images counted; NaN before the first."""
-        images = self._sums["steps"] * self._batch_size
-        return self._sums["correct"] / images if images else math.nan
+        """The mean of `accuracies`."""
+        return statistics.fmean(self.accuracies)

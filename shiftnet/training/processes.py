@@ -1,5 +1,6 @@
 """What a process needs before it trains: the other processes of its job, compiled programs."""
 
+import contextlib
 import functools
 import glob
 import os
@@ -95,8 +96,13 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs in `~/.cache/shiftnet`, unless JAX was told where.
 
     A run that starts again then need not wait for the compiler. `JAX_COMPILATION_CACHE_DIR` names
-    another place, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    another place, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. Without a home directory that
+    can be written there is none.
     """
-    if _flags.jax_compilation_cache_dir is None:
+    if _flags.jax_compilation_cache_dir is not None:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "shiftnet" / "compiled"))
+        directory = Path(home) / "shiftnet" / "compiled"
+        directory.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -20,7 +20,7 @@ class Profile:
         self._calls = 0 if on else SKIPPED + TRACED
 
     def step(self, results: jax.Array) -> None:
-        """Notes one call of the device, which gave `results`."""
+        """Records one call of the device, which gave `results`."""
         self._calls += 1
         if self._calls == SKIPPED:
             results.block_until_ready()

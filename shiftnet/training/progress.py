@@ -1,4 +1,4 @@
-"""What a run says while it goes: a live line on a terminal, plain lines elsewhere."""
+"""Prints how far a run is: a live line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ class Progress:
     """Reports steps as they finish.
 
     Args:
-      total_steps: of the whole run.
+      total_steps: steps of the whole run.
       steps_per_epoch: full batches in the training set.
-      epochs: of the whole run.
-      batch_size: images a step.
-      every_seconds: between two plain lines; the live line is renewed ten times a second.
-      on: False says nothing: in a job of several processes only the first one speaks.
+      epochs: epochs of the whole run.
+      batch_size: images per step.
+      every_seconds: seconds between two plain lines; the live line is renewed ten times a second.
+      on: False prints nothing: in a job of several processes only the first one does.
       stream: where to write; None for standard output.
     """
 
@@ -46,7 +46,7 @@ class Progress:
         self._mark = None
 
     def step(self, step: int, loss: float, accuracy: float) -> None:
-        """Notes that `step` steps are done; `loss` and `accuracy` are the epoch's so far."""
+        """Records that `step` steps are done; `loss` and `accuracy` are the epoch's so far."""
         now = time.monotonic()
         if not self._on:
             return
@@ -66,7 +66,7 @@ class Progress:
             f"{left}"
         )
 
-    def line(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Writes a line that stays."""
         if not self._on:
             return
@@ -82,7 +82,7 @@ class Progress:
             self._width = len(text)
             self._stream.flush()
         else:
-            self.line(text)
+            self.message(text)
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,20 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from shiftnet import models, weights
+from shiftnet import models, quantizers
 from shiftnet.data import RGB, augment
+from shiftnet.data.mixing import erase, mix
+from shiftnet.data.policies import rand_augment, trivial_augment
 from shiftnet.kernels.implementations import only_xla
-from shiftnet.layers.batch_norm import per_share
+from shiftnet.training.losses import cross_entropy
 from shiftnet.training.mesh import (
+    BATCH_AXIS,
     batch_sharded,
     compiled,
     compiled_quickly,
     parameters_sharded,
     replicated,
 )
-from shiftnet.training.optimizer import make_optimizer
+from shiftnet.training.optimizer import keep_frozen, make_optimizer
 
 
 @functools.partial(
@@ -58,6 +61,7 @@ class Program:
 
     Attributes:
       mesh: as given.
+      runs: 1.
       shardings: where each array of a `TrainState` goes: a tree like it.
       graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
       order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
@@ -83,8 +87,12 @@ class Program:
         self._mean, self._std = mean, std
         self._steps_per_epoch = steps_per_epoch
         self.mesh = mesh
-        self._optimizer = make_optimizer(config, steps_per_epoch)
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self._build(0)))
+        self.runs = 1
+        network = nnx.eval_shape(lambda: self._build(0))
+        self.graphdef = nnx.graphdef(network)
+        self._optimizer = make_optimizer(
+            config, steps_per_epoch, first_and_last=network.first_and_last
+        )
         everywhere = replicated(mesh)
         state = jax.eval_shape(self.draw, np.uint32(0))
         self.shardings = (
@@ -116,8 +124,18 @@ class Program:
         params, stats = states
         return TrainState(jnp.zeros((), jnp.int32), params, stats, self._optimizer.init(params))
 
+    @staticmethod
+    def of(tree: Any, run: int) -> Any:
+        """Returns the arrays of a run, as `StackedProgram.of` does; there is one run."""
+        del run
+        return tree
+
     def update(
-        self, state: TrainState, images: jax.Array, labels: jax.Array
+        self,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        targets: jax.Array | None = None,
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         """One step of gradient descent on one batch.
 
@@ -125,6 +143,7 @@ class Program:
           state: where to start from.
           images: normalised `[N, H, W, 3]`.
           labels: int32 `[N]`.
+          targets: `[N, num_classes]` that the loss takes in place of labels, for mixed images.
 
         Returns:
           The next state, the mean cross entropy before the step (without the weights' regulariser,
@@ -132,33 +151,33 @@ class Program:
           were classified correctly (int32).
         """
 
-        def loss_of(params, stats, images, labels):
-            if self._config.parallel.fsdp:  # gathered for the products, whatever XLA might prefer
+        per_device = self._config.parallel.batch_norm == "per_device" and self.mesh.size > 1
+
+        def loss_of(params, stats, images, labels, *targets):
+            # Gathered for the products, whatever XLA might prefer; `shard_map` does so by itself.
+            if self._config.parallel.fsdp and not per_device:
                 params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             model = nnx.merge(self.graphdef, params, stats, copy=True)
             logits = model(images, train=True)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            total = loss + self._config.optimizer.regularizer * weights.regularizer(model)
+            loss = cross_entropy(
+                logits, labels, *targets, smoothing=self._config.loss.label_smoothing
+            )
+            total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), self._statistics():
-            gradient = _gradient(loss_of)
-            grads, (loss, stats, logits) = gradient(state.params, state.stats, images, labels)
+        gradient = _gradient(loss_of)
+        divided = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with contextlib.nullcontext() if per_device else divided:
+            gradient = _on_each_device(gradient, self.mesh) if per_device else gradient
+            batch = (images, labels) if targets is None else (images, labels, targets)
+            grads, (loss, stats, logits) = gradient(state.params, state.stats, *batch)
+        stats = keep_frozen(state.stats, stats, self._config.optimizer.freeze)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         predictions = logits.argmax(-1).astype(labels.dtype)
         correct = (predictions == labels).sum(dtype=jnp.int32)
         return TrainState(state.step + 1, params, stats, opt_state), loss, correct
-
-    @contextlib.contextmanager
-    def _statistics(self) -> Iterator[None]:
-        """Batch norm's statistics as the recipe has them, while the step is traced."""
-        if self._config.parallel.batch_norm == "global" or self.mesh.size == 1:
-            yield
-        else:  # kernels know one set of statistics
-            with per_share(self.mesh.size), only_xla():
-                yield
 
     def _train_batch(
         self, state: TrainState, seed: jax.Array, images: jax.Array, labels: jax.Array
@@ -174,10 +193,20 @@ class Program:
         Returns:
           As `update`.
         """
+        data = self._config.data
         dtype = jax.tree.leaves(state.params)[0].dtype
-        key = augment.cutout_key(seed, state.step)
-        images = augment.cutout(key, images, self._config.data.cutout)
-        return self.update(state, augment.normalize(images, self._mean, self._std, dtype), labels)
+        if data.policy != "none":
+            policy = {"trivial": trivial_augment, "rand": rand_augment}[data.policy]
+            images = policy(augment.policy_key(seed, state.step), images)
+        images = augment.cutout(augment.cutout_key(seed, state.step), images, data.cutout)
+        images = augment.normalize(images, self._mean, self._std, dtype)
+        images = erase(augment.erasing_key(seed, state.step), images, data.erase)
+        targets = None
+        if data.mixup or data.cutmix:
+            targets = jax.nn.one_hot(labels, self._num_classes, dtype=dtype)
+            key = augment.mixing_key(seed, state.step)
+            images, targets = mix(key, images, targets, mixup=data.mixup, cutmix=data.cutmix)
+        return self.update(state, images, labels, targets)
 
     def steps(
         self,
@@ -231,30 +260,24 @@ class StackedProgram:
     """A program over several runs at once, of one recipe and different seeds.
 
     All arrays of their states have a first axis, the runs. Run for run the numbers are those that
-    the program gives alone: for one run to the bit, for several up to the rounding of sums, since
-    XLA then computes with other shapes. Several take no kernel of ours, which know one network.
+    the program gives alone, up to the rounding of sums, since XLA then computes with other shapes.
+    They take no kernel of ours, which know one network.
 
     Args:
-      program: of the recipe, on one device.
-      runs: how many.
+      program: the recipe's, on one device.
+      runs: how many, at least 2.
 
     Attributes:
       mesh: the program's.
-      init: `init(seeds)`, uint32 `[runs]`, draws the states.
+      runs: as given.
+      graphdef: the program's.
+      init: `init(seeds)`, uint32 `[runs]`, gives the states that training starts from.
       order: `order(seeds, epoch, num_examples)`, int32 `[runs, num_examples]`.
       train: `train(states, seeds, images, labels, orders, length=n)`, see `Program.steps`; losses
         and numbers of correctly classified images are `[runs, n]`. Donates the states.
     """
 
     def __init__(self, program: Program, runs: int):
-        self.mesh = program.mesh
-        everywhere = replicated(self.mesh)
-        if runs == 1:  # the program itself, as XLA compiles it alone
-            self.init = _alone(program.init, "r")
-            self.order = _alone(program.order, "r--")
-            self.train = _alone(program.train, "rr--r")
-            return
-
         def steps(states, seeds, images, labels, orders, *, length):
             with only_xla():
                 take = jax.vmap(
@@ -262,10 +285,19 @@ class StackedProgram:
                 )
                 return take(states, seeds, images, labels, orders)
 
+        self.mesh = program.mesh
+        self.runs = runs
+        self.graphdef = program.graphdef
+        everywhere = replicated(self.mesh)
         order = jax.vmap(augment.epoch_order, in_axes=(0, None, None))
         self.init = compiled_quickly(jax.vmap(program.draw), self.mesh, out_shardings=everywhere)
         self.order = compiled_quickly(order, self.mesh, static_argnums=2, out_shardings=everywhere)
         self.train = compiled(steps, self.mesh, donate_argnums=0, static_argnames="length")
+
+    @staticmethod
+    def of(tree: Any, run: int) -> Any:
+        """Returns one run's arrays of a tree of stacked ones."""
+        return jax.tree.map(lambda leaf: leaf[run], tree)
 
 
 def _gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,33 +327,44 @@ def _gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
     return gradient
 
 
-def _alone(function: Callable[..., Any], axes: str) -> Callable[..., Any]:
-    """The function of one run with a first axis: of those arguments that `axes` has an r for."""
+def _on_each_device(gradient: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns the gradient with every device normalising its part of the batch by itself.
 
-    def alone(*arguments: Any, **options: Any) -> Any:
-        pairs = zip(axes, arguments, strict=True)
-        own = [_first(value) if axis == "r" else value for axis, value in pairs]
-        return _stack(function(*own, **options))
+    As in PyTorch's `DataParallel`: gradients and losses are averaged, and the first device's
+    running statistics are kept.
+    """
 
-    return alone
+    def on_one(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        grads, (loss, stats, logits) = gradient(params, stats, *batch)
+        is_first = jax.lax.axis_index(BATCH_AXIS) == 0
+        first = jax.tree.map(lambda stat: jnp.where(is_first, stat, 0), stats)
+        grads, loss = jax.lax.pmean((grads, loss), BATCH_AXIS)
+        return grads, (loss, jax.lax.psum(first, BATCH_AXIS), logits)
 
+    everywhere, divided = PartitionSpec(), PartitionSpec(BATCH_AXIS)
 
-def run_of(stacked: Any, run: int | jax.Array) -> Any:
-    """One run's arrays of a tree of stacked ones."""
-    return jax.tree.map(lambda leaf: leaf[run], stacked)
+    def on_all(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        return jax.shard_map(
+            on_one,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, *[divided] * len(batch)),
+            out_specs=(everywhere, (everywhere, everywhere, divided)),
+            check_vma=False,
+        )(params, stats, *batch)
 
-
-_first = jax.jit(functools.partial(run_of, run=0))
-_stack = jax.jit(functools.partial(jax.tree.map, lambda leaf: leaf[None]))
+    return on_all
 
 
 def steps_per_dispatch(steps_per_epoch: int, platform: str) -> int:
-    """How many steps one call to `Program.train` takes.
+    """Returns how many steps one call of `Program.train` takes, but for an epoch's last call.
 
-    One on CPU, where a compiled loop slows convolutions down by an order of magnitude. Elsewhere
-    the largest divisor of `steps_per_epoch` up to 50, so that launching costs little and every call
-    is the same program; it depends on nothing that changes when a run is resumed.
+    One on CPU, where a compiled loop slows convolutions down by an order of magnitude. Elsewhere up
+    to 50, so that launching costs little: a divisor of `steps_per_epoch` if there is one from 25 to
+    50, so that every call is the same program, or else 50, and the epoch's last call is a program
+    of its own. It depends on nothing that changes when a run is resumed.
     """
     if platform == "cpu":
         return 1
-    return max(n for n in range(1, min(50, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
+    most = min(50, steps_per_epoch)
+    divisors = [n for n in range((most + 1) // 2, most + 1) if steps_per_epoch % n == 0]
+    return max(divisors, default=most)

@@ -30,13 +30,13 @@ class Times:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> "Times":
-        jax.monitoring.register_event_duration_secs_listener(self._note)
+        jax.monitoring.register_event_duration_secs_listener(self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._note)
+        jax.monitoring.unregister_event_duration_listener(self._record)
 
-    def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _record(self, event: str, duration_secs: float, **_: str | int) -> None:
         # What another thread compiles meanwhile is part of what this one traces or waits for.
         if event in _COMPILING and threading.get_ident() == self._thread:
             self._seconds["compilation"] += duration_secs

@@ -13,17 +13,22 @@ from jax.experimental import multihost_utils
 
 import shiftnet.config
 from shiftnet.errors import UserError
+from shiftnet.files import write_atomically
 
 RECIPE, LOCK = "config.json", "lock"
 
 
+class InUse(UserError):
+    """Another process has the lock of a working directory."""
+
+
 @contextlib.contextmanager
-def claimed(
+def locked(
     workdir: Path, config: Any, ignore: Sequence[str] = shiftnet.config.RESUMABLE
 ) -> Iterator[None]:
-    """Makes `workdir` this recipe's, or checks that it is; within, no other run can have it.
+    """Checks that `workdir` is this recipe's or new; within, no other run can have it.
 
-    In a job of several processes the first one does that, and the others wait for it.
+    In a job of several processes the first one locks it, and the others wait for that.
 
     Args:
       workdir: made where it does not exist.
@@ -31,8 +36,9 @@ def claimed(
       ignore: fields in which it may differ from the one that is there.
 
     Raises:
-      UserError: where it holds a run of another recipe (it names the fields that differ), another
-        run is in it now, or it cannot be written.
+      UserError: where it holds a run of another recipe (it names the fields that differ), or it
+        cannot be written.
+      InUse: where another run is in it now.
     """
     path = workdir / RECIPE
     if path.exists():
@@ -46,32 +52,55 @@ def claimed(
                 f"{workdir} holds a run of another recipe, with {'; '.join(changed)}: "
                 "take another --workdir, or the same values"
             )
-    meet("workdir checked")
+    barrier("workdir checked")
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            try:
+            with _writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(workdir))
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(shiftnet.config.to_json(config) + "\n")
-                temporary.replace(path)
-            except OSError as error:
-                raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-        meet("workdir claimed")
+                stack.enter_context(lock(workdir / LOCK, workdir))
+        barrier("workdir locked")
         yield
 
 
+def write_recipe(workdir: Path, config: Any) -> None:
+    """Writes the recipe that a directory's run now has; the first process of a job does.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    if jax.process_index() == 0:
+        with _writing(workdir):
+            workdir.mkdir(exist_ok=True)
+            write_atomically(workdir / RECIPE, shiftnet.config.to_json(config) + "\n")
+
+
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """Holds the directory's lock, which the system takes back when the process ends, however."""
-    with (workdir / LOCK).open("a+") as file:
+def _writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def lock(path: Path, workdir: Path) -> Iterator[None]:
+    """Locks a file within, made where it is missing; the system unlocks it if the process dies.
+
+    Args:
+      path: the file.
+      workdir: the directory that it stands for.
+
+    Raises:
+      InUse: where another process has locked it.
+    """
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"--workdir {workdir} is in use by another run ({file.read().strip()}): "
-                "take another, or wait for it to end"
+            raise InUse(
+                f"{workdir} is in use by another run ({file.read().strip()}): "
+                "take another --workdir, or wait for it to end"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -79,7 +108,7 @@ def _locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def meet(where: str) -> None:
+def barrier(name: str) -> None:
     """Waits until all processes of the job are here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 
 from benchmarks.packed_matmul import PackedMatrix, gpu
 from benchmarks.packed_matmul.packed import Encoding
-from shiftnet.training import plan
+from shiftnet.planning import plan
 
 LEVELS = {
     "Sign": (-1.0, 1.0),

@@ -31,7 +31,7 @@ def both_signs(magnitudes):
     return tuple(float(sign * m) for sign in (-1, 1) for m in magnitudes)
 
 
-# The forms of `shiftnet.weights`, by name: their levels and the bits that a weight takes.
+# The forms of `shiftnet.quantizers`, by name: their levels and the bits that a weight takes.
 FORMS = {
     "Sign": (both_signs([1]), 1),
     "S3 2": ((0.0, *both_signs([1])), 2),

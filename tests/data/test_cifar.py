@@ -321,8 +321,34 @@ def test_no_member_of_an_archive_is_written_outside(server, root):
 
 
 def test_a_remote_directory_is_a_sentence():
-    with pytest.raises(UserError, match="'gs://bucket/tfds'; expected a local directory"):
+    with pytest.raises(UserError, match=r"data\.dir must be a local path, found the URL 'gs://"):
         cifar.load("cifar10", "gs://bucket/tfds")
+
+
+def test_without_a_home_directory_one_sentence_says_what_to_set(monkeypatch):
+    def homeless(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(UserError, match=r"no home directory .*set data.dir or \$TFDS_DATA_DIR$"):
+        cifar.load("cifar10")
+
+
+@pytest.mark.parametrize("deep", ["cifar10", "cifar10/3.0.2"])
+def test_a_directory_inside_of_the_data_set_names_the_one_above(prepared, nowhere, deep):
+    before = files_in(prepared)
+    with pytest.raises(UserError, match=f"inside of a data set; expected {prepared}, the dir"):
+        cifar.load("cifar10", str(prepared / deep), url=nowhere)
+    assert files_in(prepared) == before
+
+
+@pytest.mark.parametrize("other", ["cifar-10-batches-py", "cifar10/3.0.0"])
+def test_another_form_of_the_data_set_that_lies_there_is_named(root, nowhere, capfd, other):
+    (root / other).mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        cifar.load("cifar10", str(root), url=nowhere)
+    assert f"; {root / other}: not read, another form or version" in capfd.readouterr().err
 
 
 # A prepared directory that cannot be read

@@ -3,11 +3,12 @@
 import io
 import math
 import pickle
+import struct
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from shiftnet.data import images
 from tests.data import image_files
@@ -92,8 +93,109 @@ def test_every_kind_of_file_decodes_as_in_torchvision(data):
     np.testing.assert_array_equal(found, np.asarray(opened(data)))
 
 
-def test_an_image_is_not_turned_by_its_exif():
+def test_an_image_is_not_turned_by_its_exif_unless_asked_for():
     assert images.decode(ODD["rotated"], name="x").shape == (44, 66, 3)
+    assert images.decode(ODD["rotated"], name="x", exif=True).shape == (66, 44, 3)
+
+
+def oriented(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = image_files.pixels(np.random.default_rng(orientation), 44, 66)
+    return image_files.encoded(image, kind, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_photos_are_turned_as_pillow_turns_them(kind, orientation):
+    data = oriented(kind, orientation)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    np.testing.assert_array_equal(images.decode(data, name="x", exif=True), np.asarray(expected))
+    found = images.for_evaluation(data, size=24, resize=30, name="x", exif=True)
+    np.testing.assert_array_equal(found, np.asarray(resize_and_center_crop(expected, 30, 24)))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        box = images.crop_box(rng, *expected.size[::-1])
+        mirrored = rng.random() < 0.5
+        rng = np.random.default_rng(seed)
+        found = images.for_training(data, size=64, flip=True, rng=rng, name="x", exif=True)
+        assert_near(found, cut(expected, box, 64, mirrored))
+
+
+def test_damaged_exif_turns_nothing():
+    data = ODD["damaged EXIF"]
+    np.testing.assert_array_equal(
+        images.decode(data, name="x", exif=True), images.decode(data, name="x")
+    )
+
+
+def test_no_other_program_is_run_for_a_file_whatever_its_name():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")  # Pillow would run Ghostscript
+    with pytest.raises(images.CorruptImage, match="no image of a known kind"):
+        images.decode(buffer.getvalue(), name="a.jpg")
+    assert {".jpg", ".png", ".tif", ".gif", ".jfif", ".ppm"} <= images.extensions()
+    assert not {".eps", ".ps", ".wmf", ".mpg", ".h5", ".pdf"} & images.extensions()
+
+
+GREY = np.arange(0, 65536, 37, np.uint16)[:1764].reshape(42, 42)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("TIFF", {}), ("TIFF", {"big_endian": True}), ("PPM", {}), ("JPEG2000", {})],
+    ids=str,
+)
+def test_grey_levels_of_16_bits_are_scaled_and_not_white(kind, options):
+    buffer = io.BytesIO()
+    Image.fromarray(GREY).save(buffer, kind, **options)
+    found = images.decode(buffer.getvalue(), name="x")
+    np.testing.assert_array_equal(found, np.repeat(GREY[..., None] >> 8, 3, axis=-1))
+    shown = images.for_evaluation(buffer.getvalue(), size=42, resize=42, name="x")
+    np.testing.assert_array_equal(shown, found)
+
+
+def tiff(samples, bits, *, white_is_zero=False):
+    """A TIFF of one strip, written by hand; `samples` are its bytes, for 4 rows of 4 pixels."""
+    tags = [
+        (256, 4), (257, 4), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 200),
+        (277, 1), (278, 4), (279, len(samples)),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return header.ljust(200, b"\0") + samples
+
+
+def test_the_depth_is_the_one_that_the_file_declares():
+    levels = np.arange(16, dtype=np.uint16) * 273  # 0 to 4095
+    pairs = levels.reshape(-1, 2).astype(int)
+    packed = b"".join(int(a << 12 | b).to_bytes(3, "big") for a, b in pairs)
+    found = images.decode(tiff(packed, 12), name="x")
+    np.testing.assert_array_equal(found[..., 0], (levels >> 4).reshape(4, 4))
+
+
+def test_a_tiff_in_which_white_is_zero_is_inverted():
+    levels = np.arange(16, dtype="<u2") * 4369  # 0 to 65535
+    found = images.decode(tiff(levels.tobytes(), 16, white_is_zero=True), name="x")
+    np.testing.assert_array_equal(found[..., 0], 255 - (levels >> 8).reshape(4, 4))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_range_are_refused_and_not_black(dtype):
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((8, 8), dtype)).save(buffer, "TIFF")
+    with pytest.raises(images.CorruptImage, match="range the file does not state; expected 8 or"):
+        images.decode(buffer.getvalue(), name="x")
+
+
+def test_an_image_too_large_to_evaluate_is_too_large_to_train_on(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 40 - 1)
+    small, large = (image_files.encoded(image_files.pixels(RNG, side, 80)) for side in (29, 30))
+    for read in readers(small, "small.jpg"):
+        read()
+    for read in readers(large, "large.jpg"):
+        with pytest.raises(images.CorruptImage, match=r"large.jpg cannot be decoded .Image size"):
+            read()
 
 
 @odd

@@ -1,6 +1,7 @@
 """Streams of batches: what is in them, and that nothing but the seed and the step decides it."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shiftnet.data import images
+from shiftnet.data import images, stream
 from shiftnet.data.folder import FolderSource
 from shiftnet.data.images import Encoded
 from shiftnet.data.stream import EvalStream, TrainStream
-from shiftnet.errors import UserError
+from shiftnet.errors import RunFailed, UserError
 from tests.data import image_files
 
 ROOT = Path(__file__).parents[2]
@@ -251,11 +252,17 @@ def test_a_file_skipped_in_evaluation_counts_as_no_image(source):
     np.testing.assert_array_equal(found[0].images[3], next(iter(evaluation(source))).images[3])
 
 
-def test_a_file_that_went_away_ends_the_run_whatever_is_skipped(tmp_path):
-    folder = FolderSource(image_files.write_folder(tmp_path), "val")
-    Path(folder[0].name).unlink()
+def test_a_file_that_went_away_is_skipped_or_ends_the_run_as_a_corrupt_one(tmp_path):
+    folder = FolderSource(image_files.write_folder(tmp_path) / "val")
+    gone = folder[0].name
+    Path(gone).unlink()
     with pytest.raises(UserError, match=r"_0\.JPEG cannot be read \(No such file"):
-        next(iter(evaluation(folder, on_corrupt="skip")))
+        next(iter(evaluation(folder)))
+    (batch,) = evaluation(folder, on_corrupt="skip")
+    assert batch.skipped == (gone,)
+    assert batch.labels.tolist() == [-1, 1, 1, 2]
+    settings = {"batch_size": 4, "steps_per_epoch": 1, "total_steps": 1}
+    assert next(train(folder, on_corrupt="skip", **settings)).skipped == (gone,)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +276,44 @@ def test_a_file_that_went_away_ends_the_run_whatever_is_skipped(tmp_path):
 def test_settings_that_cannot_be_are_refused(source, options, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         train(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (9, "killed (SIGKILL), as when the machine's memory is full: set data.workers lower"),
+        (7, "killed (SIGBUS), as when /dev/shm is full: set data.workers lower"),
+    ],
+)
+def test_a_killed_worker_is_a_sentence_with_a_hint(number, sentence):
+    class Iterator:
+        def __next__(self):
+            raise RuntimeError(
+                f"Worker process was terminated unexpectedly with exit code -{number}."
+            )
+
+    with pytest.raises(RunFailed) as caught:
+        stream._next([Iterator()])
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run_at_once(source):
+    running = train(source, workers=1, total_steps=STEPS * 50)
+    next(running)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RunFailed, match="SIGKILL"):
+        list(running)
+
+
+def test_too_little_shared_memory_means_fewer_workers_and_the_same_images(
+    source, monkeypatch, capsys
+):
+    monkeypatch.setattr(stream, "fit_shared_memory", lambda *_: (0, 2, "/dev/shm is small"))
+    assert_same(list(train(source, workers=2)), list(train(source)))
+    assert_same(list(train(source, workers=2)), list(train(source)))
+    assert capsys.readouterr().err == "/dev/shm is small\n"  # said once, not in each epoch
 
 
 SCRIPT = """
@@ -285,7 +330,7 @@ SCRIPT = """
             return super().__getitem__(index)
 
     if __name__ == "__main__":
-        source = Nosy(sys.argv[1], "train")
+        source = Nosy(sys.argv[1] + "/train")
         stream = TrainStream(source, size=16, batch_size=2, steps_per_epoch=4, total_steps=100,
                              seed=0, flip=True, on_corrupt="error", workers=2)
         batch = [next(stream) for worker in range(2)][0]

@@ -7,7 +7,7 @@ Prints a line for each kernel that does not compile, with the reason, and one fo
 the bytes that its program moves (what its operations read and write, each operand once, as if there
 were no caches). Exits with 1 where something does not compile, or a network does not run its blocks
 through kernels or moves more than it should. The target is described by
-`shiftnet/training/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see registers and spills.
+`shiftnet/planning/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see registers and spills.
 """
 
 import functools
@@ -31,7 +31,7 @@ from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift import gpu as shift
 from shiftnet.kernels.shift_block import gpu as shift_block
 from shiftnet.kernels.shift_pointwise import gpu as shift_pointwise
-from shiftnet.training import hlo, plan
+from shiftnet.planning import hlo, plan
 from tests.kernels import compile_nets
 
 # Side, input channels, output channels and stride of the blocks of ShiftResNet20 and 56.

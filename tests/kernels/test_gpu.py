@@ -141,7 +141,7 @@ def test_gradients_of_shift_block(image, channels, expanded, outputs, stride, di
 def assert_gradients(found, operands, forward, core, dout, whole_numbers=False):
     """Against those of plain XLA in float32, which rounds nothing on the way."""
     wide = [None if value is None else value.astype(jnp.float32) for value in operands]
-    forward = functools.partial(forward, **core, layout="NHWC")
+    forward = functools.partial(forward, **core)
     expected = jax.vjp(forward, *wide)[1](dout.astype(jnp.float32))
     for value, a, b in zip(operands, found, expected, strict=True):
         if value is None:

@@ -13,10 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import shiftnet.kernels.shift
-import shiftnet.kernels.shift_block
-import shiftnet.kernels.shift_pointwise
-from shiftnet.kernels import operation, selftest
+from shiftnet.kernels import operation, selftest, shift, shift_block, shift_pointwise
 from shiftnet.kernels.operation import OPERATIONS, Case, Kernel, Operation, choices
 
 
@@ -69,20 +66,20 @@ def traced(one):
     return seen
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("shift_pointwise", "shift_block")]
+SLOW = [pytest.param(module, marks=pytest.mark.slow) for module in (shift_pointwise, shift_block)]
 
 
-@pytest.mark.parametrize("name", ["shift", *SLOW])
-def test_right_kernels_are_trusted(name, recwarn):
-    of_networks = OPERATIONS[name]
+@pytest.mark.parametrize("module", [shift, *SLOW])
+def test_right_kernels_are_trusted(module, recwarn):
+    of_networks = module.OPERATION
     kernel = of_networks.kernels["tpu"]
     interpreted = {
         part: functools.partial(getattr(kernel, part), interpret=True)
-        for part in (("forward", "backward") if name != "shift" else ("forward",))
+        for part in (("forward", "backward") if module is not shift else ("forward",))
     }
     kernels = {"tpu": dataclasses.replace(kernel, **interpreted)}
     one = dataclasses.replace(of_networks, kernels=kernels, cases=of_networks.cases[:1])
-    if name == "shift":  # whose gradient is the same kernel
+    if module is shift:  # whose gradient is the same kernel
         move = interpreted["forward"]
         gradient = lambda x, dy, dh, dw: (move(dy, dh=-dh, dw=-dw),)  # noqa: E731
         kernels["tpu"] = dataclasses.replace(kernels["tpu"], backward=gradient)

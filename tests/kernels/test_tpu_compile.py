@@ -19,7 +19,7 @@ from shiftnet.kernels.shift import tpu as shift_tpu
 from shiftnet.kernels.shift.offsets import channel_offsets
 from shiftnet.kernels.shift_block import tpu as block_tpu
 from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
-from shiftnet.training import hlo
+from shiftnet.planning import hlo
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet.models import torch_names
+from shiftnet.interchange import torch_names
 from shiftnet.models.depthwiseresnet import DepthwiseBlock
 from shiftnet.models.resnet import BasicBlock
 from shiftnet.models.shiftresnet import ShiftConvBlock

@@ -8,7 +8,7 @@ from flax import nnx
 
 from shiftnet.config import default_config
 from shiftnet.errors import UserError
-from shiftnet.models import torch_names
+from shiftnet.interchange import torch_names
 from shiftnet.models.counting import count
 from shiftnet.models.resnet import ResNet
 from tests import networks, oracle

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet.models import torch_names
+from shiftnet.interchange import torch_names
 from tests import networks, oracle
 from tests.models.test_build import config
 

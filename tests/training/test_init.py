@@ -6,7 +6,7 @@ from flax import nnx
 
 from shiftnet import checkpoint
 from shiftnet.errors import UserError
-from shiftnet.training import loop
+from shiftnet.training import engine
 from shiftnet.training.interrupt import Interrupt
 from tests import networks
 from tests.test_packing import note
@@ -27,7 +27,7 @@ def first_state(monkeypatch, settings, workdir, init):
     settings.optimizer.lr = 1e-30
     with monkeypatch.context() as patched:
         patched.setattr(Interrupt, "requested", lambda self: True)
-        loop.train(settings, workdir, init=init)
+        engine.train(settings, workdir, init=init)
     arrays = checkpoint.read(workdir).arrays
     return {name: np.asarray(array) for name, array in arrays.items()}
 
@@ -70,9 +70,9 @@ def test_latents_of_another_form_start_fresh_and_are_named(tmp_path, monkeypatch
 def test_a_checkpoint_of_another_network_is_refused(model, sentence, tmp_path):
     saved(tmp_path / "ckpt", **model)
     with pytest.raises(UserError, match=sentence):
-        loop.train(recipe(), tmp_path / "run", init=tmp_path / "ckpt")
+        engine.train(recipe(), tmp_path / "run", init=tmp_path / "ckpt")
     with pytest.raises(UserError, match="does not exist"):
-        loop.train(recipe(), tmp_path / "other", init=tmp_path / "nowhere")
+        engine.train(recipe(), tmp_path / "other", init=tmp_path / "nowhere")
 
 
 def test_a_continued_run_is_not_started_again(tmp_path, monkeypatch, capsys):
@@ -83,7 +83,7 @@ def test_a_continued_run_is_not_started_again(tmp_path, monkeypatch, capsys):
     settings.optimizer.lr = 1e-30
     with monkeypatch.context() as patched:
         patched.setattr(Interrupt, "requested", lambda self: True)
-        loop.train(settings, tmp_path / "run", init=tmp_path / "nowhere")
+        engine.train(settings, tmp_path / "run", init=tmp_path / "nowhere")
     printed = capsys.readouterr().out
     assert "continuing after step 1" in printed
     assert "started from" not in printed

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import models, weights
+from shiftnet import models, quantizers
 from shiftnet.errors import UserError
-from shiftnet.training import loop, low_bit
+from shiftnet.training import engine, low_bit
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import compiled_quickly, make_mesh
@@ -67,8 +67,8 @@ def test_the_table_adds_up():
     network = nnx.eval_shape(lambda: models.build(fields, 10, rngs=nnx.Rngs(0)))
     zeros = {
         name: 0.25
-        for name, weight in weights.of_layers(network).items()
-        if isinstance(weight, weights.LowBitWeight)
+        for name, weight in quantizers.of_layers(network).items()
+        if isinstance(weight, quantizers.LowBitWeight)
     }
     head, *rows, total = low_bit.table(network, zeros).splitlines()
     assert head.split() == [
@@ -85,7 +85,7 @@ def test_the_table_adds_up():
     assert cells["conv1"] == ["3x3x3x16", "32", str(4 * 432), str(4 * 432)]
     assert cells["layer2.0.conv1"] == ["1x1x16x32", "2", "25.0%", str(4 * 512), "128"]
     assert cells["layer2.0.shortcut.projection.0"] == ["1x1x16x32", "2", "25.0%", "2048", "128"]
-    assert len(cells) == len(weights.of_layers(network))
+    assert len(cells) == len(quantizers.of_layers(network))
     sums = [sum(int(row[column]) for row in cells.values()) for column in (-2, -1)]
     assert [int(n) for n in total.replace(",", "").split()[-2:]] == sums
 
@@ -96,7 +96,7 @@ def test_the_table_adds_up():
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("low_bit")
-    return workdir, loop.train(recipe(model__weights="s3", log__tensorboard=True), workdir)
+    return workdir, engine.train(recipe(model__weights="s3", log__tensorboard=True), workdir)
 
 
 def test_every_epoch_logs_what_became_of_the_weights(uninterrupted):
@@ -136,15 +136,15 @@ def test_an_interrupted_run_logs_the_same_changes(uninterrupted, tmp_path, monke
     with monkeypatch.context() as patched:
         calls = iter(range(1, 10**6))
         patched.setattr(Interrupt, "requested", lambda self: next(calls) == step)
-        loop.train(settings, tmp_path)
-    assert loop.train(settings, tmp_path) == summary
+        engine.train(settings, tmp_path)
+    assert engine.train(settings, tmp_path) == summary
     assert json.dumps(epochs(tmp_path)) == json.dumps(epochs(workdir))
 
 
 def test_another_form_of_weights_is_another_run(uninterrupted):
     workdir, _ = uninterrupted
     with pytest.raises(UserError, match=r"model\.weights: 's3' -> 'sign'"):
-        loop.train(recipe(model__weights="sign"), workdir)
+        engine.train(recipe(model__weights="sign"), workdir)
 
 
 def test_the_regulariser_is_in_the_gradient_and_not_in_the_loss():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from shiftnet.config import default_config
-from shiftnet.models import torch_names
+from shiftnet.interchange import torch_names
 from shiftnet.training.mesh import compiled_quickly, make_mesh
 from shiftnet.training.optimizer import make_optimizer
 from shiftnet.training.step import Program, TrainState

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from shiftnet.kernels import checks
+from shiftnet.kernels.implementations import is_lowered_for
 from shiftnet.kernels.operation import Case, Kernel, Operation
 from shiftnet.kernels.shift import gpu, tpu, xla
 from shiftnet.kernels.shift.offsets import ChannelOrder, channel_offsets
@@ -76,6 +77,8 @@ def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
     """
 
     def move(x, dh, dw):
+        if is_lowered_for("tpu"):
+            return xla.select(x, dh, dw)
         return jax.lax.platform_dependent(
             x, tpu=lambda x: xla.select(x, dh, dw), default=lambda x: xla.gather(x, dh, dw)
         )

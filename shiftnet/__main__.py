@@ -1,0 +1,40 @@
+"""The command `shiftnet SUBCOMMAND`, in a checkout `python -m shiftnet SUBCOMMAND`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from shiftnet import __version__
+from shiftnet.cli import COMMANDS
+from shiftnet.errors import reported, unknown
+
+USAGE = """\
+usage: shiftnet SUBCOMMAND ...
+
+Trains and uses shift networks and networks with low-bit weights.
+
+{}
+
+shiftnet SUBCOMMAND --help lists a subcommand's options; shiftnet --version prints the version.
+"""
+
+
+@reported
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the subcommand that the command line names; returns its exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {command:{width}}  {summary}" for command, summary in COMMANDS.items())
+        print(USAGE.format("\n".join(lines)), end="")
+        return 0
+    if name == "--version":
+        print(f"shiftnet {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise unknown("subcommand", name, COMMANDS)
+    return importlib.import_module(f"shiftnet.cli.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

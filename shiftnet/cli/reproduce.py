@@ -1,0 +1,98 @@
+"""Trains the rows of the results' tables, several seeds at a time, and keeps what came out.
+
+Without --only and --next it lists the rows and trains nothing. A row that was stopped, by --budget
+or Ctrl-C, continues exactly where it was when it is chosen again.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from shiftnet import config as config_lib
+from shiftnet.errors import UserError, reported
+from shiftnet.files import path_of
+from shiftnet.results import reproduce
+from shiftnet.training.deadline import Deadline
+from shiftnet.training.processes import use_compilation_cache
+
+MOST_SEEDS = 1000
+
+
+@reported
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the command line names; returns the exit code."""
+    arguments = _arguments(argv)
+    deadline = Deadline(arguments.budget)
+    use_compilation_cache()
+    options = reproduce.Options(
+        results=path_of(arguments.results, "--results"),
+        workdir=path_of(arguments.workdir, "--workdir"),
+        data_dir=arguments.data_dir,
+        pattern=arguments.only or "*",
+        seeds=arguments.seeds,
+        together=arguments.together,
+        epochs=arguments.epochs,
+    )
+    if arguments.list or not (arguments.only or arguments.next):
+        print(reproduce.table(list(reproduce.find(options)), arguments.seeds))
+        if not arguments.list:
+            print("\nto train some of them: --only PATTERN or --next, see --help")
+        return 0
+    return reproduce.run(options, deadline, cheapest_first=arguments.next)
+
+
+def seconds_of(text: str) -> float:
+    """Returns the seconds of a time like `"90s"`, `"9m"` or `"2h"`.
+
+    Raises:
+      UserError: for another form.
+    """
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([smh])", text)
+    if not match or not float(match[1]):
+        raise UserError(f"--budget must be a time such as 90s, 9m or 2h, found {text!r}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _arguments(argv: Sequence[str] | None) -> Any:
+    parser = config_lib.Parser(prog="shiftnet reproduce", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="list the rows, train nothing")
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="the rows or tables of that name, e.g. 'shiftresnet20_*'"
+    )
+    parser.add_argument(
+        "--next", action="store_true", help="the cheapest missing rows, while they fit the budget"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="of a row (default: 1)")
+    parser.add_argument(
+        "--together",
+        metavar="N",
+        type=int,
+        help="seeds to train in one program (default: all; on a CPU, which gains nothing, 1)",
+    )
+    parser.add_argument("--budget", metavar="TIME", help="stop and save within 90s, 9m, 2h, ...")
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=int,
+        help=f"shorten schedules; results go into {reproduce.SHORT}/",
+    )
+    parser.add_argument("--results", metavar="DIR", default="results", help="default: results")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        default="runs/reproduce",
+        help="for what is not finished (default: runs/reproduce)",
+    )
+    parser.add_argument("--data-dir", metavar="DIR", default="", help="default: as in training")
+    arguments = parser.parse_args(argv)
+    for name in ("seeds", "together", "epochs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, found {value}")
+    if arguments.seeds > MOST_SEEDS:
+        raise UserError(f"--seeds must be at most {MOST_SEEDS}, found {arguments.seeds}")
+    if arguments.only and arguments.next:
+        raise UserError("--only and --next exclude each other")
+    if arguments.budget is not None:
+        arguments.budget = seconds_of(arguments.budget)
+    return arguments

@@ -1,0 +1,58 @@
+"""The forms in which the images of a split come: in memory, or read when asked for."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:  # the digits need neither Pillow nor a JPEG library
+    from shiftnet.data.images import Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some images and their classes, in a fixed order.
+
+    Attributes:
+      images: uint8 [N, H, W, 3].
+      labels: int32 [N], indices into `Dataset.class_names`.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Source(Protocol):
+    """Some images that are read when asked for, in a fixed order; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> "Encoded":
+        """Reads an image as it is stored.
+
+        Raises:
+          CorruptImage: if it cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some images of a source.
+
+    Attributes:
+      source: what they are taken from.
+      indices: int [N], which.
+    """
+
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> "Encoded":
+        return self.source[int(self.indices[index])]

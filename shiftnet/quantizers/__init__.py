@@ -1,0 +1,77 @@
+"""Weight forms: how the weight that a layer computes with follows from what training changes.
+
+Every form is one file, and every convolution and linear layer takes any of them when it is made:
+`Conv(16, 32, 3, weights="s3", bits=2, rngs=rngs)`.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+
+from shiftnet.errors import UserError, unknown
+from shiftnet.quantizers.denseshift import DenseShift
+from shiftnet.quantizers.floating import Float
+from shiftnet.quantizers.form import Form, LowBitWeight, Weight
+from shiftnet.quantizers.quantized import QuantizedWeight
+from shiftnet.quantizers.s3 import S3
+from shiftnet.quantizers.sign import Sign
+
+__all__ = [
+    "FORMS",
+    "S3",
+    "DenseShift",
+    "Float",
+    "Form",
+    "LowBitWeight",
+    "QuantizedWeight",
+    "Sign",
+    "Weight",
+    "make",
+    "of_layers",
+    "regularizer",
+]
+
+# Name -> class, and the bits that it can be given; none where it has no choice.
+FORMS: dict[str, tuple[Form, tuple[int, ...]]] = {
+    "float": (Float, ()),
+    "sign": (Sign, ()),
+    "s3": (S3, (2, 3, 4)),
+    "denseshift": (DenseShift, (2, 3, 4)),
+}
+
+
+def make(name: str, bits: int = 0) -> Form:
+    """Finds a form by name: `make("s3", 2)(shape, rngs=rngs)` is a 2-bit weight of that shape.
+
+    Args:
+      name: one of `FORMS`.
+      bits: bits per weight; 0 for the form's own number (32, 1, 3 and 3).
+
+    Raises:
+      UserError: for a form or a width that does not exist.
+    """
+    if name not in FORMS:
+        raise unknown("weight form", name, FORMS)
+    form, choices = FORMS[name]
+    if not bits:
+        return form
+    if bits not in choices:
+        known = f"0 or one of {', '.join(map(str, choices))}" if choices else "0"
+        raise UserError(f"model.weight_bits must be {known} for {name} weights, found {bits}")
+    return functools.partial(form, bits=bits)
+
+
+def of_layers(model: nnx.Module) -> dict[str, Weight]:
+    """Returns the weights in a network, by the path of the layer that each belongs to."""
+    return {
+        ".".join(map(str, path[:-1])): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Weight)
+    }
+
+
+def regularizer(model: nnx.Module) -> jax.Array | float:
+    """Returns the sum of the weights' regularisers; 0.0 where no form has one."""
+    terms = [weight.regularizer() for weight in of_layers(model).values()]
+    return sum((term for term in terms if term is not None), start=0.0)

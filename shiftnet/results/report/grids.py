@@ -1,0 +1,220 @@
+"""Makes the tables of the report, as texts in cells, for both the page and Markdown."""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from shiftnet.results import Row, mean_and_spread
+from shiftnet.results.report import sources
+from shiftnet.results.report.sources import Filled, Outcome, Training
+from shiftnet.tables import duration
+
+NOT_RUN = "not run yet"
+NONE = "\N{EN DASH}"
+FAR = 1.0  # points; a row that differs by more from what was reported is marked
+NOTHING = "The given paths have no results."
+SHORT = (
+    "These runs show that a recipe learns. Their accuracies are not those of the full schedule, "
+    "and are not compared with what was reported."
+)
+
+
+class Cell(NamedTuple):
+    """A text, marked if it should stand out."""
+
+    text: str
+    marked: bool = False
+
+
+class Grid(NamedTuple):
+    """A table.
+
+    Attributes:
+      head: the columns' titles.
+      rows: the cells of each row; the first is the row's title.
+      notes: pairs of a row's title and a sentence about it.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[tuple[str, str]] = ()
+
+    @property
+    def are_words(self) -> list[bool]:
+        """For each column, whether it holds words rather than numbers."""
+        return [title in _WORDS for title in self.head]
+
+
+def reading(filled: Filled) -> str:
+    """Returns sentences that explain a table of `compared` or `brief`."""
+    table = filled.table
+    words = (
+        f"Reported: {table.source}. Accuracies are top-1 on the test set in percent; ours are "
+        "means over n seeds ± the standard deviation."
+    )
+    if any(row.reported is not None for row in table.rows):
+        words += (
+            f" The difference is our accuracy after the {table.epoch} epoch minus the reported "
+            f"one, in bold if it is more than {FAR:g} point."
+        )
+    return words
+
+
+def compared(filled: Filled) -> Grid:
+    """Returns every row of a table, on the full schedule: what was reported, and ours."""
+    older = any(row.older is not None for row in filled.table.rows)
+    rows = [row for row in filled.table.rows if filled.whole or row.name in filled.full]
+    head = ["row", "parameters", "reported", *(["older"] if older else [])]
+    return Grid(
+        head=[*head, "ours, final", "ours, best", "difference", "n", *_KEPT_AND_SPEED, "recipe"],
+        rows=[
+            [
+                Cell(row.name),
+                Cell(f"{row.parameters:,}"),
+                _reported(row),
+                *([Cell(_points(row.older))] if older else []),
+                *_ours(filled.full.get(row.name)),
+                _difference(filled, row),
+                *_seeds_network_and_speed(filled.full.get(row.name)),
+                Cell(row.recipe),
+            ]
+            for row in rows
+        ],
+        notes=[(row.name, row.note) for row in rows if row.note],
+    )
+
+
+def brief(filled: Filled) -> Grid:
+    """Returns the rows that were trained, with only the accuracy that is compared."""
+    epoch = filled.table.epoch
+    rows = [row for row in filled.table.rows if row.name in filled.full]
+    return Grid(
+        head=["row", "parameters", "reported", f"ours, {epoch}", "difference", "n"],
+        rows=[
+            [
+                Cell(row.name),
+                Cell(f"{row.parameters:,}"),
+                _reported(row),
+                _mean(getattr(filled.full[row.name], epoch)),
+                _difference(filled, row),
+                Cell(str(len(filled.full[row.name].final))),
+            ]
+            for row in rows
+        ],
+        notes=[(row.name, row.note) for row in rows if row.note],
+    )
+
+
+def shortened(filled: Filled) -> Grid:
+    """Returns the rows that were trained on a shortened schedule, without a comparison."""
+    return Grid(
+        head=["row", "schedule", "parameters", "ours, final", "ours, best", "n", *_KEPT_AND_SPEED],
+        rows=[
+            [
+                Cell(row.name),
+                Cell(schedule(outcome.training)),
+                Cell(f"{row.parameters:,}"),
+                *_ours(outcome),
+                *_seeds_network_and_speed(outcome),
+            ]
+            for row in filled.table.rows
+            if (outcome := filled.shortened.get(row.name))
+        ],
+    )
+
+
+def of_trainings(trainings: Sequence[Training]) -> Grid:
+    """Returns the runs in working directories."""
+    costs = ("parameters", "multiply-adds", "bytes, packed")
+    accuracies = ("train, last", "test, last", "test, best")
+    return Grid(
+        head=["run", "schedule", *costs, *accuracies, "n", "images/s"],
+        rows=[_training_row(training) for training in trainings],
+    )
+
+
+def missing(filled: Filled) -> int:
+    """Returns how many rows of a table were not trained on the full schedule."""
+    return len(filled.table.rows) - len(filled.full)
+
+
+def schedule(training: Training) -> str:
+    """Returns how far the runs are, and whether that is the recipe's whole schedule."""
+    if training.epochs < training.full_epochs:
+        return f"{training.epochs} of {training.full_epochs} epochs"
+    if training.epochs_done < training.epochs:
+        return f"epoch {training.epochs_done} of {training.epochs}"
+    return f"{training.epochs} epochs"
+
+
+_WORDS = ("row", "run", "schedule", "device", "recipe", "class", "predicted")
+_KEPT_AND_SPEED = ("kept network", "images/s (of peak)", "time, all seeds", "device")
+
+
+def _reported(row: Row) -> Cell:
+    spread = "" if row.spread is None else f" ± {row.spread:.2f}"
+    return Cell(_points(row.reported) + spread)
+
+
+def _ours(outcome: Outcome | None) -> list[Cell]:
+    if outcome is None:
+        return [Cell(NOT_RUN), Cell(NONE)]
+    return [_mean(outcome.final), _mean(outcome.best)]
+
+
+def _difference(filled: Filled, row: Row) -> Cell:
+    """Returns ours minus what was reported, for the epoch that the table compares."""
+    outcome = filled.full.get(row.name)
+    if outcome is None or row.reported is None:
+        return Cell(NONE)
+    points = round(statistics.mean(getattr(outcome, filled.table.epoch)) - row.reported, 2)
+    return Cell(f"{points:+.2f}".replace("-", "\N{MINUS SIGN}"), marked=abs(points) > FAR)
+
+
+def _seeds_network_and_speed(outcome: Outcome | None) -> list[Cell]:
+    if outcome is None:
+        return [Cell(NONE)] * (1 + len(_KEPT_AND_SPEED))
+    peak = outcome.fraction_of_peak
+    rate = f"{outcome.images_per_second:,.0f}" + ("" if peak is None else f" ({peak:.1%})")
+    return [
+        Cell(str(len(outcome.final))),
+        Cell(_points(outcome.kept)),
+        Cell(rate),
+        Cell(duration(outcome.seconds)),
+        Cell(outcome.device),
+    ]
+
+
+def _training_row(training: Training) -> list[Cell]:
+    last = [run.lines[-1] for run in training.runs if run.lines]
+    evaluated = [lines[-1] for run in training.runs if (lines := sources.evaluated(run))]
+    best = [line for run in training.runs if (line := sources.best(run))]
+    rates = [
+        rate
+        for run in training.runs
+        for line in run.lines
+        if (rate := sources.number(line, "images_per_second")) is not None
+    ]
+    costs = (training.parameters, training.multiply_adds, training.bytes)
+    return [
+        Cell(training.name),
+        Cell(schedule(training)),
+        *(Cell(NONE if cost is None else f"{cost:,}") for cost in costs),
+        _mean(_percents(last, "train_accuracy")),
+        _mean(_percents(evaluated, "test_accuracy")),
+        _mean(_percents(best, "test_accuracy")),
+        Cell(str(len(training.runs))),
+        Cell(f"{statistics.median(rates):,.0f}" if rates else NONE),
+    ]
+
+
+def _percents(lines: Sequence[sources.Line], name: str) -> list[float]:
+    return [100 * value for line in lines if (value := sources.number(line, name)) is not None]
+
+
+def _mean(values: Sequence[float]) -> Cell:
+    return Cell(mean_and_spread(values) if values else NONE)
+
+
+def _points(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"

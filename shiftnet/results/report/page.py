@@ -1,0 +1,72 @@
+"""Renders the report as one self-contained HTML page, including the drawing library."""
+
+import datetime
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shiftnet.errors import UserError
+from shiftnet.results.report import grids
+from shiftnet.results.report.sources import Found
+
+if TYPE_CHECKING:
+    from shiftnet.results.report.charts import Chart
+
+
+def render(found: Found) -> str:
+    """Returns the page as HTML.
+
+    Raises:
+      UserError: if the libraries that draw are not installed.
+    """
+    try:
+        import altair
+        import jinja2
+        import markupsafe
+        import vl_convert
+
+        from shiftnet.results.report.sections import sections
+    except ImportError as error:
+        raise UserError(
+            f"the page needs {error.name}, which is not installed: "
+            "pip install altair jinja2 vl-convert-python"
+        ) from error
+    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    template = (importlib.resources.files(__package__) / "page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["breakable"] = lambda name: markupsafe.Markup("_<wbr>").join(
+        name.split("_")
+    )
+    environment.filters["drawn"] = lambda chart: markupsafe.Markup(_drawn(chart))
+    return environment.from_string(template).render(
+        sections=sections(found),
+        empty=(grids.NONE, grids.NOT_RUN),
+        library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version),
+        made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns records by column: one value if all are equal, a list, or texts with indices."""
+    columns: dict[str, Any] = {}
+    for key in records[0]:
+        values = [record[key] for record in records]
+        distinct = list(dict.fromkeys(values))
+        if len(distinct) == 1:
+            columns[key] = distinct[0]
+        elif all(isinstance(value, str) for value in distinct):
+            numbers = {value: i for i, value in enumerate(distinct)}
+            columns[key] = {"texts": distinct, "at": [numbers[value] for value in values]}
+        else:
+            columns[key] = values
+    return {"length": len(records), "columns": columns}
+
+
+def _drawn(chart: "Chart") -> str:
+    """Returns a chart as JSON that is safe inside a script element, whatever its texts."""
+    datasets = {name: _columns(records) for name, records in chart.spec["datasets"].items()}
+    drawn = {"spec": {**chart.spec, "datasets": datasets}, "square": chart.square}
+    return json.dumps(drawn, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,0 +1,375 @@
+"""Reads what a report is about: working directories of runs, and folders of results."""
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+import shiftnet.config
+import shiftnet.data
+from shiftnet import models, results
+from shiftnet.config import Config
+from shiftnet.errors import UserError
+from shiftnet.models.counting import count
+from shiftnet.training import metrics
+from shiftnet.training.workdir import RECIPE
+
+Line = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """The run of one seed: the lines of its `metrics.jsonl`, one per epoch."""
+
+    seed: int
+    lines: Sequence[Line]
+
+
+class Confusion(NamedTuple):
+    """How many images of each class were predicted as which class.
+
+    Attributes:
+      class_names: distinct names, by label.
+      counts: (label, prediction, images) for each pair that occurs.
+      of: the network that predicted, in words.
+    """
+
+    class_names: Sequence[str]
+    counts: Sequence[tuple[int, int, int]]
+    of: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A recipe and its runs.
+
+    Attributes:
+      name: the distinct name of the working directory or row.
+      epochs: epochs of the recipe.
+      full_epochs: epochs of the row's full recipe; equal to `epochs` if that is not known.
+      parameters: the network's parameters; None, like the next two, if they could not be counted.
+      multiply_adds: multiply-adds per image.
+      bytes: size of all parameters, with low-bit weights packed.
+      runs: one per seed.
+      confusion: None if none was written.
+    """
+
+    name: str
+    epochs: int
+    full_epochs: int
+    parameters: int | None
+    multiply_adds: int | None
+    bytes: int | None
+    runs: Sequence[Run]
+    confusion: Confusion | None
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of the run that is furthest."""
+        return max((line["epoch"] for run in self.runs for line in run.lines), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The results of a row.
+
+    Attributes:
+      training: the runs.
+      final, best: top-1 on the test set in percent, per seed.
+      images_per_second: rate of all seeds that were trained together, the median over the seeds.
+      fraction_of_peak: likewise; None if the device's peak is not known.
+      seconds: total time of all seeds.
+      device: the devices they were trained on.
+      kept: top-1 in percent of the network that is kept, as `evaluate.py` prints it; None if there
+        is none.
+    """
+
+    training: Training
+    final: Sequence[float]
+    best: Sequence[float]
+    images_per_second: float
+    fraction_of_peak: float | None
+    seconds: float
+    device: str
+    kept: float | None
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether the schedule was shortened, so that no full one compares with it."""
+        return self.training.epochs < self.training.full_epochs
+
+
+class Filled(NamedTuple):
+    """A table with its rows' results, on the full schedule and on a shortened one."""
+
+    table: results.Table
+    full: Mapping[str, Outcome]
+    shortened: Mapping[str, Outcome]
+    whole: bool  # whether rows that were not trained are shown too
+
+
+class Found(NamedTuple):
+    """Everything to report on."""
+
+    tables: Sequence[Filled]
+    trainings: Sequence[Training]  # of working directories
+
+
+def find(paths: Sequence[Path]) -> Found:
+    """Reads every path: a run's working directory, a row's, or a folder of results.
+
+    A folder of results without a table of its own uses its parent's, and shows only the rows that
+    it has. Runs whose recipes differ only in the seed are put together.
+
+    Raises:
+      UserError: if a path is none of these, or a file in it is damaged.
+    """
+    workdirs = []
+    folders: dict[Path, list[Path]] = {}  # of results, by the folder that has their table
+    for path in dict.fromkeys(paths):
+        if (path / RECIPE).is_file():
+            seeds = [file.parent for file in sorted(path.glob(f"seed*/{RECIPE}"))]
+            workdirs.extend(seeds or [path])
+        elif (path / results.TABLE).is_file():
+            folders.setdefault(path.resolve(), []).append(path)
+        elif path.is_dir() and (path.resolve().parent / results.TABLE).is_file():
+            owner = path.resolve().parent
+            if not any(_has_row(path, table) for table in results.tables(owner)):
+                raise UserError(f"{path} has no result of a row of {owner / results.TABLE}")
+            folders.setdefault(owner, []).append(path)
+        else:
+            raise UserError(
+                f"{path} is neither a run's working directory, which has {RECIPE}, "
+                f"nor a folder of results, which has {results.TABLE} or lies beside it"
+            )
+    tables = [table for owner, inside in folders.items() for table in _filled(owner, inside)]
+    return Found(tables, _trainings(workdirs))
+
+
+def family(row: str) -> str:
+    """Returns the family of a row or a run: `"wrn_1bit"` for `"wrn20_10_1bit_c100"`.
+
+    It is the part of the name before the depth, and the form of the weights if the name has one.
+    """
+    match = re.match(r"((?:s3_)?[a-z_]+)\d", row)
+    if match is None:
+        return row
+    forms = re.findall(r"_(\dbit|s3|denseshift)(?=_|$)", row[match.end() :])
+    return "_".join([match[1], *forms])
+
+
+def number(line: Line, name: str) -> float | None:
+    """Returns a number of a line; None if it is missing or not finite."""
+    value = line.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def evaluated(run: Run) -> list[Line]:
+    """Returns the lines of the epochs after which the run was evaluated."""
+    return [line for line in run.lines if number(line, "test_accuracy") is not None]
+
+
+def best(run: Run) -> Line | None:
+    """Returns the line of the best epoch, by the held-out images if there are any."""
+    lines = evaluated(run)
+    return max(
+        lines,
+        key=lambda line: line.get("validation_accuracy", line["test_accuracy"]),
+        default=None,
+    )
+
+
+def _has_row(folder: Path, table: results.Table) -> bool:
+    return any(results.path_of(folder, row.name).exists() for row in table.rows)
+
+
+def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
+    """Returns the tables of `owner` with the results in the folders."""
+    filled = []
+    whole = any(folder.resolve() == owner for folder in folders)
+    for table in results.tables(owner):
+        outcomes = [
+            outcome
+            for row in table.rows
+            for folder in folders
+            if (outcome := _outcome(folder, row.name))
+        ]
+        if whole or outcomes:
+            full = {o.training.name: o for o in outcomes if not o.is_shortened}
+            short = {o.training.name: o for o in outcomes if o.is_shortened}
+            filled.append(Filled(table, full, short, whole))
+    return filled
+
+
+def _outcome(folder: Path, row: str) -> Outcome | None:
+    result = results.read(folder, row)
+    if result is None:
+        return None
+    path = results.path_of(folder, row)
+    try:
+        runs = result["runs"]
+        confusion = None
+        if kept := result["checkpoint"]:
+            confusion = _confusion(
+                kept["confusion"],
+                result["class_names"],
+                f"seed {kept['seed']}, epoch {kept['epoch']}",
+            )
+        peaks = [float(peak) for run in runs if (peak := run["fraction_of_peak"]) is not None]
+        return Outcome(
+            training=Training(
+                name=row,
+                epochs=int(result["epochs"]),
+                full_epochs=int(result["full_epochs"]),
+                parameters=int(result["parameters"]),
+                multiply_adds=int(result["multiply_adds"]),
+                bytes=int(result["bytes"]),
+                runs=[Run(run["seed"], _checked(run["epochs"])) for run in runs],
+                confusion=confusion,
+            ),
+            final=[float(accuracy) for accuracy in results.accuracies(result, "final")],
+            best=[float(accuracy) for accuracy in results.accuracies(result, "best")],
+            images_per_second=statistics.median(float(run["images_per_second"]) for run in runs),
+            fraction_of_peak=statistics.median(peaks) if peaks else None,
+            # Each of the seeds trained together has the seconds of all of them.
+            seconds=sum(run["seconds"] / run["together"] for run in runs),
+            device=", ".join(dict.fromkeys(name for run in runs for name in results.devices(run))),
+            kept=100 * float(kept["test_accuracy"]) if kept else None,
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _trainings(workdirs: Sequence[Path]) -> list[Training]:
+    """Groups working directories by recipe; a seed that occurs twice starts another group."""
+    groups: dict[tuple[str, int], list[tuple[Path, Config]]] = {}
+    for workdir in workdirs:
+        config = _config(workdir)
+        recipe = {**config.to_dict(), "seed": 0, "data": {**config.data.to_dict(), "dir": ""}}
+        text, turn = json.dumps(recipe), 0
+        while any(config.seed == other.seed for _, other in groups.get((text, turn), ())):
+            turn += 1
+        groups.setdefault((text, turn), []).append((workdir, config))
+    names = _names([_place(members[0][0]) for members in groups.values()])
+    return [_training(*both) for both in zip(names, groups.values(), strict=True)]
+
+
+def _place(workdir: Path) -> Path:
+    """Returns the folder that a run is named after: its own, or that of the row it is a seed of."""
+    path = workdir.resolve()
+    return path.parent if re.fullmatch(r"seed\d+", path.name) else path
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Returns the last parts of paths, as many as make them distinct."""
+    most = max((len(path.parts) for path in paths), default=1)
+    for length in range(1, most + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def _training(name: str, members: Sequence[tuple[Path, Config]]) -> Training:
+    """Returns the training of one recipe from its working directories."""
+    config = members[0][1]
+    runs = [Run(config.seed, _lines(workdir)) for workdir, config in members]
+    confusion = next((c for workdir, config in members if (c := _of(workdir, config))), None)
+    costs = _count(config, confusion)
+    more = len({_place(workdir) for workdir, _ in members}) - 1
+    return Training(
+        name=f"{name} and {more} more" if more else name,
+        epochs=config.epochs,
+        full_epochs=config.epochs,
+        parameters=costs and costs.parameters,
+        multiply_adds=costs and costs.multiply_adds,
+        bytes=costs and costs.weight_bytes,
+        runs=runs,
+        confusion=confusion,
+    )
+
+
+def _config(workdir: Path) -> Config:
+    path = workdir / RECIPE
+    try:
+        return shiftnet.config.from_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _lines(workdir: Path) -> list[Line]:
+    path = workdir / metrics.FILE
+    try:
+        return _checked(metrics.read(workdir))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _checked(lines: Sequence[Any]) -> list[Line]:
+    """Checks the parts of lines that are drawn.
+
+    Raises:
+      KeyError, TypeError, ValueError, AttributeError: if one is not the line of an epoch.
+    """
+    for line in lines:
+        if not isinstance(line["epoch"], int):
+            raise TypeError(f"epoch {line['epoch']!r} is not a whole number")
+        for layer in line.get("weights", {}).values():
+            _ = [int(level) for level in layer["levels"]]
+    return list(lines)
+
+
+def _of(workdir: Path, config: Config) -> Confusion | None:
+    """Returns the confusion that a run wrote beside its metrics, if it did."""
+    path = workdir / metrics.CONFUSION
+    try:
+        found = json.loads(path.read_text())
+        words = f"seed {config.seed}, epoch {found['epoch']}"
+        return _confusion(found["confusion"], found["class_names"], words)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _confusion(counts: Any, class_names: Sequence[str], of: str) -> Confusion:
+    """Checks a file's confusion.
+
+    Raises:
+      TypeError, ValueError: if it is malformed.
+    """
+    names = [str(name) for name in class_names]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    checked = []
+    for label, prediction, images in counts:
+        if not (0 <= label < len(names) and 0 <= prediction < len(names) and images > 0):
+            raise ValueError(f"[{label}, {prediction}, {images}] is not of {len(names)} classes")
+        checked.append((int(label), int(prediction), int(images)))
+    return Confusion(names, checked, of)
+
+
+def _count(config: Config, confusion: Confusion | None):
+    """Returns the costs of a recipe's network; None if its number of classes is not known."""
+    if config.data.source == "tfds" and config.data.name in shiftnet.data.IN_MEMORY:
+        classes, side = len(shiftnet.data.class_names(config.data.name)), 32
+    elif confusion:
+        classes, side = len(confusion.class_names), config.data.size
+    else:
+        return None
+    network = nnx.eval_shape(lambda: models.build(config.model, classes, rngs=nnx.Rngs(0)))
+    return count(network, (side, side, 3))
+
+
+def _words(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

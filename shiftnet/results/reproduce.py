@@ -1,0 +1,553 @@
+"""Trains the rows of the results' tables, several seeds at a time, and keeps what came out."""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import fnmatch
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import shiftnet.data
+from shiftnet import config as config_lib
+from shiftnet import models, packing, results, tables
+from shiftnet.checkpoint import BEST, DIGESTS, LATEST
+from shiftnet.data import Dataset
+from shiftnet.errors import RunFailed, UserError, say
+from shiftnet.inference import Classifier
+from shiftnet.planning.plan import CHIPS, TRAINING_IMAGES
+from shiftnet.training import metrics
+from shiftnet.training.deadline import Deadline
+from shiftnet.training.engine import Outcome, train
+from shiftnet.training.evaluation import make_evaluator
+from shiftnet.training.mesh import make_mesh
+from shiftnet.training.workdir import InUse, lock
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# The dtype of what is not low-bit in the networks that are kept.
+REST = "float16"
+SHORT = "smoke"
+# Where networks of more bytes go, which are too large to be kept in a repository.
+LARGE, LARGE_BYTES = "large", 5_000_000
+TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "digits": 355, "imagenet2012": 50_000}
+# A state is saved at the end of an epoch when this many seconds have passed since it was last.
+SAVE_EVERY = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to train, and where.
+
+    Attributes:
+      results: the folder of results, with its table.
+      workdir: for what is not finished.
+      data_dir: where the data sets are; empty: as in training.
+      pattern: the names of rows or tables, with wildcards.
+      seeds: of each row.
+      together: seeds to train in one program; None: all, but one on a CPU, which gains nothing.
+      epochs: schedules are shortened to that many, and their results kept apart; None: they are
+        not.
+    """
+
+    results: Path = Path("results")
+    workdir: Path = Path("runs/reproduce")
+    data_dir: str = ""
+    pattern: str = "*"
+    seeds: int = 1
+    together: int | None = None
+    epochs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A row and what is left to do of it.
+
+    Attributes:
+      row: as in its table.
+      epoch: its table's, the `"best"` or the `"final"`.
+      config: the row's recipe, shortened where that was asked for.
+      full_epochs: that the recipe has when it is not.
+      folder: where its result goes.
+      result: what there is of it, as `shiftnet.results` has it, or None.
+      stale: what differs where the result that is there is of another recipe, which is then left
+        alone: there is no `result` and nothing to do.
+      groups: the seeds that are missing, those together that are trained together, and where; first
+        those that were begun.
+    """
+
+    row: results.Row
+    epoch: str
+    config: Any
+    full_epochs: int
+    folder: Path
+    result: dict[str, Any] | None
+    stale: Sequence[str]
+    groups: Sequence[tuple[list[int], Path]]
+
+    @property
+    def cost(self) -> float:
+        """Multiply-adds of what is left of the missing seeds, three times the forward passes'."""
+        left = (len(seeds) * (1 - done / self.config.epochs) for seeds, done in self.epochs_done)
+        return sum(left) * _images(self.config) * 3.0 * self.row.multiply_adds
+
+    @property
+    def epochs_done(self) -> list[tuple[list[int], int]]:
+        """Each group's seeds, and the epochs that they have behind them."""
+        found = []
+        for seeds, place in self.groups:
+            lines, *_ = metrics.read_sound(place / f"seed{seeds[0]}")
+            found.append((seeds, max((line["epoch"] for line in lines), default=0)))
+        return found
+
+
+def run(options: Options, deadline: Deadline, *, cheapest_first: bool = False) -> int:
+    """Trains what is missing; returns the exit code.
+
+    Args:
+      options: what.
+      deadline: when to stop and save.
+      cheapest_first: in the order of their cost, and only those that fit the deadline.
+    """
+    failed, too_long = 0, 0
+    jobs = list(find(options))
+    for job in jobs:
+        if job.stale:
+            path = results.path_of(job.folder, job.row.name)
+            failed = say(
+                f"{path} is of another recipe, with {'; '.join(job.stale)}: "
+                "move it away to train the row anew",
+                2,
+            )
+    missing = [job for job in jobs if job.groups]
+    if cheapest_first:
+        missing.sort(key=lambda job: job.cost)
+    if not missing and not failed:
+        print("nothing is missing of what was asked for")
+    for job in missing:
+        seconds = _estimate(job, jobs) if cheapest_first else None
+        if seconds is not None and seconds > deadline.left:
+            if not too_long:  # many may be
+                about = tables.duration(seconds)
+                print(f"{job.row.name} would take about {about}: it does not fit", flush=True)
+            too_long += 1
+            continue
+        try:
+            ended = _train_row(job, options, deadline)
+        except RunFailed as error:  # the next row may go well
+            failed = say(f"{job.row.name}: {error}", 1)
+        else:
+            if ended is not None:
+                return ended or failed
+        jobs = list(find(options))
+    if too_long > 1:
+        print(f"{too_long - 1} more rows do not fit")
+    return failed
+
+
+def shorten(config: Any, epochs: int) -> None:
+    """Shortens a recipe's schedule: steps of the learning rate move along, restarts stay."""
+    full, config.epochs = config.epochs, min(epochs, config.epochs)
+    boundaries = config.schedule.boundaries
+    if config.schedule.name == "step":
+        boundaries = [round(boundary * config.epochs / full) for boundary in boundaries]
+    inside = {boundary for boundary in boundaries if 0 < boundary < config.epochs}
+    config.schedule.boundaries = tuple(sorted(inside))
+    config_lib.validate(config)
+
+
+def find(options: Options) -> Iterator[Job]:
+    """Finds the rows that the options name, and what is left to do of each.
+
+    Raises:
+      UserError: where there are none, or a file is damaged.
+    """
+    folder, pattern = options.results, options.pattern
+    chosen = [
+        (table, row)
+        for table in results.tables(folder)
+        for row in table.rows
+        if any(fnmatch.fnmatchcase(name, pattern) for name in (row.name, table.name))
+    ]
+    if not chosen:
+        raise UserError(f"no row and no table of {folder / results.TABLE} matches {pattern!r}")
+    for table, row in chosen:
+        config = config_lib.load(row.recipe)
+        full_epochs = config.epochs
+        if options.epochs is not None:
+            shorten(config, options.epochs)
+        apart = SHORT if config.epochs < full_epochs else ""
+        result, stale = results.read(folder / apart, row.name), []
+        if result is not None:
+            before = config_lib.from_json(json.dumps(result["config"]))
+            ignored = ("seed", *config_lib.IMMATERIAL)
+            stale = config_lib.differences(before, config, ignore=ignored)
+        if stale:
+            result, missing = None, []
+        else:
+            done = _seeds_of(result)
+            missing = [seed for seed in range(options.seeds) if seed not in done]
+        workdir = options.workdir / apart
+        groups = list(_groups(row, missing, options.together, workdir))
+        yield Job(row, table.epoch, config, full_epochs, folder / apart, result, stale, groups)
+
+
+def _groups(
+    row: results.Row, missing: Sequence[int], together: int | None, folder: Path
+) -> Iterator[tuple[list[int], Path]]:
+    """Divides seeds into groups to train together, each with its place; first those begun so.
+
+    `together` is how many, None for what suits the device; larger groups are not continued.
+    """
+    left = set(missing)
+    for place in sorted(folder.glob(f"{row.name}_seeds*")):
+        numbers = place.name.removeprefix(f"{row.name}_seeds").split("-")
+        if not all(number.isdecimal() for number in numbers) or not _begun(place):
+            continue
+        seeds = [int(number) for number in numbers]
+        if left.issuperset(seeds) and len(seeds) <= (together or len(seeds)):
+            yield seeds, place
+            left.difference_update(seeds)
+    rest = sorted(left)
+    # Several in one program gain nothing on a CPU.
+    size = together or (1 if jax.default_backend() == "cpu" else max(len(rest), 1))
+    for first in range(0, len(rest), size):
+        seeds = rest[first : first + size]
+        yield seeds, folder / f"{row.name}_seeds{'-'.join(map(str, seeds))}"
+
+
+def _begun(place: Path) -> bool:
+    """Whether there is something to continue."""
+    return any(place.glob(f"{LATEST}/*/{DIGESTS}"))
+
+
+def _images(config: Any) -> float:
+    """Images that a whole training sees; infinite where the size of the set is not known."""
+    return config.epochs * TRAINING_IMAGES.get(config.data.name, math.inf)
+
+
+def _train_row(job: Job, options: Options, deadline: Deadline) -> int | None:
+    """Trains the missing seeds of a row; the exit code where that ends the command, else None."""
+    for seeds, workdir in job.groups:
+        if deadline.left_for_another <= 0:
+            print("no time is left")
+            return 0
+        try:
+            with _alone_with(workdir):
+                # Another process may have finished them since they were looked up.
+                if set(seeds) <= set(_seeds_of(results.read(job.folder, job.row.name))):
+                    continue
+                outcome = _train(job, seeds, workdir, options, deadline)
+        except InUse as error:
+            print(f"{job.row.name}, seeds {_names(seeds)}, left out: {error}", flush=True)
+            continue
+        if not outcome.finished and outcome.step:
+            print(
+                f"{job.row.name}: stopped after step {outcome.step}, saved in {workdir}; "
+                "the same command continues it"
+            )
+        elif not outcome.finished:
+            print(f"{job.row.name}: stopped before its first step, nothing is saved")
+        if outcome.signal:
+            return 128 + outcome.signal
+        if not outcome.finished:
+            return 0
+    return None
+
+
+@contextlib.contextmanager
+def _alone_with(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from these seeds until their result is written.
+
+    Raises:
+      InUse: where another process is training them.
+    """
+    path = workdir.with_name(f"{workdir.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path, workdir):
+        try:
+            yield
+        finally:
+            path.unlink()  # who has opened it by now finds the result, or the run's own lock
+
+
+def _names(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _seeds_of(result: Mapping[str, Any] | None) -> list[int]:
+    return [run["seed"] for run in result["runs"]] if result else []
+
+
+def _train(
+    job: Job, seeds: Sequence[int], workdir: Path, options: Options, deadline: Deadline
+) -> Outcome:
+    """Trains some seeds of a row, or continues that; keeps the result if they are finished."""
+    job.config.data.dir = options.data_dir
+    dataset = shiftnet.data.of_recipe(job.config.data)
+    job.config.data.dir = ""  # of this machine alone
+    check_size(job.row.name, job.config.data, dataset)
+    print(f"{job.row.name}, seeds {_names(seeds)}, in {workdir}", flush=True)
+    outcome = train(
+        job.config,
+        workdir,
+        seeds=seeds,
+        dataset=dataset,
+        deadline=deadline,
+        save_seconds=SAVE_EVERY,
+        session=_session(),
+    )
+    if outcome.finished:
+        with _locked(options.results):
+            # Other seeds of the row may have been finished since it was looked up.
+            before = results.read(job.folder, job.row.name)
+            result = _result(job, before, seeds, outcome, dataset, workdir)
+            results.write(job.folder, result)
+        shutil.rmtree(workdir)  # all that it is good for is in the results
+        print(_summary(job, result), flush=True)
+    return outcome
+
+
+def check_size(row: str, data: Any, dataset: Dataset) -> None:
+    """Checks that a data set has as many images as the one that a row is about.
+
+    Raises:
+      UserError: where it has not.
+    """
+    if data.source == "folder":
+        return
+    expected = {
+        "training": TRAINING_IMAGES.get(data.name, len(dataset.train)) - data.validation,
+        "test": TEST_IMAGES.get(data.name, len(dataset.test)),
+    }
+    for part, found in (("training", len(dataset.train)), ("test", len(dataset.test))):
+        if found != expected[part]:
+            raise UserError(
+                f"{row} is of {data.name} with {expected[part]} {part} images, "
+                f"the one that is here has {found}"
+            )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from changing a folder's results within; waits for them before."""
+    with (folder / results.TABLE).open("a") as file:  # nothing is written to it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _result(
+    job: Job,
+    before: Mapping[str, Any] | None,
+    seeds: Sequence[int],
+    outcome: Outcome,
+    dataset: Dataset,
+    workdir: Path,
+) -> dict[str, Any]:
+    """Joins what there was of a row's result and the runs that have just finished."""
+    last, earlier = outcome.sessions[-1], outcome.sessions[:-1]
+    lines = [
+        [{k: v for k, v in line.items() if k != "time"} for line in metrics.read(folder)]
+        for folder in (workdir / f"seed{seed}" for seed in seeds)
+    ]
+    rate = statistics.median(line["images_per_second"] for line in lines[0])
+    made = {
+        "together": len(seeds),
+        "seconds": round(outcome.seconds, 1),
+        "images_per_second": round(rate, 1),
+        "fraction_of_peak": _fraction_of_peak(job, outcome, rate),
+        **last,
+        "earlier": earlier,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    runs = [
+        {
+            "seed": seed,
+            "final_accuracy": own[-1]["test_accuracy"],
+            "best_accuracy": best["test_accuracy"],
+            "best_epoch": best["epoch"],
+            **made,
+            "epochs": own,
+        }
+        for seed, own, best in zip(seeds, lines, outcome.best, strict=True)
+        if best is not None  # as it is for all that are finished
+    ]
+    old = before or {"runs": [], "checkpoint": None}
+    others = [run for run in old["runs"] if run["seed"] not in seeds]
+    return {
+        "row": job.row.name,
+        "config": job.config.to_dict(),
+        "class_names": dataset.class_names,
+        "epochs": job.config.epochs,
+        "full_epochs": job.full_epochs,
+        "parameters": job.row.parameters,
+        "multiply_adds": job.row.multiply_adds,
+        "bytes": job.row.bytes,
+        "runs": sorted([*others, *runs], key=lambda run: run["seed"]),
+        "checkpoint": old["checkpoint"] or _keep(job, seeds[0], outcome, dataset, workdir),
+    }
+
+
+def _keep(job: Job, seed: int, outcome: Outcome, dataset: Dataset, workdir: Path) -> dict[str, Any]:
+    """Writes the first seed's network beside the result, and evaluates what was written."""
+    path = job.folder / f"{job.row.name}.safetensors"
+    network, metadata, epoch = outcome.network, outcome.metadata, job.config.epochs
+    if job.epoch == "best":
+        best = Classifier.load(workdir / BEST)
+        network, metadata = best.network, best.metadata
+        epoch = metadata["step"] * epoch // outcome.step
+    assert network is not None
+    job.folder.mkdir(parents=True, exist_ok=True)
+    packing.write(path, network, metadata, REST)
+    if path.stat().st_size > LARGE_BYTES:
+        (job.folder / LARGE).mkdir(exist_ok=True)
+        path = path.replace(job.folder / LARGE / path.name)
+    model = Classifier.load(path)
+    evaluation = make_evaluator(
+        model.graphdef,
+        dataset.test,
+        model.config.data,
+        mean=model.mean,
+        std=model.std,
+        batch_size=model.config.eval.batch_size,
+        mesh=make_mesh(devices=jax.local_devices()[:1]),
+    )(model.params, model.stats)
+    return {
+        "file": path.relative_to(job.folder).as_posix(),
+        "bytes": path.stat().st_size,
+        "seed": seed,
+        "epoch": epoch,
+        "test_accuracy": evaluation.top1,
+        "confusion": evaluation.confusion(),
+    }
+
+
+@functools.cache
+def _session() -> dict[str, Any]:
+    """Describes on what and with what code this process trains, as it is when it begins."""
+    return {
+        "device": _device(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def _device() -> str:
+    kind = jax.local_devices()[0].device_kind
+    if kind != "cpu":
+        return kind
+    return f"CPU, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
+
+
+def _fraction_of_peak(job: Job, outcome: Outcome, rate: float) -> float | None:
+    chip = next((c for c in CHIPS.values() if c.kind == jax.local_devices()[0].device_kind), None)
+    if chip is None or len({one["device"] for one in outcome.sessions}) > 1:
+        return None
+    flops = 2 * 3 * job.row.multiply_adds * rate
+    return round(flops / chip.flops[job.config.model.dtype], 4)
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where code or recipes that git knows differ from it.
+
+    Or the value of SHIFTNET_COMMIT, for a copy that has no history, or another one.
+    """
+    if commit := os.environ.get("SHIFTNET_COMMIT"):
+        return commit
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changes = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "-uno", ":/shiftnet", ":/configs"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("-dirty" if changes.strip() else "")
+
+
+def _estimate(job: Job, jobs: Sequence[Job]) -> float | None:
+    """Seconds that the missing seeds would take, by the results of this device.
+
+    By those of the same family of networks where there are any, or else by the slowest; None where
+    there are none at all.
+    """
+    rates: dict[str, list[float]] = {}  # multiply-adds a second, by family
+    for other in jobs:
+        for run in other.result["runs"] if other.result else ():
+            if results.devices(run) == [_device()]:
+                cost = 3.0 * other.row.multiply_adds * _images(other.config) * run["together"]
+                rates.setdefault(_family(other), []).append(cost / run["seconds"])
+    if not rates:
+        return None
+    slowest = min(min(values) for values in rates.values())
+    return job.cost / min(rates.get(_family(job), [slowest]))
+
+
+def _family(job: Job) -> str:
+    return f"{models.parse_arch(job.config.model.arch)[0]} {job.config.model.weights}"
+
+
+def table(jobs: Sequence[Job], seeds: int) -> str:
+    """Lists rows with what there is and what is left to do of each, for `seeds` seeds of each."""
+    rows: list[tuple[object, ...]] = [
+        ("row", "parameters", "reported", "ours", "seeds", "state", "to do")
+    ]
+    for job in jobs:
+        values = results.accuracies(job.result, job.epoch) if job.result else []
+        seconds = _estimate(job, jobs) if job.groups else None
+        rows.append(
+            (
+                job.row.name,
+                job.row.parameters,
+                "" if job.row.reported is None else f"{job.row.reported:.2f}",
+                results.mean_and_spread(values) if values else "",
+                f"{len(values)} of {max(seeds, len(values))}",
+                _state(job),
+                "" if seconds is None else f"about {tables.duration(seconds)}",
+            )
+        )
+    return tables.aligned(rows)
+
+
+def _state(job: Job) -> str:
+    if job.stale:
+        return "another recipe's"
+    if not job.groups:
+        return "done"
+    if not any(_begun(place) for _, place in job.groups):
+        return "missing"
+    done = max(done for _, done in job.epochs_done)
+    return f"running, {done} of {job.config.epochs} epochs"
+
+
+def _summary(job: Job, result: Mapping[str, Any]) -> str:
+    """Puts a row's result into one line."""
+    values = results.accuracies(result, job.epoch)
+    parts = [
+        f"{job.row.name}: {results.mean_and_spread(values)} % ({job.epoch} epoch, "
+        f"{len(values)} seed{'s' if len(values) > 1 else ''})"
+    ]
+    if result["epochs"] < result["full_epochs"]:
+        parts.append(f"on {result['epochs']} of {result['full_epochs']} epochs")
+    elif job.row.reported is not None:
+        parts.append(f"reported {job.row.reported:.2f} %")
+    kept = result["checkpoint"]
+    parts.append(
+        f"{job.folder / kept['file']} has {kept['test_accuracy']:.2%} in {kept['bytes']:,} bytes"
+    )
+    return ", ".join(parts)

@@ -1,0 +1,184 @@
+"""Where a run's batches come from: data on the devices, or image files."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from shiftnet.data import Source, Split
+from shiftnet.data.workers import num_workers
+from shiftnet.training.mesh import replicate, shard_batch
+from shiftnet.training.step import Program, StackedProgram, TrainState, steps_per_dispatch
+from shiftnet.training.times import Times
+
+# A state, and for each step taken its loss and number of correctly classified images.
+Taken = tuple[TrainState, jax.Array, jax.Array]
+
+
+class DataIterator(Protocol):
+    """Iterates over a run's batches, and takes the steps on them."""
+
+    def advance(self, state: TrainState, step: int) -> Taken:
+        """Takes the next steps from `step`, in one call, none beyond the end of its epoch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the iterator's position, for a checkpoint's metadata."""
+        ...
+
+    def skipped(self) -> list[str]:
+        """Returns the corrupt files met since the last call, by any process of the job."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_data_iterator(
+    config: Any,
+    program: Program | StackedProgram,
+    seed: np.uint32 | np.ndarray,
+    part: Split | Source,
+    *,
+    steps_per_epoch: int,
+    mesh: Mesh,
+    state: Mapping[str, Any],
+    times: Times,
+) -> DataIterator:
+    """Makes the iterator over a run's training images, from the position `state` on.
+
+    Args:
+      config: the recipe; of several runs, the first one's.
+      program: what trains.
+      seed: uint32 []; or `[runs]`, for a stacked program.
+      part: the training set; of files, for one run only.
+      steps_per_epoch: full batches in it.
+      mesh: from `make_mesh`.
+      state: from `get_state`, or empty.
+      times: counts what the iterator waits for.
+    """
+    if isinstance(part, Split):
+        return ResidentData(seed, program, part, steps_per_epoch, mesh)
+    assert isinstance(program, Program)
+    return FileData(config, program, part, steps_per_epoch, mesh, state, times)
+
+
+class ResidentData:
+    """Batches drawn on the devices, which hold all images; see `Program.steps`.
+
+    Args:
+      seed: uint32 []; or `[runs]`, for a stacked program.
+      program: what trains.
+      part: the training set.
+      steps_per_epoch: full batches in it.
+      mesh: from `make_mesh`.
+    """
+
+    def __init__(
+        self,
+        seed: np.ndarray | np.uint32,
+        program: Program | StackedProgram,
+        part: Split,
+        steps_per_epoch: int,
+        mesh: Mesh,
+    ):
+        self._seed = seed
+        self._program = program
+        self._images = replicate(part.images, mesh)
+        self._labels = replicate(part.labels, mesh)
+        self._steps_per_epoch = steps_per_epoch
+        self._chunk = steps_per_dispatch(steps_per_epoch, jax.default_backend())
+        self._order: tuple[int, jax.Array] | None = None
+
+    def advance(self, state: TrainState, step: int) -> Taken:
+        epoch, within = divmod(step, self._steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._program.order(self._seed, epoch, len(self._labels))
+        return self._program.train(
+            state,
+            self._seed,
+            self._images,
+            self._labels,
+            self._order[1],
+            length=min(self._chunk - within % self._chunk, self._steps_per_epoch - within),
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {}  # all follows from the step
+
+    def skipped(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class FileData:
+    """Batches that worker processes decode; one a call. See `shiftnet.data.stream`."""
+
+    def __init__(
+        self,
+        config: Any,
+        program: Program,
+        source: Source,
+        steps_per_epoch: int,
+        mesh: Mesh,
+        state: Mapping[str, Any],
+        times: Times,
+    ):
+        from shiftnet.data.stream import TrainStream  # Grain takes seconds to import
+
+        self._seed = np.uint32(config.seed)
+        self._program = program
+        self._mesh = mesh
+        self._times = times
+        self._stream = TrainStream(
+            source,
+            size=config.data.size,
+            batch_size=config.batch_size,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=config.epochs * steps_per_epoch,
+            seed=config.seed,
+            flip=config.data.flip,
+            on_corrupt=config.data.on_corrupt,
+            workers=num_workers(
+                config.data.workers, config.epochs * steps_per_epoch * config.batch_size
+            ),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if state:
+            self._stream.set_state(dict(state))
+        self._skipped: list[str] = list(state.get("skipped", ()))
+
+    def advance(self, state: TrainState, step: int) -> Taken:
+        del step  # the stream knows
+        with self._times.on("input"):
+            batch = next(self._stream)
+        self._skipped += batch.skipped
+        images, labels = (shard_batch(a, self._mesh) for a in (batch.images, batch.labels))
+        state, loss, correct = self._program.train_batch(state, self._seed, images, labels)
+        return state, loss[None], correct[None]
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self._stream.get_state(), "skipped": self._skipped}
+
+    def skipped(self) -> list[str]:
+        mine, self._skipped = self._skipped, []
+        return gather_names(mine)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def gather_names(mine: list[str]) -> list[str]:
+    """Returns the names of all processes of the job, in the order of the processes."""
+    if jax.process_count() == 1:
+        return mine
+    text = "\n".join(mine).encode()
+    length = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(length, b"\n"), np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
+    return [name for row in rows for name in row.tobytes().decode().split("\n") if name]

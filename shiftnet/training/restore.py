@@ -1,0 +1,215 @@
+"""Where a run begins: at its newest good checkpoint, at another network's numbers, or afresh."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shiftnet.checkpoint import CheckpointManager, from_arrays, read, to_arrays
+from shiftnet.data import Dataset
+from shiftnet.errors import UserError
+from shiftnet.training.low_bit import Codes, LevelWatch
+from shiftnet.training.mesh import replicated
+from shiftnet.training.step import Program, StackedProgram, TrainState
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run knows of its past besides the arrays; part of each checkpoint's metadata.
+
+    Lists have one entry per seed.
+
+    Attributes:
+      step: steps taken.
+      sums: of the epoch under way, see `MetricAccumulator`; None at its start.
+      data: the data iterator's state.
+      best: `{"epoch", "accuracy", "test_accuracy"}` (fractions) of the epoch with the highest
+        accuracy so far; None before the first evaluation.
+      final: test accuracy after the last epoch, a fraction; None before that.
+      seconds: spent in all sessions, compilation included.
+      epoch_end: seconds that the longest evaluation at an epoch's end took.
+      sessions: what `train` was told of each session, each once, the last one last.
+    """
+
+    step: int
+    sums: Sequence[Mapping[str, float] | None]
+    data: dict[str, Any]
+    best: list[dict[str, Any] | None]
+    final: list[float | None]
+    seconds: float
+    epoch_end: float
+    sessions: list[Mapping[str, Any]]
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any], runs: int) -> "Record":
+        """Reads a checkpoint's metadata; `{}` gives the record of a run that has not begun."""
+
+        def each(key: str, value: Any = None) -> list[Any]:
+            found = metadata.get(key, value)
+            return list(found) if isinstance(found, (list, tuple)) else [found] * runs
+
+        return cls(
+            step=metadata.get("step", 0),
+            sums=each("tallies", metadata.get("tally")),
+            data=dict(metadata.get("feed", {})),
+            best=[b and {"test_accuracy": b["accuracy"], **b} for b in each("best")],
+            final=each("final"),
+            seconds=metadata.get("seconds", 0.0),
+            epoch_end=metadata.get("epoch_end", 0.0),
+            sessions=list(metadata.get("visits", [])),
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns what `of_metadata` reads."""
+        values = dict(vars(self))
+        names = {"sums": "tallies", "data": "feed", "sessions": "visits"}
+        return {names.get(name, name): value for name, value in values.items()}
+
+
+def facts(dataset: Dataset, steps_per_epoch: int) -> dict[str, Any]:
+    """Describes a run's data in its checkpoints' metadata."""
+    return {
+        "class_names": list(dataset.class_names),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "images": {
+            "train": len(dataset.train),
+            "validation": 0 if dataset.validation is None else len(dataset.validation),
+            "test": len(dataset.test),
+        },
+        "steps_per_epoch": steps_per_epoch,
+    }
+
+
+def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
+    """Compares the data that a checkpoint was trained on with the data that are here.
+
+    Args:
+      saved: the checkpoint's metadata; what older ones lack is not compared.
+      now: from `facts`.
+      source: the checkpoint, named in errors.
+
+    Raises:
+      UserError: where the classes, the numbers of images or the steps per epoch differ.
+    """
+    changes = []
+    old, new = (one.get("class_names", []) for one in (saved, now))
+    if old and len(old) != len(new):
+        changes.append(f"classes: {len(old)} -> {len(new)}")
+    elif old and set(old) != set(new):
+        (gone, *_), (came, *_) = (sorted(set(a) - set(b)) for a, b in ((old, new), (new, old)))
+        changes.append(f"class names: {gone!r} -> {came!r}")
+    elif old and old != new:
+        changes.append("the order of the classes")
+    for part, count in saved.get("images", {}).items():
+        if count != now["images"][part]:
+            changes.append(f"{part} images: {count} -> {now['images'][part]}")
+    steps = saved.get("steps_per_epoch", now["steps_per_epoch"])
+    if steps != now["steps_per_epoch"]:
+        changes.append(f"steps per epoch: {steps} -> {now['steps_per_epoch']}")
+    if changes:
+        raise UserError(
+            f"{source} was trained on other data than what is here now, {'; '.join(changes)}: "
+            "give it the same data, or take another working directory"
+        )
+
+
+def restore(
+    program: Program | StackedProgram,
+    watch: LevelWatch,
+    seed: np.uint32 | np.ndarray,
+    checkpoints: CheckpointManager,
+    step: int,
+    metadata: Mapping[str, Any],
+) -> tuple[TrainState, Codes, dict[str, jax.Array] | None]:
+    """Reads the state of a run, or of several, at a checkpoint.
+
+    Until 2026-11 a single seed of the results was saved like several, with a first axis on every
+    array, and the first seed's best network lay in each checkpoint instead of in `best/`.
+
+    Args:
+      program: the run's.
+      watch: likewise.
+      seed: as for `program.init`.
+      checkpoints: where it is.
+      step: which.
+      metadata: the checkpoint's.
+
+    Returns:
+      The state; the low-bit weights' levels at the last epoch's end; the first seed's best network
+      where the checkpoint has it.
+    """
+
+    def on_mesh(tree: Any, axes: tuple[int, ...] = ()) -> Any:
+        where = replicated(program.mesh)  # as after a step, or that is compiled once more
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*axes, *leaf.shape), leaf.dtype, sharding=where),
+            tree,
+        )
+
+    like = program.init.eval_shape(seed)  # with its shardings
+    parts = {"model": to_arrays(like.params, like.stats), "optimizer": like.opt_state}
+    if watch:
+        parts["levels"] = on_mesh(jax.eval_shape(watch.codes, like.params, like.stats))
+    of_old = "seeds" in metadata and "stacked" not in metadata
+    if of_old and program.runs == 1:
+        parts = on_mesh(parts, (1,))
+    if of_old:
+        first = jax.eval_shape(lambda state: program.of(state, 0), like)
+        parts["best"] = on_mesh(to_arrays(first.params, first.stats))
+    found, _ = checkpoints.restore(step, **parts)
+    best = found.pop("best", None)
+    if of_old and program.runs == 1:
+        found = jax.tree.map(lambda leaf: jax.device_put(leaf[0], replicated(program.mesh)), found)
+    source = checkpoints.path(step)
+    state = TrainState(
+        step=jax.device_put(jnp.full(like.step.shape, step, jnp.int32), replicated(program.mesh)),
+        params=from_arrays(like.params, found["model"], source),
+        stats=from_arrays(like.stats, found["model"], source),
+        opt_state=found["optimizer"],
+    )
+    return state, found.get("levels", {}), best
+
+
+def start_from(state: TrainState, init: str | Path, num_classes: int) -> tuple[TrainState, str]:
+    """Puts the numbers of a checkpoint into a fresh state.
+
+    Arrays that the checkpoint lacks, such as the latents of another form of weights, stay as they
+    were drawn; so do those of the last layer where the classes differ in number.
+
+    Returns:
+      The state, and a message on what was taken.
+
+    Raises:
+      UserError: where the checkpoint has none of the arrays, or one of another shape.
+    """
+    saved = read(init)
+    classes = len(saved.metadata["class_names"])
+    own = to_arrays(state.params, state.stats)
+    taken, fresh = {}, []
+    for name, array in own.items():
+        other = saved.arrays.get(name)
+        if other is None:
+            fresh.append(name)
+        elif other.shape == array.shape:
+            taken[name] = jax.device_put(np.asarray(other), array.sharding)
+        elif (classes, num_classes) == (other.shape[-1], array.shape[-1]):
+            fresh.append(name)
+        else:
+            raise UserError(
+                f"{saved.path}: {name!r} has shape {other.shape}, the network needs {array.shape}"
+            )
+    if not taken:
+        raise UserError(f"{saved.path} has none of the network's arrays")
+    arrays = own | taken
+    state = dataclasses.replace(
+        state,
+        params=from_arrays(state.params, arrays, saved.path),
+        stats=from_arrays(state.stats, arrays, saved.path),
+    )
+    message = f"started from {saved.path}: {len(taken)} arrays taken"
+    return state, f"{message}; fresh: {', '.join(fresh)}" if fresh else message

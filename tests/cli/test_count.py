@@ -1,0 +1,372 @@
+"""The counts: the page's lines to the character, and the true numbers against XLA and by hand."""
+
+import functools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from shiftnet import models
+from shiftnet.cli.count import main, page_flops
+from shiftnet.kernels.implementations import only_xla
+from shiftnet.layers import Conv, Linear, Shift
+from shiftnet.models.counting import Counts, count
+from tests import oracle
+from tests.networks import model_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From the original count tool and its network classes: arguments, parameters, FLOPs as it printed
+# them when the page was written, and as it printed them after its commit 255228f, which multiplies
+# the stem by the 3 input channels.
+ROWS = [
+    ({"arch": "resnet20"}, 272474, 40960640, 42140288),
+    ({"arch": "resnet20", "reduction": 2.8, "reduction_mode": "net"}, 96086, 14046844, 14747260),
+    ({"arch": "resnet56", "reduction": 7.6, "reduction_mode": "block"}, 112118, 16482944, 17662592),
+    ({"arch": "shiftresnet20", "expansion": 3}, 95642, 16581248, 17760896),
+    ({"arch": "shiftresnet110", "expansion": 9}, 1762970, 260375168, 261554816),
+    ({"arch": "depthwiseresnet20", "reduction": 0.38}, 93956, 16647296, 17826944),
+]
+
+
+@functools.cache
+def counted(**hyper: Any) -> Counts:
+    """The counts of a network by its `arch` and what differs from 1, with 10 classes."""
+    model = model_config(hyper)
+    return count(nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0))))
+
+
+def later_flops(counts: Counts) -> int:
+    """The page's FLOPs after the tool's commit 255228f: the stem times 3."""
+    features = next(x for x in counts.layers if x.name == "linear").parameters // 10 - 1
+    return page_flops(counts) + 2 * 32 * 32 * 9 * features
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("arguments", "parameters", "flops", "later"), ROWS)
+def test_numbers_are_the_original_tools(arguments, parameters, flops, later):
+    counts = counted(**arguments)
+    assert counts.parameters == parameters
+    assert page_flops(counts) == flops
+    assert later_flops(counts) == later
+
+
+@oracle.needed
+@pytest.mark.parametrize(
+    "depth", [20, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (56, 110))]
+)
+@pytest.mark.parametrize("family", ["resnet", "shiftresnet", "depthwiseresnet"])
+def test_every_row_of_the_oracle(family, depth):
+    rows = json.loads((oracle.FOLDER / "counts.json").read_text())["rows"]
+    rows = [row for row in rows if row["arch"] == f"{family}{depth}"]
+    assert len(rows) >= 4
+    for row in rows:
+        options = ("arch", "expansion", "reduction", "reduction_mode")
+        counts = counted(**{name: row[name] for name in options if name in row})
+        assert row["num_classes"] == 10
+        assert counts.parameters == row["params"], row
+        assert page_flops(counts) == row["flops_readme_era"], row
+        assert later_flops(counts) == row["flops"], row
+        if "params_original" in row:
+            plain = counted(arch=f"resnet{depth}")
+            assert plain.parameters == row["params_original"]
+            assert later_flops(plain) == row["flops_original"]
+            for ours, originals, printed in (
+                (counts.parameters, plain.parameters, "params_reduction_printed"),
+                (later_flops(counts), later_flops(plain), "flops_reduction_printed"),
+            ):
+                assert f"{originals / ours:.2f}" == row[printed], row
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("argv", "printed"),
+    [
+        pytest.param(
+            ["--arch=shiftresnet20", "--expansion=3"],
+            "Parameters: (new) 95642 (original) 272474 (reduction) 2.85\n"
+            "FLOPs: (new) 16581248 (original) 40960640 (reduction) 2.47\n",
+            id="the page's first example",
+        ),
+        pytest.param(
+            ["--arch=resnet20", "--reduction=2.8", "--reduction-mode=block"],
+            "==> resnet20 with reduction 2.80\n"
+            "Parameters: (new) 96206 (original) 272474 (reduction) 2.83\n"
+            "FLOPs: (new) 14197376 (original) 40960640 (reduction) 2.89\n",
+            id="the page's second example",
+        ),
+        pytest.param(
+            ["--arch", "resnet20", "--reduction", "2.8"],  # mode net, the original's default
+            "==> resnet20 with reduction 2.80\n"
+            "Parameters: (new) 96086 (original) 272474 (reduction) 2.84\n"
+            "FLOPs: (new) 14046844 (original) 40960640 (reduction) 2.92\n",
+            id="reduction of the whole net by default",
+        ),
+        pytest.param(
+            ["--arch", "resnet20", "--reduction", "1"],  # which prints no line of its own
+            "Parameters: (new) 272474 (original) 272474 (reduction) 1.00\n"
+            "FLOPs: (new) 40960640 (original) 40960640 (reduction) 1.00\n",
+            id="no reduction, no arrow",
+        ),
+        pytest.param(
+            ["--arch", "depthwiseresnet20", "--reduction", "0.38"],
+            "==> depthwiseresnet20 with reduction 0.38\n"
+            "Parameters: (new) 93956 (original) 272474 (reduction) 2.90\n"
+            "FLOPs: (new) 16647296 (original) 40960640 (reduction) 2.46\n",
+            id="depthwise reduces its blocks by default",
+        ),
+        pytest.param(
+            # 64 * 90 weights and 90 biases more in each network than with 10 classes.
+            ["--arch", "shiftresnet20", "--expansion", "3", "--num-classes", "100"],
+            "Parameters: (new) 101492 (original) 278324 (reduction) 2.74\n"
+            "FLOPs: (new) 16587008 (original) 40966400 (reduction) 2.47\n",
+            id="both networks get the classes",
+        ),
+    ],
+)
+def test_lines_are_the_pages_to_the_character(argv, printed, capsys):
+    assert main(argv) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--arch", "shiftresnt20"], ["shiftresnt20", "did you mean 'shiftresnet20'?"]),
+        (["--arch", "resnet21"], ["resnet21", "6n + 2", "resnet20 and resnet26"]),
+        (["--arch", "shiftresnet20", "--expansion", "0"], ["expansion", "above 0", "0.0"]),
+        (["--arch", "shiftresnet20", "--expansion", "x"], ["expansion", "number", "'x'"]),
+        (["--arch", "resnet20", "--expansion", "3"], ["expansion must be 1 for resnet", "3.0"]),
+        (["--arch", "resnet20", "--reduction", "9000"], ["reduction 9000.0", "without channels"]),
+        (["--arch", "resnet20", "--reduction-mode", "blok"], ["'blok'", "did you mean 'block'?"]),
+        (["--arch", "resnet20", "--num-classes", "0"], ["--num-classes", "at least 1", "found 0"]),
+        (["--arch", "resnet20", "--image-size", "-4"], ["--image-size", "at least 1", "-4"]),
+        (["--arch", "resnet20", "--image-size", "99999"], ["99999x99999", "at most"]),
+        (["--arch", "resnet20", "--expantion=3"], ["--expantion", "did you mean '--expansion'?"]),
+        ([], ["--arch"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(argv, expected, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    for words in expected:
+        assert words in captured.err
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "shiftnet", "count", "--arch=shiftresnet20", "--expansion=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Parameters: (new) 95642 ")
+
+
+def test_counting_allocates_no_weights(capsys):
+    # 100 times the width, and so 10 GB of them: 10^4 times the convolutions' weights, 100 times
+    # those of the stem, of the normalisations and of the linear layer.
+    parameters = 269824 * 10**4 + (432 + 1568 + 640) * 100 + 10
+    assert main(["--arch", "resnet20", "--reduction", "0.0001", "--true"]) == 0
+    assert f"parameters:         {parameters:,}\n" in capsys.readouterr().out
+
+
+def test_true_table_adds_up(capsys):
+    assert main(["--arch", "shiftresnet20", "--expansion", "3", "--true"]) == 0
+    table, totals = capsys.readouterr().out.split("\n\n")
+    rows = [line.replace(",", "").split() for line in table.splitlines()[1:]]
+    assert rows[0] == ["conv1", "32x32x16", "442368", "432", "32", "1728"]
+    assert rows[-1] == ["linear", "10", "640", "650", "32", "2600"]
+    sums = [sum(int(row[column]) for row in rows) for column in (2, 3, 5)]
+    assert [
+        int(line.replace(",", "").split(":")[1].split()[0]) for line in totals.splitlines()
+    ] == [
+        # The page's stem of 9 * 64 per pixel is 27 * 16 in truth; elsewhere it counts what runs.
+        16581248 - 1024 * (9 * 64 - 27 * 16),
+        95642,
+        95642 * 4,
+        # The first block of the second stage: its input, 96 channels in and 96 channels out of
+        # the first normalisation (then of the ReLU, then of the shift), before the stride.
+        4 * 1024 * (16 + 96 + 96),
+    ]
+    assert sums == [16433792, 95642, 382568]
+
+
+def test_json_holds_everything(capsys):
+    assert main(["--arch", "depthwiseresnet20", "--reduction", "0.38", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in ("arch", "reduction", "reduction_mode")} == {
+        "arch": "depthwiseresnet20",
+        "reduction": 0.38,
+        "reduction_mode": "block",
+    }
+    assert found["page"]["flops"] == {
+        "new": 16647296,
+        "original": 40960640,
+        "reduction": pytest.approx(2.46, abs=0.005),
+    }
+    true = found["true"]
+    for name in ("multiply_adds", "parameters", "weight_bytes"):
+        assert true[name] == sum(layer[name] for layer in true["layers"]), name
+    # 3x3 on 84 channels (32 / 0.38) before the stride; the page counts it after the stride.
+    depth = next(layer for layer in true["layers"] if layer["name"] == "layer2.0.depth")
+    assert depth["multiply_adds"] == 32 * 32 * 9 * 84
+    assert depth["output"] == [32, 32, 84]
+
+
+def xla_flops(module: nnx.Module, shape: tuple[int, ...]) -> float:
+    """What XLA's cost analysis says of the module."""
+    graphdef, state = nnx.split(module)
+    forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return forward.lower(state, x).cost_analysis()["flops"]
+
+
+def inside(size: int, kernel: int, stride: int) -> float:
+    """The share of a padded convolution's rows that lie on the image; XLA counts only these."""
+    rows = [
+        0 <= start + offset - kernel // 2 < size
+        for start in range(0, size, stride)
+        for offset in range(kernel)
+    ]
+    return sum(rows) / len(rows)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("arch", "expansion", "reduction"),
+    [
+        ("shiftresnet8", 3, 1),
+        ("depthwiseresnet8", 1, 0.5),
+        pytest.param("resnet8", 1, 1.5, marks=pytest.mark.slow),
+    ],
+)
+def test_multiply_adds_are_half_of_xlas_flops(arch, expansion, reduction, monkeypatch):
+    model = model_config({"arch": arch, "expansion": expansion, "reduction": reduction})
+    network = models.build(model, 10, rngs=nnx.Rngs(0))
+    given: dict[int, tuple[int, ...]] = {}
+    for layer in (Conv, Linear):
+
+        def noted(self, x, call=layer.__call__):
+            given[id(self)] = x.shape
+            return call(self, x)
+
+        monkeypatch.setattr(layer, "__call__", noted)
+    with only_xla():  # which calls every layer
+        jax.eval_shape(network, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    monkeypatch.undo()
+
+    counts = count(network)
+    found = {layer.name: layer.multiply_adds for layer in counts.layers if layer.multiply_adds}
+    expected, on_the_image = {}, 0.0
+    for path, module in nnx.iter_modules(network):
+        name = ".".join(map(str, path))
+        if isinstance(module, Conv):
+            shape = given[id(module)]
+            share = inside(shape[1], module.weight.shape[0], module.stride) ** 2
+            expected[name] = xla_flops(module, shape) / share / 2
+            on_the_image += found[name] * share
+        elif isinstance(module, Linear):
+            biases = module.bias.shape[0]
+            expected[name] = (xla_flops(module, given[id(module)]) - biases) / 2
+            on_the_image += found[name]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+    # The rest of the network's work: a few operations on every value, and no product.
+    with only_xla():
+        rest = xla_flops(network, (1, 32, 32, 3)) - 2 * on_the_image
+    values = sum(math.prod(layer.output) for layer in counts.layers)
+    assert values < rest < 5 * values
+
+
+class TwoLatents(nnx.Module):
+    """A weight made of two parameters, as low-bit weights are."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.sign = nnx.Param(jnp.ones(shape))
+        self.gate = nnx.Param(jnp.ones(shape))
+
+    def __call__(self) -> jax.Array:
+        return jnp.where(self.gate[...] > 0, jnp.sign(self.sign[...]), 0)
+
+
+class Product(nnx.Module):
+    """`x @ weight`, in a function that is called, or in a loop."""
+
+    def __init__(self, features: int, loop: bool = False):
+        self.weight = TwoLatents((features, features))
+        self.loop = loop
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.weight()
+        if self.loop:
+            return jax.lax.fori_loop(0, 5, lambda _, x: x @ weight, x)
+        return jax.jit(jnp.matmul)(x, weight)
+
+
+class Foreign(nnx.Module):
+    """Layers that are not ours, and one of them used twice."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.stem = nnx.Conv(3, 8, (5, 3), padding="VALID", use_bias=True, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.grouped = nnx.Conv(
+            8, 8, (3, 3), strides=2, feature_group_count=4, use_bias=False, rngs=rngs
+        )
+        self.again = Product(8)
+        self.unused = nnx.Param(jnp.ones((7,), jnp.bfloat16))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.grouped(nnx.relu(self.norm(self.stem(x))))
+        x = self.again(self.again(x))
+        return x.mean((1, 2))
+
+
+@pytest.mark.core
+def test_networks_of_other_layers_are_counted():
+    counts = count(Foreign(), (12, 12, 3))
+    assert [tuple(layer) for layer in counts.layers] == [
+        ("stem", 8 * 10 * 8 * (5 * 3 * 3), 5 * 3 * 3 * 8 + 8, 32, 1472, (8, 10, 8)),
+        ("norm", 0, 16, 32, 64, (8, 10, 8)),
+        ("grouped", 4 * 5 * 8 * (9 * 2), 9 * 2 * 8, 32, 4 * 9 * 2 * 8, (4, 5, 8)),
+        ("again", 2 * 4 * 5 * 8 * 8, 2 * 64, 32, 4 * 2 * 64, (4, 5, 8)),
+        ("", 0, 7, 32, 14, (8,)),  # the network itself
+    ]
+
+
+class Wide(nnx.Module):
+    """A shortcut around a wide pair of layers."""
+
+    def __init__(self, kept: bool):
+        rngs = nnx.Rngs(0)
+        self.grow = Conv(4, 40, 3, rngs=rngs)
+        self.shift = Shift(3)
+        self.shrink = Conv(40, 4, 3, rngs=rngs)
+        self.kept = kept
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.shrink(self.shift(self.grow(x)))
+        return x + y if self.kept else y
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_peak_activations_hold_what_the_shortcut_keeps(kept):
+    # The shift reads and writes 40 channels; the input's 4 wait beside them if they are needed.
+    assert count(Wide(kept), (8, 8, 4)).peak_activation_bytes == 4 * 64 * (40 + 40 + 4 * kept)
+
+
+def test_peak_of_a_resnet():
+    # Input of the block, input and output of its second convolution: 16 channels at 32x32 each.
+    assert counted(arch="resnet20").peak_activation_bytes == 4 * 1024 * (16 + 16 + 16)
+
+
+def test_products_in_a_loop_are_refused_and_not_miscounted():
+    with pytest.raises(NotImplementedError, match=r"inside (scan|while)"):
+        count(Product(3, loop=True), (4, 4, 3))

@@ -1,0 +1,201 @@
+"""evaluate.py on images other than those that a network was trained on."""
+
+import json
+import types
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import shiftnet
+from shiftnet import config
+from shiftnet.cli import evaluate
+
+COLOURS = {"ant": (230, 20, 20), "bee": (20, 230, 20), "cat": (20, 20, 230)}
+NAMES = tuple(COLOURS)
+
+
+class Colours(nnx.Module):
+    """Tells images by their mean colour; only of one size."""
+
+    def __init__(self, size, classes, bias):
+        self.size = size
+        colours = np.full((classes, 3), 10.0, np.float32)
+        colours[: len(COLOURS)] = np.array(list(COLOURS.values())) / 255
+        self.colours = nnx.Param(jnp.asarray(colours))
+        self.bias = nnx.Param(jnp.asarray(bias, jnp.float32))
+
+    def __call__(self, x):
+        assert x.shape[1:] == (self.size, self.size, 3)
+        distance = x.mean((1, 2))[:, None] - self.colours.get_value()
+        return self.bias.get_value() - jnp.square(distance).sum(-1)
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch, capsys):
+    """Calls evaluate.py with a network as described; returns its row, or its error."""
+
+    def call(*arguments, names=NAMES, arch="shiftresnet8", side=32, bias=0.0, **fields):
+        recipe = config.default_config()
+        recipe.model.arch = arch
+        for field, value in ({"name": "unknown", "workers": 0} | fields).items():
+            recipe.data[field] = value
+        network = Colours(side, len(names), bias)
+        graphdef, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+        model = types.SimpleNamespace(
+            config=recipe,
+            class_names=tuple(names),
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            path=Path("run"),
+            note={"step": 7},
+            graphdef=graphdef,
+            params=params,
+            stats=stats,
+        )
+        monkeypatch.setattr(shiftnet, "load", lambda _: model)
+        code = evaluate.main(["--ckpt", str(tmp_path), "--json", *map(str, arguments)])
+        printed = capsys.readouterr()
+        if code:
+            assert code == 2
+            assert printed.err.count("\n") == 1
+            return printed.err
+        (row,) = json.loads(printed.out, parse_constant=pytest.fail)
+        return row
+
+    return call
+
+
+def write(root, classes, size=(40, 48)):
+    """Two images of each class's colour: {folder's name: class}."""
+    for name, colour in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", size, COLOURS[colour]).save(root / name / f"{number}.png")
+    return root
+
+
+def test_a_network_is_evaluated_on_a_folder_whose_classes_it_knows(evaluated, tmp_path):
+    write(tmp_path / "photos" / "val", {name: name for name in NAMES})
+    row = evaluated("--data-dir", tmp_path / "photos", "--per-class")
+    assert (row["images"], row["top1"]) == (6, 1.0)
+    assert row["per_class"] == {"ant": 1.0, "bee": 1.0, "cat": 1.0}
+    assert "classes" not in row
+    assert evaluated("--data-dir", tmp_path / "photos" / "val")["top1"] == 1.0
+
+
+def test_classes_are_matched_by_name_in_whatever_order(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    row = evaluated("--data-dir", photos, names=("cat", "ant", "bee"), bias=[0, 0, 0])
+    # The network's first class looks like ants and is called cat, and so on: all are wrong.
+    assert row["top1"] == 0.0
+    assert row["classes"] == "classes in another order, matched by name"
+    renamed = write(tmp_path / "renamed", {"cat": "ant", "ant": "bee", "bee": "cat"})
+    assert evaluated("--data-dir", renamed, names=("cat", "ant", "bee"))["top1"] == 1.0
+
+
+def test_a_part_of_the_classes_is_evaluated_and_said(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {"bee": "bee", "cat": "ant"})
+    row = evaluated("--data-dir", photos, "--per-class")
+    assert row["classes"] == "2 of the network's 3 classes"
+    assert row["top1"] == 0.5
+    assert row["per_class"] == {"ant": None, "bee": 1.0, "cat": 0.0}
+
+
+def test_renamed_classes_are_refused_and_not_zero_per_cent(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {"Ameise": "ant", "Biene": "bee", "cat": "cat"})
+    error = evaluated("--data-dir", photos)
+    assert f"run does not know 2 of the 3 classes of {photos} (Ameise, Biene); it knows" in error
+
+
+def test_numbers_for_names_are_matched_by_position_and_that_is_said(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    row = evaluated("--data-dir", photos, names=("0", "1", "2"), name="unknown")
+    assert row["top1"] == 1.0
+    assert "by position" in row["classes"]
+    # As folders they are names.
+    error = evaluated("--data-dir", photos, names=("0", "1", "2"), source="folder", size=32)
+    assert "does not know 3 of the 3 classes" in error
+
+
+def test_a_network_of_the_digits_is_not_evaluated_on_other_images(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    digits = tuple("0123456789")
+    assert "does not know 3 of the 3" in evaluated(
+        "--data-dir", photos, names=digits, name="digits"
+    )
+    assert evaluated(names=digits, name="digits")["images"] == 355
+    error = evaluated("--dataset", "digits", name="cifar10")
+    assert "does not know 10 of the 10 classes of digits (0, 1, 2," in error
+    # Without looking for the images, or downloading them.
+    error = evaluated("--dataset", "cifar10", "--data-dir", "/nowhere", names=digits, name="digits")
+    assert "does not know 10 of the 10 classes of cifar10 (airplane, automobile," in error
+
+
+@pytest.mark.parametrize(
+    ("arch", "side", "fields"),
+    [
+        ("shiftresnet8", 32, {"name": "cifar10"}),
+        ("shiftresnet8", 32, {"name": "unknown"}),
+        ("imagenet_resnet18", 32, {"name": "cifar100"}),
+        ("imagenet_resnet18", 224, {"name": "imagenet2012"}),
+        ("imagenet_resnet18", 224, {"name": "unknown"}),
+        ("shiftresnet8", 24, {"name": "", "source": "folder", "size": 24}),
+    ],
+)
+def test_images_are_brought_to_the_size_of_the_network(evaluated, tmp_path, arch, side, fields):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    row = evaluated("--data-dir", photos, arch=arch, side=side, **fields)
+    assert row["top1"] == 1.0
+    assert row["dataset"] == str(photos)
+
+
+def test_a_network_of_unknown_images_asks_for_them(evaluated):
+    error = evaluated()
+    assert "run does not say which images its network was trained on; name them by --da" in error
+
+
+def test_a_folder_of_photos_is_not_filled_with_a_download(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {"otter": "ant"})
+    before = sorted(photos.rglob("*"))
+    assert "does not know 1 of the 1 classes" in evaluated("--data-dir", photos, name="cifar10")
+    error = evaluated("--data-dir", photos / "otter", name="cifar10")
+    assert "has no class folders with images; move its 2 images into one folder per cl" in error
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_a_directory_of_prepared_data_sets_is_told_from_photos(evaluated, tmp_path):
+    other = tmp_path / "tfds" / "mnist" / "3.0.1"
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").write_text("{}")
+    for directory in (tmp_path / "tfds", tmp_path / "not there"):
+        error = evaluated("--data-dir", directory, name="imagenet2012")
+        assert f"{directory}/imagenet2012 holds no 5.*.*" in error
+
+
+def test_a_corrupt_file_is_skipped_where_that_is_asked_for(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    broken = photos / "bee" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert f"{broken} cannot be decoded" in evaluated("--data-dir", photos)
+    row = evaluated("--data-dir", photos, "--on-corrupt", "skip")
+    assert (row["images"], row["skipped"]) == (5, [str(broken)])
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"")
+    error = evaluated("--data-dir", photos, "--on-corrupt=skip")
+    assert "none of the images to evaluate on can be decoded" in error
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    assert evaluated("--data-dir", photos, bias=np.nan)["loss"] is None
+
+
+def test_what_is_left_out_of_a_folder_is_said(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {name: name for name in NAMES})
+    (photos / "ant" / "notes.txt").write_text("")
+    row = evaluated("--data-dir", photos)
+    assert f"left out of {photos}: 1 file ending in .txt" in row["found"]

@@ -1,0 +1,122 @@
+"""A loaded network as a part of other programs: transformed, served, pickled, in threads."""
+
+import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import shiftnet
+from shiftnet import packing
+from shiftnet.errors import UserError
+from tests.test_packing import images, note, small
+
+
+@pytest.fixture
+def model(tmp_path):
+    network, recipe = small("s3")
+    packing.write(tmp_path / "net.safetensors", network, note(recipe))
+    return shiftnet.load(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        *(jax.jit, jax.eval_shape, jax.grad),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (jax.make_jaxpr, jax.vmap)),
+    ],
+)
+def test_the_first_call_may_be_traced(model, transform):
+    x = jnp.asarray(images())
+    if transform is jax.eval_shape:
+        assert jax.eval_shape(model, x).shape == (3, 10)
+    elif transform is jax.vmap:
+        assert jax.vmap(model)(x[None]).shape == (1, 3, 10)
+    elif transform is jax.grad:
+        assert jax.grad(lambda x: model(x).sum())(x).shape == x.shape
+    else:
+        transform(model)(x)
+    logits = np.asarray(model(x))  # fails where something of the trace was kept
+    np.testing.assert_allclose(jax.jit(model)(x), logits, rtol=1e-4, atol=1e-4 * abs(logits).max())
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(2).integers(0, 256, (13, 8, 8, 3), np.uint8)
+
+
+def test_requests_of_any_size_share_a_few_programs(model, pixels, caplog):
+    def programs():
+        return sum(m.startswith("Compiling jit(logits)") for m in caplog.messages)
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for size in range(1, 14):
+            model.predict(pixels[:size], batch_size=6)
+        assert programs() == 4  # for 1, 2, 4 and 6 images
+        model.predict(pixels, batch_size=6)
+        assert programs() == 4
+
+
+def test_an_image_is_classified_alike_alone_and_among_others(model, pixels):
+    together = model.predict(pixels)
+    for size in (1, 3, 5):
+        some = model.predict(pixels[:size])
+        np.testing.assert_allclose(
+            some.probabilities, together.probabilities[:size], rtol=1e-4, atol=1e-6
+        )
+        assert some.names == together.names[:size]
+    alone = jax.nn.softmax(
+        model((pixels[:3] / np.float32(255) - np.float32(model.mean)) / np.float32(model.std))
+    )
+    np.testing.assert_allclose(model.predict(pixels[:3]).probabilities, alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_that_classifies_nothing_is_refused(model, pixels, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        model.predict(pixels, batch_size=batch_size)
+
+
+def test_a_network_that_was_called_can_be_pickled(model, pixels):
+    before = model.predict(pixels[:2])
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy.predict(pixels[:2]).probabilities, before.probabilities)
+    assert (copy.path, copy.class_names, repr(copy)) == (model.path, model.class_names, repr(model))
+
+
+def test_threads_share_one_compilation(model, pixels, caplog):
+    alone = model.predict(pixels[:4])
+    copy = pickle.loads(pickle.dumps(model))
+
+    def predict(_):
+        with jax.log_compiles():
+            return copy.predict(pixels[:4])
+
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(predict, range(16)))
+    for each in found:
+        np.testing.assert_array_equal(each.probabilities, alone.probabilities)
+    assert sum(m.startswith("Compiling jit(logits)") for m in caplog.messages) == 1
+
+
+def test_it_says_what_it_is(model):
+    assert repr(model) == (
+        f"Classifier(shiftresnet8 with 3-bit s3 weights, 10 classes of digits, from {model.path})"
+    )
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.t7", "nets.zip"])
+def test_a_file_of_other_code_is_pointed_to_its_converter(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=f"python -m shiftnet.convert_torch .*{name}"):
+        shiftnet.load(tmp_path / name)
+
+
+def test_a_path_is_expanded_and_a_url_refused(model, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.path.parent))
+    assert shiftnet.load(f"~/{model.path.name}").path == model.path
+    with pytest.raises(UserError, match="must be a local path, found the URL 'https://host/net'"):
+        shiftnet.load("https://host/net")
