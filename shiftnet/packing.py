@@ -80,7 +80,10 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is a safetensors file, but not one of shiftnet's")
+        raise UserError(
+            f"{path} is a safetensors file, but not one of shiftnet's; "
+            f"convert it by python -m shiftnet.convert_torch {path}"
+        )
     if metadata.get("sha256") != _digest_of_text(metadata):
         raise UserError(f"{path} was changed: its metadata does not have its checksum")
     try:

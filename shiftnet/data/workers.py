@@ -45,7 +45,7 @@ def _quota(cgroup: Path, root: Path) -> float:
         return math.inf
     limits = [math.inf]
     for path in [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
-        for group in (path, *Path(path).parents):
+        for group in (Path(path), *Path(path).parents):
             try:
                 quota, period = (root / group / "cpu.max").read_text().split()
                 limits.append(int(quota) / int(period))  # "max" is no number

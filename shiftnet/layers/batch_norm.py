@@ -86,11 +86,6 @@ class BatchNorm(nnx.Module):
         unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
         self.var[...] = _average(self.var[...], unbiased)
 
-    @property
-    def is_folded(self) -> bool:
-        """Whether the running statistics are part of `scale` and `bias`."""
-        return self.mean is None
-
     def fold(self) -> None:
         """Makes the running statistics part of `scale` and `bias`, computed in float64."""
         if self.mean is None or self.var is None:

@@ -53,7 +53,7 @@ def fold_batch_norm(
         scale, bias = norm.scale_and_bias(wide, (mean, var))
     else:
         scale, bias = norm.scale_and_bias(wide)
-        if not norm.is_folded:
+        if norm.mean is not None:
             # Without the barrier XLA computes the bias again for every value that it is added to.
             # The scale has none: where the kernel is a constant XLA multiplies them once.
             bias = jax.lax.optimization_barrier(bias)

@@ -82,6 +82,8 @@ class ImageNetResNet(Network):
       rngs: the `params` stream draws the parameters.
     """
 
+    first_and_last = ("conv1", "linear")
+
     def __init__(
         self,
         depth: int,

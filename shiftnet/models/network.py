@@ -1,5 +1,7 @@
 """The base of all networks."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +22,12 @@ class Network(nnx.Module):
 
     Args:
       dtype: compute in this dtype whatever the input's; None computes in the input's.
+
+    Attributes:
+      first_and_last: the names of its first convolution and its last layer.
     """
+
+    first_and_last: ClassVar[tuple[str, str]]
 
     def __init__(self, dtype: jnp.dtype | None):
         self.dtype = dtype

@@ -45,6 +45,8 @@ class ResNet(Network):
       rngs: the `params` stream draws the parameters.
     """
 
+    first_and_last = ("conv1", "linear")
+
     def __init__(
         self,
         block: Block,

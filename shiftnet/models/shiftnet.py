@@ -93,6 +93,8 @@ class ShiftNet(Network):
       rngs: the `params` stream draws the parameters.
     """
 
+    first_and_last = ("conv1", "linear")
+
     def __init__(
         self,
         num_classes: int,

@@ -55,6 +55,8 @@ class WideResNet(Network):
       rngs: the `params` stream draws the parameters.
     """
 
+    first_and_last = ("conv0", "conv_last")
+
     def __init__(
         self,
         depth: int,

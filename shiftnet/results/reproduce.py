@@ -334,8 +334,7 @@ def check_size(row: str, data: Any, dataset: Dataset) -> None:
     for part, found in (("training", len(dataset.train)), ("test", len(dataset.test))):
         if found != expected[part]:
             raise UserError(
-                f"{row} is of {data.name} with {expected[part]} {part} images, "
-                f"the one that is here has {found}"
+                f"{row} needs {data.name} with {expected[part]} {part} images, found {found}"
             )
 
 
@@ -355,7 +354,14 @@ def _result(
     dataset: Dataset,
     workdir: Path,
 ) -> dict[str, Any]:
-    """Joins what there was of a row's result and the runs that have just finished."""
+    """Joins what there was of a row's result and the runs that have just finished.
+
+    Raises:
+      RunFailed: where a damaged checkpoint took the best network with it.
+    """
+    bests = [best for best in outcome.best if best is not None]
+    if len(bests) < len(seeds):
+        raise RunFailed(f"the best network in {workdir} is lost; remove it to train the seeds anew")
     last, earlier = outcome.sessions[-1], outcome.sessions[:-1]
     lines = [
         [{k: v for k, v in line.items() if k != "time"} for line in metrics.read(folder)]
@@ -380,8 +386,7 @@ def _result(
             **made,
             "epochs": own,
         }
-        for seed, own, best in zip(seeds, lines, outcome.best, strict=True)
-        if best is not None  # as it is for all that are finished
+        for seed, own, best in zip(seeds, lines, bests, strict=True)
     ]
     old = before or {"runs": [], "checkpoint": None}
     others = [run for run in old["runs"] if run["seed"] not in seeds]

@@ -106,7 +106,7 @@ def train(
 
     Raises:
       UserError: for a recipe that cannot be trained, one that differs from the run's, other data
-        than the run's, fewer epochs than it has behind it, or an `init` that does not fit.
+        than the run's, fewer epochs than it has taken, or an `init` that does not fit.
       RunFailed: where the loss is not finite, the device's memory is too small, a checkpoint
         cannot be written, or another process of the job is gone.
     """
@@ -179,10 +179,10 @@ def train(
             if saved.get("seeds", metadata["seeds"]) != metadata["seeds"]:
                 raise UserError(f"{source} has the seeds {saved['seeds']}, not {metadata['seeds']}")
         if step > total_steps or (step == total_steps and None in record.final and seeds is None):
-            done = -(-step // steps_per_epoch)
+            least = max(-(-step // steps_per_epoch), config.epochs + 1)
             raise UserError(
-                f"{workdir} has {step} steps behind it, epochs {config.epochs} are {total_steps}: "
-                f"give --config.epochs={max(done, config.epochs + 1)} or more, or another --workdir"
+                f"{workdir} has already taken {step} steps, and epochs {config.epochs} means "
+                f"{total_steps}: give --config.epochs={least} or more, or another --workdir"
             )
         for folder, own in ({workdir: config} | dict(zip(folders, configs, strict=True))).items():
             write_recipe(folder, own)
@@ -202,6 +202,8 @@ def train(
         else:
             state, codes, best_arrays = restore(program, watch, seed, checkpoints, newest, saved)
         progress.message(describe(config, dataset, state, steps_per_epoch, program))
+        if dataset.found:
+            progress.message(f"found {dataset.found}")
         for message in messages:
             progress.message(message)
         if newest is None and init is not None:

@@ -76,11 +76,7 @@ def facts(dataset: Dataset, steps_per_epoch: int) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
-        "images": {
-            "train": len(dataset.train),
-            "validation": 0 if dataset.validation is None else len(dataset.validation),
-            "test": len(dataset.test),
-        },
+        "images": dataset.images,
         "steps_per_epoch": steps_per_epoch,
     }
 
@@ -113,8 +109,8 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
         changes.append(f"steps per epoch: {steps} -> {now['steps_per_epoch']}")
     if changes:
         raise UserError(
-            f"{source} was trained on other data than what is here now, {'; '.join(changes)}: "
-            "give it the same data, or take another working directory"
+            f"{source} was trained on other data ({'; '.join(changes)}): "
+            "continue it on the same data, or take another --workdir"
         )
 
 

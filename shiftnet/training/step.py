@@ -18,6 +18,7 @@ from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
 from shiftnet.kernels.implementations import only_xla
+from shiftnet.models.network import Network
 from shiftnet.training.losses import cross_entropy
 from shiftnet.training.mesh import (
     BATCH_AXIS,
@@ -88,7 +89,7 @@ class Program:
         self._steps_per_epoch = steps_per_epoch
         self.mesh = mesh
         self.runs = 1
-        network = nnx.eval_shape(lambda: self._build(0))
+        network: Network = nnx.eval_shape(lambda: self._build(0))
         self.graphdef = nnx.graphdef(network)
         self._optimizer = make_optimizer(
             config, steps_per_epoch, first_and_last=network.first_and_last

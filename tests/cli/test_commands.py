@@ -162,7 +162,7 @@ def test_export_tells_of_a_place_that_cannot_be_written(run, tmp_path, capsys, o
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    series = checkpoint.Series(tmp_path)
+    series = checkpoint.CheckpointManager(tmp_path)
     series.save(1, {"other": 1}, model={"x": jnp.zeros(3)})
     series.close()
     with pytest.raises(UserError, match="not one of shiftnet's"):

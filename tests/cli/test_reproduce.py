@@ -328,7 +328,7 @@ def test_a_data_set_of_another_size_makes_no_row(place, capsys, monkeypatch):
     fewer = dataclasses.replace(digits, train=few)
     monkeypatch.setattr(shiftnet.data, "load", lambda *_, **__: fewer)
     assert run(place, "--only", "cheap") == 2
-    message = "cheap is of digits with 1442 training images, the one that is here has 100"
+    message = "cheap needs digits with 1442 training images, found 100"
     assert message in capsys.readouterr().err
     assert not list((place / "runs").iterdir())
 

@@ -72,7 +72,9 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize(("split", "stored"), [("train", "train"), ("val", "validation")])
 def test_every_file_comes_back_as_it_went_in(root, split, stored):
     source = TfdsSource(root, split)
-    found = {name: (data, label) for data, label, name in (source[i] for i in range(len(source)))}
+    found = {
+        name: (data, label) for data, label, name, _ in (source[i] for i in range(len(source)))
+    }
     assert found == contents(stored)
     assert len(source) == COUNTS[stored]
 

@@ -72,7 +72,7 @@ def test_a_folded_batch_norm_is_the_one_after_the_convolution(train, affine, off
         return bn(moved(x @ kernel), train=train)
 
     def moved(y):
-        return y if offsets is None else plain_shift(y, *offsets, "NHWC")
+        return y if offsets is None else plain_shift(y, *offsets)
 
     def run(forward):
         graphdef, params, stats = nnx.split(bn, nnx.Param, nnx.BatchStat)
@@ -122,7 +122,7 @@ def test_a_kernel_that_cancels_what_channels_share_keeps_its_bound_and_stays_fin
     exact = x.astype(np.float64) @ kernel.astype(np.float64)
     if shifted:
         with jax.enable_x64(True):
-            exact = np.asarray(plain_shift(jnp.asarray(exact), *offsets, "NHWC"))
+            exact = np.asarray(plain_shift(jnp.asarray(exact), *offsets))
     variance = exact.var((0, 1, 2)) + 1e-5
     deviations = x.astype(np.float64).std((0, 1, 2))
     bound = np.finfo(np.float32).eps * (deviations @ abs(kernel)) ** 2

@@ -76,7 +76,7 @@ def test_a_divided_state_is_planned_as_it_is_trained():
 def test_the_command_plans_for_a_tpu_that_is_not_here(tmp_path, monkeypatch, capsys):
     recipe_file = tmp_path / "wrn8.py"
     recipe_file.write_text(
-        "from tests.training.test_plan import wrn8\n\n\n"
+        "from tests.planning.test_plan import wrn8\n\n\n"
         "def get_config():\n    return wrn8(batch_size=1440)\n"
     )
     empty = tmp_path / "empty"
@@ -156,7 +156,7 @@ def planned(monkeypatch, step, names=("v5e:2x4",), **overrides):
         return chips.CHIPS[kind], jax.devices()[:1] * chips.CHIPS[kind].topologies[size]
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
-    monkeypatch.setattr(plan, "_devices", devices)
+    monkeypatch.setattr(chips, "devices", devices)
     return plan.plan(wrn8(**overrides), names), asked
 
 
@@ -186,7 +186,7 @@ def test_the_largest_batch_is_searched_once_for_each_chip(monkeypatch):
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path, capsys):
     recipe_file = tmp_path / "wrn8.py"
     recipe_file.write_text(
-        "from tests.training.test_plan import wrn8\n\n\ndef get_config():\n    return wrn8()\n"
+        "from tests.planning.test_plan import wrn8\n\n\ndef get_config():\n    return wrn8()\n"
     )
     planned(monkeypatch, None)  # a compiler that always runs out
     assert train.main(["--config", str(recipe_file), "--plan", "v5e:2x4,h200:8"]) == 1
@@ -221,7 +221,7 @@ def test_a_missing_compiler_says_what_to_install(name, monkeypatch):
     ],
 )
 def test_what_could_not_be_trained_is_not_compiled(overrides, message, monkeypatch):
-    monkeypatch.setattr(plan, "_devices", lambda name: (chips.CHIPS["v5e"], jax.devices() * 4))
+    monkeypatch.setattr(chips, "devices", lambda name: (chips.CHIPS["v5e"], jax.devices() * 4))
     monkeypatch.setattr(plan, "compile_step", None)
     with pytest.raises(UserError, match=re.escape(message)):
         plan.plan(wrn8(**overrides), ["v5e:2x4"])

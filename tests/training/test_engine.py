@@ -128,7 +128,7 @@ def _files(workdir: Path) -> dict[str, bytes]:
 def test_fewer_epochs_than_are_done_are_refused_and_nothing_is_rewritten(uninterrupted):
     place, _ = uninterrupted
     before = _files(place)
-    message = r"has 22 steps behind it, epochs 1 are 11: give --config\.epochs=2 or more"
+    message = r"has already taken 22 steps, and epochs 1 means 11: give --config\.epochs=2 or more"
     with pytest.raises(UserError, match=message):
         engine.train(recipe(epochs=1, schedule__boundaries=(1,)), place)
     assert _files(place) == before
