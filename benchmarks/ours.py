@@ -37,9 +37,17 @@ MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 def recipe(net: Mapping[str, Any], batch_size: int, dtype: str) -> shiftnet.config.Config:
-    """The default recipe with this net: `depth` and `expansion` (`num_classes` is the data's)."""
+    """The default recipe with this net.
+
+    Args:
+      net: `num_classes`, and either a ShiftResNet's `depth` and `expansion`, or any network's
+        `model`, the fields of `config.model`, and `size`, the side of its images.
+      batch_size: images per step.
+      dtype: as the recipes' `model.dtype`.
+    """
     config = shiftnet.config.default_config()
-    config.model.update(arch=f"shiftresnet{net['depth']}", expansion=net["expansion"], dtype=dtype)
+    shift = {"arch": f"shiftresnet{net.get('depth')}", "expansion": net.get("expansion")}
+    config.model.update(**net.get("model", shift), dtype=dtype)
     config.batch_size = batch_size
     return config
 
@@ -60,7 +68,8 @@ def export(*, net: dict[str, Any], batch_size: int, path: str) -> None:
         elif value.ndim == 1:
             weights[name] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
     arrays: dict[str, Any] = {f"sd/{name}": value for name, value in weights.items()}
-    arrays["images"] = rng.standard_normal((batch_size, 32, 32, 3), np.float32)
+    size = net.get("size", 32)
+    arrays["images"] = rng.standard_normal((batch_size, size, size, 3), np.float32)
     arrays["labels"] = rng.integers(0, net["num_classes"], batch_size, np.int32)
     np.savez(path, **arrays)
 

@@ -143,23 +143,32 @@ class Benchmark:
 
     Args:
       options: from `parse`; of them `depth`, `expansion`, `num_classes`, `batch_size`, `dtype`,
-        `tf32` and `torch_python`.
+        `tf32` and `torch_python`; the first three only without a `net`.
       folder: a place for that file.
       worker: one of `OURS`, which is no longer needed afterwards.
       share_gpu: whether two of our measurements are open at the same time.
+      net: any network, as `benchmarks.ours.recipe` takes it.
+      peer: the module of the peer's worker.
 
     Attributes:
-      net: depth, expansion and number of classes.
+      net: depth, expansion and number of classes, or what was given.
       ours: versions and device of our side.
       on_cpu: whether that device is the CPU.
       precision: one of `PRECISIONS`.
     """
 
     def __init__(
-        self, options: argparse.Namespace, folder: str, worker: Worker, *, share_gpu: bool = False
+        self,
+        options: argparse.Namespace,
+        folder: str,
+        worker: Worker,
+        *,
+        share_gpu: bool = False,
+        net: dict[str, Any] | None = None,
+        peer: str = PEER,
     ):
-        self._options, self._share_gpu = options, share_gpu
-        self.net = {
+        self._options, self._share_gpu, self._peer = options, share_gpu, peer
+        self.net = net or {
             "depth": options.depth,
             "expansion": options.expansion,
             "num_classes": options.num_classes,
@@ -182,7 +191,7 @@ class Benchmark:
         if python == sys.executable and importlib.util.find_spec("torch") is None:
             raise Refused(f"this Python has no PyTorch; {hint}")
         try:
-            with Worker(python, PEER) as worker:
+            with Worker(python, self._peer) as worker:
                 found = worker.ask("describe")
         except (OSError, WorkerError) as error:
             raise Refused(f"{python} cannot run the peer ({error}); {hint}") from error
@@ -208,7 +217,8 @@ class Benchmark:
         environment = SHARED_GPU if self._share_gpu else None
         # On a GPU a kernel, or a compiler, that hangs must not take the time of all.
         patience = None if self.on_cpu else PATIENCE
-        with Worker(python, OURS if form is None else PEER, environment, patience) as worker:
+        module = OURS if form is None else self._peer
+        with Worker(python, module, environment, patience) as worker:
             worker.ask(
                 "open",
                 task=task,

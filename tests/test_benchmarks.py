@@ -5,10 +5,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks import kernel_rows, kernels, our_kernels
+from benchmarks import kernel_rows, kernels, networks, our_kernels, ours
 from benchmarks.kernel_rows import Ceilings, ImageRow, MatrixRow
 from benchmarks.protocol import duration
+from shiftnet import models
 from shiftnet.kernels.shift import channel_offsets
 
 MIB = 1 << 20
@@ -157,3 +159,18 @@ def test_a_budget_is_read_in_minutes_or_seconds():
     assert [duration(text) for text in ("8m", "90s", "480")] == [480, 90, 480]
     with pytest.raises(ValueError, match="eight"):
         duration("eight")
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_every_row_names_a_network_that_there_is(name):
+    net = networks.NETWORKS[name].net
+    config = ours.recipe(net, 1, "float32")
+    nnx.eval_shape(lambda: models.build(config.model, net["num_classes"], rngs=nnx.Rngs(0)))
+
+
+def test_rows_are_selected_by_patterns_or_refused():
+    assert [str(row) for row in networks.rows(["resnet20/*", "nothing"])] == [
+        f"resnet20/{task}" for task in networks.TASKS
+    ]
+    with pytest.raises(networks.Refused, match="no row matches nothing"):
+        networks.rows(["nothing"])

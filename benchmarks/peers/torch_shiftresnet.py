@@ -16,7 +16,7 @@ convolutions, as PyTorch's own `fuse_conv_bn_eval` does.
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
@@ -254,17 +254,22 @@ class ShiftResNet(nn.Module):
 BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
 
 
-def forms(device: str) -> list[str]:
-    """Every form there is on `device` ("cpu" or "cuda"), as "shift/memory format/mode".
+def forms(device: str, ways: Iterable[str] = SHIFTS) -> list[str]:
+    """Every form there is on `device` ("cpu" or "cuda"), as "way/memory format/mode".
 
     Those that promise most come first: time may not be enough for all.
     """
     modes = ("compile", "eager") if device == "cpu" else ("graphs", "compile", "eager")
-    return [f"{a}/{b}/{c}" for c in modes for a in SHIFTS for b in MEMORY_FORMATS]
+    return [f"{a}/{b}/{c}" for c in modes for a in ways for b in MEMORY_FORMATS]
 
 
 class Measurement:
     """One form of one task on one batch.
+
+    Attributes:
+      build: builds the net from `net` and the first part of a form.
+      load: gives it weights under our names.
+      fold: makes it ready for inference.
 
     Args:
       task: "training" or "inference".
@@ -275,6 +280,10 @@ class Measurement:
       tf32: whether float32 products on CUDA may round their inputs to TF32.
       data: path of an .npz with `sd/<name>` weights, `images` [N, H, W, 3] and `labels` [N].
     """
+
+    build: Callable[..., Any] = ShiftResNet
+    load: Callable[..., None] = ShiftResNet.load
+    fold: Callable[..., None] = ShiftResNet.fold
 
     def __init__(
         self,
@@ -300,8 +309,8 @@ class Measurement:
             images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
             self._labels = torch.from_numpy(arrays["labels"]).long().to(device)
         self._images = images.to(device).contiguous(memory_format=memory_format)
-        self._net = ShiftResNet(**net, form=shift)
-        self._net.load(weights)
+        self._net = self.build(**net, form=shift)
+        type(self).load(self._net, weights)
         self._net.to(device).to(memory_format=memory_format)
 
         half = dtype == "bfloat16"
@@ -316,7 +325,7 @@ class Measurement:
             self._optimizer = torch.optim.SGD(self._net.parameters(), **optimizer, fused=True)
         else:
             self._net.eval()
-            self._net.fold()
+            type(self).fold(self._net)
             if half:  # autocast would convert the weights again at every call
                 self._net.to(torch.bfloat16)
                 self._images, self._autocast = self._images.to(torch.bfloat16), nullcontext
@@ -376,14 +385,14 @@ class Measurement:
         return (time.perf_counter() - start) / steps
 
 
-def describe() -> dict[str, Any]:
+def describe(ways: Iterable[str] = SHIFTS) -> dict[str, Any]:
     """Versions, device and forms, for the report."""
     cuda = torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
-        "forms": forms("cuda" if cuda else "cpu"),
+        "forms": forms("cuda" if cuda else "cpu", ways),
     }
 
 

@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from shiftnet import quantizers
+from shiftnet.kernels.conv import conv
 from shiftnet.kernels.layouts import every, product
 from shiftnet.quantizers.form import Form, Init
 from shiftnet.quantizers.initializers import torch_uniform
@@ -61,12 +62,4 @@ class Conv(nnx.Module):
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1:
             return product(every(x, self.stride), kernel[0, 0])
-        pad = kernel.shape[0] // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        return conv(x, kernel, stride=self.stride, groups=self.groups)

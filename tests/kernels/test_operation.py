@@ -115,7 +115,7 @@ def test_a_users_own_jit_over_a_divided_batch_gathers_no_activations(set_mesh):
                     text = jax.jit(program).lower(*operands).compile().as_text()
             else:
                 text = jax.jit(program).lower(*operands).compile().as_text()
-        assert seen == ["shift_block: cpu"]
+        assert "shift_block: cpu" in seen
         assert "all-gather" not in text
 
 

@@ -1,0 +1,795 @@
+// Two-dimensional convolutions on a CPU, called by XLA through its foreign function interface.
+//
+// Images are [N, H, W, C], weights [k, k, C / groups, K], float32. The kernel's side k is odd, the
+// padding k / 2 zeros on every side, the output [N, ceil(H / stride), ceil(W / stride), K].
+//
+// Every operation copies a band of an image's rows into a zero-padded buffer that stays in the
+// cache, so that no loop knows about borders. In such a buffer the k * C values under one row of
+// the kernel are contiguous, as are the weights they meet. Hence a dense convolution is, for each
+// row of the kernel, a product of a matrix [pixels, k * C] whose rows overlap, and one of
+// [k * C, K]: `MultiplyTile` computes it for a few pixels and a few vectors of output channels,
+// whose sums stay in registers. The gradient of the input is the same operation with the kernel
+// turned around; with a stride it is stride * stride of them, each with a part of the kernel. The
+// gradient of the weights keeps a tile of [k * C, K] in registers while it runs over the pixels.
+// Depthwise convolutions run over vectors of channels.
+//
+// Results do not depend on the number of threads: a value is summed up by one thread in a fixed
+// order. The gradient of the weights, where that leaves too few threads busy, is summed up in parts
+// which depend on shapes only, and which are then added in a fixed order.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "native.h"
+
+namespace shiftnet {
+namespace {
+
+// Sizes in floats: of a padded band, of the weights that a task works through, and of all parts of
+// a gradient of the weights. The first two are to stay in a core's second level of cache.
+constexpr int64_t kBand = 24 * 1024, kWeights = 192 * 1024;
+// Into how many parts a gradient of the weights is divided, at least, where there are enough rows.
+constexpr int64_t kParts = 16;
+
+// ------------------------------------------------------------------------------------------------
+// Padded bands
+
+struct Images {
+  int64_t count, height, width, channels;
+};
+
+// Rows and columns of an image as `band` gets them: from `top` and `left`, which may be negative,
+// `rows` and `columns` of them, of each pixel `channels` channels from `first`, zeros outside of
+// the image; `pitch` floats from a pixel to the next, those beyond `channels` being zeros.
+struct Window {
+  int64_t top, left, rows, columns, first, channels, pitch;
+};
+
+void CopyWindow(const float* image, const Images& images, const Window& window, float* band) {
+  const int64_t row_size = window.columns * window.pitch;
+  const int64_t begin = std::clamp<int64_t>(-window.left, 0, window.columns);
+  const int64_t end = std::clamp<int64_t>(images.width - window.left, begin, window.columns);
+  const bool whole = window.channels == images.channels && window.pitch == window.channels;
+  for (int64_t row = 0; row < window.rows; ++row, band += row_size) {
+    const int64_t from_row = window.top + row;
+    if (from_row < 0 || from_row >= images.height) {
+      std::memset(band, 0, row_size * sizeof(float));
+      continue;
+    }
+    const float* from = image + (from_row * images.width + window.left + begin) * images.channels +
+                        window.first;
+    float* to = band + begin * window.pitch;
+    std::memset(band, 0, begin * window.pitch * sizeof(float));
+    if (whole) {
+      std::memcpy(to, from, (end - begin) * window.pitch * sizeof(float));
+    } else {
+      for (int64_t i = begin; i < end; ++i, from += images.channels, to += window.pitch) {
+        int64_t c = 0;
+        for (; c + kLanes <= window.pitch; c += kLanes) {
+          Store(to + c, LoadPart(from + c, window.channels - c));
+        }
+        for (; c < window.pitch; ++c) to[c] = c < window.channels ? from[c] : 0;
+      }
+    }
+    std::memset(band + end * window.pitch, 0, (window.columns - end) * window.pitch * sizeof(float));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Correlations: the convolution itself, and the gradient of its input
+
+// Of a dimension: target index start + i * step for i < count; it is the sum over t < taps of the
+// source index i * stride + t + first and of the kernel's index tap_start + t * tap_step.
+struct Axis {
+  int64_t start, step, count, taps, first, stride, tap_start, tap_step;
+};
+
+Axis ForwardAxis(int64_t target, int64_t kernel, int64_t stride) {
+  return {0, 1, target, kernel, -(kernel / 2), stride, 0, 1};
+}
+
+// Which kernel indices reach the target indices of one phase: out of source index o and kernel
+// index k comes target index o * stride + k - kernel / 2.
+Axis GradientAxis(int64_t target, int64_t kernel, int64_t stride, int64_t phase) {
+  const int64_t smallest = (phase + kernel / 2) % stride;
+  const int64_t taps = smallest < kernel ? (kernel - 1 - smallest) / stride + 1 : 0;
+  const int64_t count = phase < target ? CeilDiv(target - phase, stride) : 0;
+  const int64_t first = (phase + kernel / 2 - smallest) / stride - (taps - 1);
+  return {phase, stride, count, taps, first, 1, smallest + (taps - 1) * stride, -stride};
+}
+
+struct Phase {
+  Axis rows, columns;
+};
+
+// Everything about a correlation but the data. `in` and `out` are the channels of a group.
+struct Correlation {
+  Images source, target;
+  std::vector<Phase> phases;
+  int64_t kernel, groups, in, out;
+  bool transposed;  // whether the weights are [k, k, out, in]
+
+  // Of the weight for kernel row and column 0 and for a group's first channels.
+  int64_t WeightOffset(int64_t group) const { return group * (transposed ? in : out); }
+  int64_t WeightStride() const { return transposed ? groups * in : groups * out; }
+};
+
+// Rows of a phase that are one task: of a band that fits, but enough of them for all threads.
+int64_t RowsOfTask(const Phase& phase, int64_t pitch, int64_t images, int64_t threads) {
+  const int64_t columns = (phase.columns.count - 1) * phase.columns.stride + phase.columns.taps;
+  const int64_t fitting = (kBand / std::max<int64_t>(columns * pitch, 1) - phase.rows.taps) /
+                              phase.rows.stride + 1;
+  const int64_t sharing = CeilDiv(images * phase.rows.count, 4 * threads);
+  return std::clamp<int64_t>(std::min(fitting, sharing), 1, std::max<int64_t>(phase.rows.count, 1));
+}
+
+Window WindowOf(const Phase& phase, int64_t row, int64_t rows, int64_t first, int64_t channels,
+                int64_t pitch) {
+  const Axis &down = phase.rows, &across = phase.columns;
+  return {row * down.stride + down.first,
+          across.first,
+          (rows - 1) * down.stride + down.taps,
+          (across.count - 1) * across.stride + across.taps,
+          first,
+          channels,
+          pitch};
+}
+
+// What `MultiplyTile` needs to know beside the data: of x the distance between pixels and between
+// rows of the kernel; rows of the kernel and values under each; the distance between the weights'
+// rows; of the output the distance between pixels and the channels.
+struct Tile {
+  int64_t x_pixel, x_row, rows, depth, w_row, out_pixel, out_channels;
+};
+
+// out[p, :] = sum over r, j of x[r * x_row + p * x_pixel + j] * w[r, j, :], for kPixels pixels and
+// kVectors vectors of channels.
+template <int kPixels, int kVectors>
+void MultiplyTile(const Tile& tile, const float* x, const float* w, float* out) {
+  Vector sums[kPixels][kVectors] = {};
+  const int64_t pixel = tile.x_pixel, w_row = tile.w_row;
+  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row) {
+    const float* a = x;
+    for (const float* const end = a + tile.depth; a != end; ++a, w += w_row) {
+      Vector b[kVectors];
+      for (int q = 0; q < kVectors; ++q) b[q] = Load(w + q * kLanes);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        for (int q = 0; q < kVectors; ++q) sums[p][q] += b[q] * a[p * pixel];
+      }
+    }
+  }
+  for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
+    for (int q = 0; q < kVectors; ++q) {
+      const int64_t left = tile.out_channels - q * kLanes;
+      StorePart(out + q * kLanes, sums[p][q], left);
+    }
+  }
+}
+
+using MultiplyFunction = void (*)(const Tile&, const float*, const float*, float*);
+
+constexpr int kMaxPixels = 16, kMaxVectors = 4;
+
+// The most pixels whose sums stay in registers beside a row of weights and a value of x.
+constexpr int PixelsFor(int vectors) {
+  return std::min(kMaxPixels, (kRegisters - 1 - vectors) / vectors);
+}
+
+template <int kVectors, size_t... kIndices>
+constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow(std::index_sequence<kIndices...>) {
+  return {MultiplyTile<int(kIndices) + 1, kVectors>...};
+}
+template <int kVectors>
+constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow() {
+  return MultiplyRow<kVectors>(std::make_index_sequence<PixelsFor(kVectors)>());
+}
+// By vectors and pixels, less one.
+constexpr std::array<std::array<MultiplyFunction, kMaxPixels>, kMaxVectors> kMultiply = {
+    MultiplyRow<1>(), MultiplyRow<2>(), MultiplyRow<3>(), MultiplyRow<4>()};
+
+// Pixels of the longest tile when `pixels` are divided evenly into as few as registers allow.
+int64_t EvenPixels(int64_t pixels, int64_t vectors) {
+  return CeilDiv(pixels, CeilDiv(pixels, PixelsFor(vectors)));
+}
+
+// The number of vectors of a tile that takes the fewest cycles for rows of `pixels` pixels of
+// `vectors` vectors each, where a cycle loads two vectors and multiplies two, and a sum waits four.
+int64_t BestVectors(int64_t pixels, int64_t vectors) {
+  auto tile_cycles = [](int64_t p, int64_t q) {
+    return std::max<int64_t>({p * q, p + q, 8});
+  };
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t q = 1; q <= std::min<int64_t>(kMaxVectors, vectors); ++q) {
+    const int64_t p = EvenPixels(pixels, q), rest = vectors % q;
+    int64_t cycles = tile_cycles(p, q) * (vectors / q) + (rest ? tile_cycles(p, rest) : 0);
+    cycles *= CeilDiv(pixels, p);
+    if (cycles < least) least = cycles, best = q;
+  }
+  return best;
+}
+
+// Weights of one phase and group, [taps of rows][taps of columns * in][vectors * kLanes] for each
+// block of `vectors` vectors of output channels from vector `begin`.
+void PackBlock(const Correlation& c, const Phase& phase, int64_t group, int64_t begin,
+               int64_t vectors, const float* weights, float* packed) {
+  const int64_t row_stride = c.WeightStride(), tap = (c.transposed ? c.out : c.in) * row_stride;
+  const int64_t in_stride = c.transposed ? 1 : row_stride, out_stride = c.transposed ? row_stride : 1;
+  const int64_t width = vectors * kLanes, first = begin * kLanes;
+  const int64_t channels = std::min(width, c.out - first);
+  for (int64_t r = 0; r < phase.rows.taps; ++r) {
+    for (int64_t t = 0; t < phase.columns.taps; ++t) {
+      const int64_t row = phase.rows.tap_start + r * phase.rows.tap_step;
+      const int64_t column = phase.columns.tap_start + t * phase.columns.tap_step;
+      const float* from = weights + c.WeightOffset(group) + (row * c.kernel + column) * tap +
+                          first * out_stride;
+      if (c.transposed) {
+        // Read along the rows in memory; the block written to stays in the cache.
+        if (channels < width) std::memset(packed, 0, c.in * width * sizeof(float));
+        for (int64_t o = 0; o < channels; ++o) {
+          for (int64_t i = 0; i < c.in; ++i) packed[i * width + o] = from[o * out_stride + i];
+        }
+      } else {
+        for (int64_t i = 0; i < c.in; ++i) {
+          std::memcpy(packed + i * width, from + i * in_stride, channels * sizeof(float));
+          std::fill(packed + i * width + channels, packed + (i + 1) * width, 0.0f);
+        }
+      }
+      packed += c.in * width;
+    }
+  }
+}
+
+void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* source,
+                    const float* weights, float* target) {
+  const int64_t vectors = CeilDiv(c.out, kLanes), threads = std::max<int64_t>(pool.num_threads(), 1);
+  struct Plan {
+    int64_t depth, size, block, slice, slices, rows, bands, packed, tasks;
+  };
+  std::vector<Plan> plans;
+  int64_t packed_size = 0, tasks = 0, band_size = 0;
+  for (const Phase& phase : c.phases) {
+    Plan plan;
+    plan.depth = phase.columns.taps * c.in;
+    plan.size = phase.rows.taps * plan.depth * kLanes;  // of one vector of channels
+    plan.block = BestVectors(std::max<int64_t>(phase.columns.count, 1), vectors);
+    // A slice is a number of blocks whose weights stay in the cache.
+    const int64_t fitting = kWeights / std::max<int64_t>(plan.size * plan.block, 1);
+    plan.slice = std::min(std::max<int64_t>(fitting, 1) * plan.block, vectors);
+    plan.slices = CeilDiv(vectors, plan.slice);
+    plan.rows = RowsOfTask(phase, c.in, c.source.count * c.groups * plan.slices, threads);
+    plan.bands = CeilDiv(phase.rows.count, plan.rows);
+    plan.packed = packed_size;
+    plan.tasks = phase.columns.count > 0 ? c.groups * plan.slices * c.source.count * plan.bands : 0;
+    packed_size += c.groups * vectors * plan.size;
+    tasks += plan.tasks;
+    const Window window = WindowOf(phase, 0, plan.rows, 0, c.in, c.in);
+    band_size = std::max(band_size, window.rows * window.columns * window.pitch);
+    plans.push_back(plan);
+  }
+
+  Buffer packed(packed_size);
+  auto packed_from = [&](int64_t phase, int64_t group, int64_t vector) {
+    return packed.get() + plans[phase].packed + (group * vectors + vector) * plans[phase].size;
+  };
+  struct Block {
+    int64_t phase, group, begin;
+  };
+  std::vector<Block> blocks;
+  for (int64_t phase = 0; phase < int64_t(plans.size()); ++phase) {
+    for (int64_t group = 0; group < c.groups; ++group) {
+      for (int64_t v = 0; v < vectors; v += plans[phase].block) blocks.push_back({phase, group, v});
+    }
+  }
+  constexpr int64_t kBlocksOfTask = 4;
+  Parallel(pool, CeilDiv(blocks.size(), kBlocksOfTask), [&](int64_t task) {
+    const int64_t end = std::min<int64_t>((task + 1) * kBlocksOfTask, blocks.size());
+    for (int64_t i = task * kBlocksOfTask; i < end; ++i) {
+      const auto [phase, group, begin] = blocks[i];
+      PackBlock(c, c.phases[phase], group, begin, std::min(plans[phase].block, vectors - begin),
+                weights, packed_from(phase, group, begin));
+    }
+  });
+
+  Parallel(pool, tasks, [&](int64_t task) {
+    int64_t index = 0;
+    while (task >= plans[index].tasks) task -= plans[index++].tasks;
+    const Plan& plan = plans[index];
+    const Phase& phase = c.phases[index];
+    const int64_t band_index = task % plan.bands, image = task / plan.bands % c.source.count;
+    const int64_t slice = task / plan.bands / c.source.count % plan.slices;
+    const int64_t group = task / plan.bands / c.source.count / plan.slices;
+    const int64_t row = band_index * plan.rows, rows = std::min(plan.rows, phase.rows.count - row);
+    const Window window = WindowOf(phase, row, rows, group * c.in, c.in, c.in);
+    Buffer band(band_size);
+    CopyWindow(source + image * c.source.height * c.source.width * c.source.channels, c.source,
+               window, band.get());
+
+    Tile tile;
+    tile.x_pixel = phase.columns.stride * c.in;
+    tile.x_row = window.columns * c.in;
+    tile.rows = phase.rows.taps;
+    tile.depth = plan.depth;
+    tile.out_pixel = phase.columns.step * c.target.channels;
+    const int64_t out_row = phase.rows.step * c.target.width * c.target.channels;
+    float* const out = target + group * c.out +
+                       ((image * c.target.height + phase.rows.start + row * phase.rows.step) *
+                            c.target.width + phase.columns.start) * c.target.channels;
+    const int64_t last = std::min((slice + 1) * plan.slice, vectors);
+    for (int64_t v = slice * plan.slice; v < last; v += plan.block) {
+      const int64_t block = std::min(plan.block, last - v);
+      tile.w_row = block * kLanes;
+      tile.out_channels = std::min(block * kLanes, c.out - v * kLanes);
+      const int64_t pixels = EvenPixels(phase.columns.count, block);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t p = 0; p < phase.columns.count; p += pixels) {
+          const int64_t count = std::min(pixels, phase.columns.count - p);
+          kMultiply[block - 1][count - 1](
+              tile, band.get() + r * phase.rows.stride * tile.x_row + p * tile.x_pixel,
+              packed_from(index, group, v), out + r * out_row + p * tile.out_pixel + v * kLanes);
+        }
+      }
+    }
+  });
+}
+
+// The same for one channel a group: x, w and out are vectors of channels.
+template <int kPixels>
+void DepthwiseTile(const Tile& tile, const float* x, const float* w, float* out) {
+  Vector sums[kPixels] = {};
+  const int64_t pixel = tile.x_pixel;
+  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row) {
+    const float* a = x;
+    for (int64_t t = 0; t < tile.depth; ++t, a += tile.w_row, w += tile.w_row) {
+      const Vector b = Load(w);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) sums[p] += b * Load(a + p * pixel);
+    }
+  }
+  for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) StorePart(out, sums[p], tile.out_channels);
+}
+
+constexpr int kDepthwisePixels = 8;
+template <size_t... kIndices>
+constexpr std::array<MultiplyFunction, kDepthwisePixels> DepthwiseRow(std::index_sequence<kIndices...>) {
+  return {DepthwiseTile<int(kIndices) + 1>...};
+}
+constexpr auto kDepthwise = DepthwiseRow(std::make_index_sequence<kDepthwisePixels>());
+
+void CorrelateDepthwise(ffi::ThreadPool& pool, const Correlation& c, const float* source,
+                        const float* weights, float* target) {
+  const int64_t channels = c.groups, pitch = RoundUp(channels, kLanes);
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  struct Plan {
+    int64_t rows, bands, packed, tasks;
+  };
+  std::vector<Plan> plans;
+  int64_t packed_size = 0, tasks = 0, band_size = 0;
+  for (const Phase& phase : c.phases) {
+    Plan plan;
+    plan.rows = RowsOfTask(phase, pitch, c.source.count, threads);
+    plan.bands = CeilDiv(phase.rows.count, plan.rows);
+    plan.packed = packed_size;
+    plan.tasks = phase.columns.count > 0 ? c.source.count * plan.bands : 0;
+    packed_size += phase.rows.taps * phase.columns.taps * pitch;
+    tasks += plan.tasks;
+    const Window window = WindowOf(phase, 0, plan.rows, 0, channels, pitch);
+    band_size = std::max(band_size, window.rows * window.columns * window.pitch);
+    plans.push_back(plan);
+  }
+  Buffer packed(packed_size);
+  float* to = packed.get();
+  for (const Phase& phase : c.phases) {
+    for (int64_t r = 0; r < phase.rows.taps; ++r) {
+      for (int64_t t = 0; t < phase.columns.taps; ++t, to += pitch) {
+        const int64_t row = phase.rows.tap_start + r * phase.rows.tap_step;
+        const int64_t column = phase.columns.tap_start + t * phase.columns.tap_step;
+        const float* from = weights + (row * c.kernel + column) * channels;
+        std::copy(from, from + channels, to);
+        std::fill(to + channels, to + pitch, 0.0f);
+      }
+    }
+  }
+
+  Parallel(pool, tasks, [&](int64_t task) {
+    int64_t index = 0;
+    while (task >= plans[index].tasks) task -= plans[index++].tasks;
+    const Plan& plan = plans[index];
+    const Phase& phase = c.phases[index];
+    const int64_t image = task / plan.bands, row = task % plan.bands * plan.rows;
+    const int64_t rows = std::min(plan.rows, phase.rows.count - row);
+    const Window window = WindowOf(phase, row, rows, 0, channels, pitch);
+    Buffer band(band_size);
+    CopyWindow(source + image * c.source.height * c.source.width * channels, c.source, window,
+               band.get());
+    Tile tile;
+    tile.x_pixel = phase.columns.stride * pitch;
+    tile.x_row = window.columns * pitch;
+    tile.rows = phase.rows.taps;
+    tile.depth = phase.columns.taps;
+    tile.w_row = pitch;
+    tile.out_pixel = phase.columns.step * channels;
+    const int64_t pixels = CeilDiv(phase.columns.count, CeilDiv(phase.columns.count, kDepthwisePixels));
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const out = target + ((image * c.target.height + phase.rows.start +
+                                    (row + r) * phase.rows.step) *
+                                       c.target.width + phase.columns.start) * channels;
+      const float* const x = band.get() + r * phase.rows.stride * tile.x_row;
+      for (int64_t p = 0; p < phase.columns.count; p += pixels) {
+        const int64_t count = std::min(pixels, phase.columns.count - p);
+        for (int64_t first = 0; first < channels; first += kLanes) {
+          tile.out_channels = channels - first;
+          kDepthwise[count - 1](tile, x + p * tile.x_pixel + first,
+                                packed.get() + plan.packed + first,
+                                out + p * tile.out_pixel + first);
+        }
+      }
+    }
+  });
+}
+
+void Correlate(ffi::ThreadPool& pool, const Correlation& c, const float* source,
+               const float* weights, float* target) {
+  if (c.in == 1 && c.out == 1 && c.groups > 1) {
+    CorrelateDepthwise(pool, c, source, weights, target);
+  } else {
+    CorrelateDense(pool, c, source, weights, target);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The gradient of the weights
+
+// sums[j, :] += sum over pixels of x[pixel, j] * dy[pixel, :], for kDepth values of x and kVectors
+// vectors of channels.
+struct GradientTile {
+  int64_t x_pixel, x_row, dy_pixel, dy_row, rows, columns, sums_row;
+};
+
+template <int kDepth, int kVectors>
+void GradientOfTile(const GradientTile& tile, const float* x, const float* dy, float* sums) {
+  Vector total[kDepth][kVectors];
+  for (int j = 0; j < kDepth; ++j) {
+    for (int q = 0; q < kVectors; ++q) total[j][q] = Load(sums + j * tile.sums_row + q * kLanes);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row, dy += tile.dy_row) {
+    const float *a = x, *b = dy;
+    for (int64_t i = 0; i < tile.columns; ++i, a += tile.x_pixel, b += tile.dy_pixel) {
+      Vector v[kVectors];
+      for (int q = 0; q < kVectors; ++q) v[q] = Load(b + q * kLanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < kDepth; ++j) {
+        for (int q = 0; q < kVectors; ++q) total[j][q] += v[q] * a[j];
+      }
+    }
+  }
+  for (int j = 0; j < kDepth; ++j) {
+    for (int q = 0; q < kVectors; ++q) Store(sums + j * tile.sums_row + q * kLanes, total[j][q]);
+  }
+}
+
+using GradientFunction = void (*)(const GradientTile&, const float*, const float*, float*);
+
+template <int kVectors, size_t... kIndices>
+constexpr std::array<GradientFunction, kMaxPixels> GradientRow(std::index_sequence<kIndices...>) {
+  return {GradientOfTile<int(kIndices) + 1, kVectors>...};
+}
+template <int kVectors>
+constexpr std::array<GradientFunction, kMaxPixels> GradientRow() {
+  return GradientRow<kVectors>(std::make_index_sequence<PixelsFor(kVectors)>());
+}
+constexpr std::array<std::array<GradientFunction, kMaxPixels>, kMaxVectors> kGradient = {
+    GradientRow<1>(), GradientRow<2>(), GradientRow<3>(), GradientRow<4>()};
+
+struct Convolution {
+  Images x, y;
+  int64_t kernel, stride, groups, in, out, repetitions;
+};
+
+// How the sum over all pixels is divided: bands of `rows` output rows, `bands` of them in an image,
+// `parts` parts of `bands_of_part` bands each.
+struct Division {
+  int64_t rows, bands, parts, bands_of_part;
+};
+
+Division Divide(const Convolution& c, int64_t floats_of_row, int64_t parts) {
+  Division d;
+  d.rows = std::clamp<int64_t>(kBand / std::max<int64_t>(floats_of_row, 1), 1, c.y.height);
+  d.bands = CeilDiv(c.y.height, d.rows);
+  d.rows = CeilDiv(c.y.height, d.bands);
+  const int64_t all = c.y.count * d.bands;
+  d.bands_of_part = CeilDiv(all, std::clamp<int64_t>(parts, 1, all));
+  d.parts = CeilDiv(all, d.bands_of_part);
+  return d;
+}
+
+void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const float* x,
+                         const float* dy, float* dw) {
+  const int64_t depth = c.kernel * c.in, vectors = CeilDiv(c.out, kLanes);
+  const int64_t block = BestVectors(depth, vectors);
+  const int64_t size = c.kernel * depth * kLanes;  // of one vector of channels
+  const int64_t slice = std::min(std::max<int64_t>(kWeights / (size * block), 1) * block, vectors);
+  const int64_t slices = CeilDiv(vectors, slice);
+  const int64_t columns = (c.y.width - 1) * c.stride + c.kernel;
+  const Division d = Divide(c, columns * c.in * c.stride + c.y.width * c.out,
+                            CeilDiv(kParts, slices * c.groups));
+  const int64_t total = c.groups * vectors * size;
+  Buffer sums(d.parts * total);
+  const Phase phase = {ForwardAxis(c.y.height, c.kernel, c.stride),
+                       ForwardAxis(c.y.width, c.kernel, c.stride)};
+  const int64_t band_size = ((d.rows - 1) * c.stride + c.kernel) * columns * c.in;
+  const bool copied = c.out % kLanes != 0;  // whole vectors would reach beyond the last pixel
+
+  Parallel(pool, c.groups * slices * d.parts, [&](int64_t task) {
+    const int64_t part = task % d.parts, slice_index = task / d.parts % slices;
+    const int64_t group = task / d.parts / slices;
+    const int64_t first = slice_index * slice, last = std::min(first + slice, vectors);
+    const int64_t width = (last - first) * kLanes;
+    float* const own = sums.get() + part * total + (group * vectors + first) * size;
+    std::memset(own, 0, (last - first) * size * sizeof(float));
+    Buffer band(band_size), dy_band(copied ? d.rows * c.y.width * width : 0);
+    const int64_t end = std::min((part + 1) * d.bands_of_part, c.y.count * d.bands);
+    for (int64_t b = part * d.bands_of_part; b < end; ++b) {
+      const int64_t image = b / d.bands, row = b % d.bands * d.rows;
+      const int64_t rows = std::min(d.rows, c.y.height - row);
+      if (rows <= 0) continue;
+      CopyWindow(x + image * c.x.height * c.x.width * c.x.channels, c.x,
+                 WindowOf(phase, row, rows, group * c.in, c.in, c.in), band.get());
+      GradientTile tile;
+      tile.x_pixel = c.stride * c.in;
+      tile.x_row = c.stride * columns * c.in;
+      tile.dy_pixel = c.y.channels;
+      tile.rows = rows;
+      tile.columns = c.y.width;
+      tile.sums_row = width;
+      const float* dy_rows = dy + (image * c.y.height + row) * c.y.width * c.y.channels +
+                             group * c.out + first * kLanes;
+      if (copied) {
+        const int64_t pixels = rows * c.y.width, channels = std::min(width, c.out - first * kLanes);
+        CopyWindow(dy_rows, {1, 1, pixels, c.y.channels}, {0, 0, 1, pixels, 0, channels, width},
+                   dy_band.get());
+        dy_rows = dy_band.get();
+        tile.dy_pixel = width;
+      }
+      tile.dy_row = c.y.width * tile.dy_pixel;
+      for (int64_t v = first; v < last; v += block) {
+        const int64_t count = std::min(block, last - v), length = EvenPixels(depth, count);
+        for (int64_t k = 0; k < c.kernel; ++k) {
+          for (int64_t j = 0; j < depth; j += length) {
+            kGradient[count - 1][std::min(length, depth - j) - 1](
+                tile, band.get() + k * columns * c.in + j, dy_rows + (v - first) * kLanes,
+                own + (k * depth + j) * width + (v - first) * kLanes);
+          }
+        }
+      }
+    }
+  });
+
+  // The parts are added up, in their order, and put where they belong.
+  Parallel(pool, c.groups * slices * c.kernel, [&](int64_t task) {
+    const int64_t k = task % c.kernel, slice_index = task / c.kernel % slices;
+    const int64_t group = task / c.kernel / slices;
+    const int64_t first = slice_index * slice, last = std::min(first + slice, vectors);
+    const int64_t width = (last - first) * kLanes;
+    const int64_t channels = std::min(width, c.out - first * kLanes);
+    const float* from = sums.get() + (group * vectors + first) * size + k * depth * width;
+    float* to = dw + k * depth * c.groups * c.out + group * c.out + first * kLanes;
+    for (int64_t j = 0; j < depth; ++j, from += width, to += c.groups * c.out) {
+      for (int64_t o = 0; o < channels; o += kLanes) {
+        Vector sum = Load(from + o);
+        for (int64_t part = 1; part < d.parts; ++part) sum += Load(from + part * total + o);
+        StorePart(to + o, sum, channels - o);
+      }
+    }
+  });
+}
+
+// sums[r, t, :] += sum over pixels of x[pixel + (r, t), :] * dy[pixel, :], for a vector of channels.
+// Here `x_row` is the distance between rows of x, which are `stride` for one of dy; `pitch` that
+// between its pixels; and `channels` the channels of dy that are left.
+template <int kRows, int kColumns>
+void DepthwiseGradientTile(const GradientTile& tile, int64_t stride, int64_t pitch,
+                           int64_t channels, const float* x, const float* dy, float* sums) {
+  Vector total[kRows][kColumns];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kColumns; ++t) total[r][t] = Load(sums + r * tile.sums_row + t * pitch);
+  }
+  for (int64_t i = 0; i < tile.rows; ++i, x += stride * tile.x_row, dy += tile.dy_row) {
+    const float *a = x, *b = dy;
+    for (int64_t j = 0; j < tile.columns; ++j, a += tile.x_pixel, b += tile.dy_pixel) {
+      const Vector v = LoadPart(b, channels);
+      for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kColumns; ++t) total[r][t] += v * Load(a + r * tile.x_row + t * pitch);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kColumns; ++t) Store(sums + r * tile.sums_row + t * pitch, total[r][t]);
+  }
+}
+
+void WeightGradientDepthwise(ffi::ThreadPool& pool, const Convolution& c, const float* x,
+                             const float* dy, float* dw) {
+  const int64_t channels = c.groups, pitch = RoundUp(channels, kLanes);
+  const int64_t columns = (c.y.width - 1) * c.stride + c.kernel;
+  const Division d = Divide(c, (columns * c.stride + c.y.width) * pitch, kParts);
+  const int64_t size = c.kernel * c.kernel * pitch;
+  Buffer sums(d.parts * size);
+  const Phase phase = {ForwardAxis(c.y.height, c.kernel, c.stride),
+                       ForwardAxis(c.y.width, c.kernel, c.stride)};
+  const int64_t band_size = ((d.rows - 1) * c.stride + c.kernel) * columns * pitch;
+
+  Parallel(pool, d.parts, [&](int64_t part) {
+    float* const own = sums.get() + part * size;
+    std::memset(own, 0, size * sizeof(float));
+    Buffer band(band_size);
+    const int64_t end = std::min((part + 1) * d.bands_of_part, c.y.count * d.bands);
+    for (int64_t b = part * d.bands_of_part; b < end; ++b) {
+      const int64_t image = b / d.bands, row = b % d.bands * d.rows;
+      const int64_t rows = std::min(d.rows, c.y.height - row);
+      if (rows <= 0) continue;
+      CopyWindow(x + image * c.x.height * c.x.width * channels, c.x,
+                 WindowOf(phase, row, rows, 0, channels, pitch), band.get());
+      GradientTile tile;
+      tile.x_pixel = c.stride * pitch;
+      tile.x_row = columns * pitch;
+      tile.dy_pixel = channels;
+      tile.dy_row = c.y.width * channels;
+      tile.rows = rows;
+      tile.columns = c.y.width;
+      tile.sums_row = c.kernel * pitch;
+      const float* const dy_rows = dy + (image * c.y.height + row) * c.y.width * channels;
+      for (int64_t first = 0; first < channels; first += kLanes) {
+        if (c.kernel == 3) {
+          DepthwiseGradientTile<3, 3>(tile, c.stride, pitch, channels - first, band.get() + first,
+                                      dy_rows + first, own + first);
+          continue;
+        }
+        for (int64_t k = 0; k < c.kernel; ++k) {
+          for (int64_t t = 0; t < c.kernel; ++t) {
+            DepthwiseGradientTile<1, 1>(tile, c.stride, pitch, channels - first,
+                                        band.get() + k * tile.x_row + t * pitch + first,
+                                        dy_rows + first,
+                                        own + (k * c.kernel + t) * pitch + first);
+          }
+        }
+      }
+    }
+  });
+  for (int64_t tap = 0; tap < c.kernel * c.kernel; ++tap) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      float sum = sums.get()[tap * pitch + channel];
+      for (int64_t part = 1; part < d.parts; ++part) {
+        sum += sums.get()[part * size + tap * pitch + channel];
+      }
+      dw[tap * channels + channel] = sum;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// XLA's side
+
+// Any number of axes before the four come from jax.vmap: both arguments and the result have them.
+using Array = ffi::Buffer<ffi::F32>;
+
+Images ImagesOf(const Array& array) {
+  const auto sizes = array.dimensions().last(4);
+  return {sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+// How often to do the same, one array after the other, or -1 where the leading axes differ.
+int64_t Repetitions(const Array& a, const Array& b, const Array& c) {
+  const auto of = [](const Array& array) { return array.dimensions().first(array.dimensions().size() - 4); };
+  const auto same = [&](const Array& array) {
+    return std::equal(of(a).begin(), of(a).end(), of(array).begin(), of(array).end());
+  };
+  if (!same(b) || !same(c)) return -1;
+  return std::accumulate(of(a).begin(), of(a).end(), int64_t{1}, std::multiplies<int64_t>());
+}
+
+// The convolution from x to y. Python checks the sizes, but a program may come from anywhere.
+ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& y, int64_t stride,
+                                   int64_t groups) {
+  const ffi::Error error = ffi::Error::InvalidArgument("sizes of a convolution that do not fit");
+  for (const Array* array : {&x, &w, &y}) {
+    if (array->dimensions().size() < 4) return ffi::Unexpected(error);
+  }
+  Convolution c;
+  c.x = ImagesOf(x);
+  c.y = ImagesOf(y);
+  const auto sizes = w.dimensions().last(4);
+  c.kernel = sizes[0];
+  c.stride = stride;
+  c.groups = groups;
+  c.in = sizes[2];
+  c.repetitions = Repetitions(x, w, y);
+  const bool fits = c.repetitions >= 0 && stride > 0 && groups > 0 && c.kernel % 2 == 1 &&
+                    sizes[1] == c.kernel && c.x.channels == groups * c.in &&
+                    c.y.channels == sizes[3] && sizes[3] % groups == 0 &&
+                    c.x.count == c.y.count && c.y.height == CeilDiv(c.x.height, stride) &&
+                    c.y.width == CeilDiv(c.x.width, stride);
+  if (!fits) return ffi::Unexpected(error);
+  c.out = sizes[3] / groups;
+  return c;
+}
+
+// Calls compute(a, b, result) for each repetition; a sum of nothing is zero.
+template <typename Compute>
+ffi::Error Each(const Convolution& c, const Array& a, const Array& b, Array& result,
+                const Compute& compute) {
+  if (a.element_count() == 0 || b.element_count() == 0) {
+    if (result.element_count() > 0) std::memset(result.typed_data(), 0, result.size_bytes());
+    return ffi::Error::Success();
+  }
+  for (int64_t i = 0; i < c.repetitions; ++i) {
+    const auto part = [&](const Array& array) {
+      return array.typed_data() + i * (array.element_count() / c.repetitions);
+    };
+    compute(part(a), part(b), part(result));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, Array x, Array w, ffi::Result<Array> y, int64_t stride,
+                   int64_t groups) {
+  const auto c = Describe(x, w, *y, stride, groups);
+  if (c.has_error()) return c.error();
+  const Phase phase = {ForwardAxis(c->y.height, c->kernel, stride),
+                       ForwardAxis(c->y.width, c->kernel, stride)};
+  const Correlation forward = {c->x, c->y, {phase}, c->kernel, groups, c->in, c->out, false};
+  return Each(*c, x, w, *y, [&](const float* x, const float* w, float* y) {
+    Correlate(pool, forward, x, w, y);
+  });
+}
+
+ffi::Error InputGradient(ffi::ThreadPool pool, Array dy, Array w, ffi::Result<Array> dx,
+                         int64_t stride, int64_t groups) {
+  const auto c = Describe(*dx, w, dy, stride, groups);
+  if (c.has_error()) return c.error();
+  std::vector<Phase> phases;
+  for (int64_t row = 0; row < std::min(stride, c->x.height); ++row) {
+    for (int64_t column = 0; column < std::min(stride, c->x.width); ++column) {
+      phases.push_back({GradientAxis(c->x.height, c->kernel, stride, row),
+                        GradientAxis(c->x.width, c->kernel, stride, column)});
+    }
+  }
+  const Correlation gradient = {c->y, c->x, phases, c->kernel, groups, c->out, c->in, true};
+  return Each(*c, dy, w, *dx, [&](const float* dy, const float* w, float* dx) {
+    Correlate(pool, gradient, dy, w, dx);
+  });
+}
+
+ffi::Error WeightGradient(ffi::ThreadPool pool, Array x, Array dy, ffi::Result<Array> dw,
+                          int64_t stride, int64_t groups) {
+  const auto c = Describe(x, *dw, dy, stride, groups);
+  if (c.has_error()) return c.error();
+  const bool depthwise = c->in == 1 && c->out == 1 && groups > 1;
+  return Each(*c, x, dy, *dw, [&](const float* x, const float* dy, float* dw) {
+    (depthwise ? WeightGradientDepthwise : WeightGradientDense)(pool, *c, x, dy, dw);
+  });
+}
+
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Array>()
+      .Arg<Array>()
+      .Ret<Array>()
+      .Attr<int64_t>("stride")
+      .Attr<int64_t>("groups");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv, Forward, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_input_gradient, InputGradient, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_weight_gradient, WeightGradient, Binding());
+
+}  // namespace shiftnet

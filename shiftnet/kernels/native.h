@@ -1,0 +1,152 @@
+// What operations written in C++ share: vectors of floats, memory and threads.
+//
+// Everything is compiled for the machine it runs on (see native.py), so the width of a vector is known.
+// Timed with AVX-512; other instruction sets compile and are untimed.
+
+#ifndef SHIFTNET_KERNELS_NATIVE_H_
+#define SHIFTNET_KERNELS_NATIVE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace shiftnet {
+
+namespace ffi = xla::ffi;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Vector Load(const float* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
+inline void Store(float* to, Vector value) { *reinterpret_cast<UnalignedVector*>(to) = value; }
+
+// The first `count` lanes, of which there may be more or fewer than a vector has; none beyond them is
+// touched, and those read are zeros.
+#if defined(__AVX512F__)
+inline __mmask16 Mask(int64_t count) { return count >= kLanes ? 0xffff : (1u << count) - 1; }
+inline Vector LoadPart(const float* from, int64_t count) {
+  return (Vector)_mm512_maskz_loadu_ps(Mask(count), from);
+}
+inline void StorePart(float* to, Vector value, int64_t count) {
+  _mm512_mask_storeu_ps(to, Mask(count), (__m512)value);
+}
+#else
+inline Vector LoadPart(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, from, count * sizeof(float));
+  return Load(lanes);
+}
+inline void StorePart(float* to, Vector value, int64_t count) {
+  if (count >= kLanes) return Store(to, value);
+  float lanes[kLanes];
+  Store(lanes, value);
+  std::memcpy(to, lanes, count * sizeof(float));
+}
+#endif
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// ------------------------------------------------------------------------------------------------
+// Memory and threads
+
+// A buffer of floats out of a list of those not in use, because fresh memory costs page faults.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    size += kLanes;  // loads of whole vectors may reach beyond the end
+    {
+      std::lock_guard<std::mutex> lock(mutex());
+      for (auto block = idle().begin(); block != idle().end(); ++block) {
+        if (block->size < size) continue;
+        block_ = std::move(*block);
+        idle().erase(block);
+        return;
+      }
+      if (!idle().empty()) idle().erase(idle().begin());  // it is replaced by a larger one
+    }
+    block_.size = size;
+    block_.data.reset(static_cast<float*>(::operator new(size * sizeof(float), kAlignment)));
+  }
+  ~Buffer() {
+    std::lock_guard<std::mutex> lock(mutex());
+    auto larger = [&](const Block& other) { return other.size >= block_.size; };
+    auto place = std::find_if(idle().begin(), idle().end(), larger);
+    idle().insert(place, std::move(block_));  // from the smallest to the largest
+  }
+  Buffer(const Buffer&) = delete;
+  float* get() const { return block_.data.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* data) const { ::operator delete(data, kAlignment); }
+  };
+  struct Block {
+    int64_t size = 0;
+    std::unique_ptr<float, Free> data;
+  };
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;  // never destroyed: threads may outlive main
+    return *mutex;
+  }
+  static std::vector<Block>& idle() {
+    static auto* idle = new std::vector<Block>;
+    return *idle;
+  }
+  Block block_;
+};
+
+// Calls task(0) to task(count - 1) on XLA's threads and on this one, and returns when all are done.
+// This thread works too and waits only for tasks that others have begun, so that it cannot wait for
+// ever, even where all of XLA's threads are in here.
+template <typename Task>
+void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, count, &task] {  // `task` is used only while this function waits
+    int64_t finished = 0;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++finished) task(i);
+    if (finished > 0 && state->done.fetch_add(finished) + finished == count) {
+      std::lock_guard<std::mutex> lock(state->mutex);
+      state->all_done.notify_all();
+    }
+  };
+  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done.load() == count; });
+}
+
+}  // namespace shiftnet
+
+#endif  // SHIFTNET_KERNELS_NATIVE_H_

@@ -1,0 +1,136 @@
+"""Compiles the operations that are written in C++ for this machine, at their first use.
+
+The library lies in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that changes
+with the source, jaxlib, the compiler and the processor's instructions, so that nothing is ever out
+of date. It takes a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is there, and
+about ten seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
+these operations run in plain XLA.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two processes may compile at the same time, to no harm
+    fcntl = None  # type: ignore[assignment]
+
+HERE = Path(__file__).parent
+SOURCES = (HERE / "conv" / "conv.cc", HERE / "batch_norm" / "batch_norm.cc")
+HANDLERS = (
+    "shiftnet_conv",
+    "shiftnet_conv_input_gradient",
+    "shiftnet_conv_weight_gradient",
+    "shiftnet_batch_norm",
+    "shiftnet_batch_norm_gradient",
+)
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+COMPILERS = ("c++", "g++", "clang++")
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """The loaded library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str | None
+
+
+@functools.cache
+def load() -> Outcome:
+    """Compiles the library where that was not done before, and makes it known to XLA."""
+    if os.environ.get("SHIFTNET_NATIVE", "1") in ("", "0"):
+        return Outcome(None, "SHIFTNET_NATIVE=0 leaves out what a C++ compiler has to build")
+    try:
+        library = ctypes.CDLL(str(_built(_compiler())))
+        for handler in HANDLERS:
+            capsule = jax.ffi.pycapsule(getattr(library, handler))
+            jax.ffi.register_ffi_target(handler, capsule, platform="cpu")
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in output.splitlines() if "error" in line] or output.splitlines()
+        reason = f"the C++ was not compiled: {(lines or ['no reason given'])[0].strip()}"
+        log.warning("convolutions run in plain XLA, which is several times slower: %s", reason)
+        return Outcome(None, reason)
+    return Outcome(library, None)
+
+
+def _compiler() -> list[str]:
+    """The compiler's command.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    raise FileNotFoundError("there is no C++ compiler (c++, g++ or clang++; or name one in CXX)")
+
+
+def _built(compiler: list[str]) -> Path:
+    """The library's path; compiles it where it is not there."""
+    folder = _cache()
+    path = folder / f"native-{_digest(compiler)}.so"
+    if path.exists():
+        return path
+    with _lock(path.with_suffix(".lock")):
+        if path.exists():
+            return path
+        log.info("compiling the CPU's operations, once on this machine: about ten seconds")
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = Path(place) / path.name
+            include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")
+            _output([*compiler, *FLAGS, *include, *map(str, SOURCES), "-o", str(made)])
+            made.replace(path)  # all of it, or nothing
+    return path
+
+
+def _digest(compiler: list[str]) -> str:
+    """What the library depends on: the predefined macros name compiler and instructions."""
+    macros = _output([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull])
+    texts = [path.read_text() for path in (HERE / "native.h", *SOURCES)]
+    parts = (*texts, macros, *FLAGS, version("jaxlib"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _cache() -> Path:
+    """A folder that this user can write to: a temporary one where the home cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "shiftnet"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="shiftnet-"))
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Keeps other processes out."""
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
