@@ -35,11 +35,10 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-from tests.interchange import files
-
 from shiftnet.errors import UserError
 from shiftnet.interchange import UNFORESEEN, read
 from tests import oracle
+from tests.interchange import files
 
 HANG = 2.0  # seconds
 ALLOWED = 32 * 2**20  # bytes beyond 4 × the file's size

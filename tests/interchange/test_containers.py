@@ -5,10 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-from tests.interchange import files
-from tests.interchange.files import Call, Name, Persistent, legacy_file, tensor, zip_file, zipped
 
 from shiftnet.interchange import limits
+from tests.interchange import files
+from tests.interchange.files import Call, Name, Persistent, legacy_file, tensor, zip_file, zipped
 
 VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 

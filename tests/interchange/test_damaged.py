@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.interchange import files
 
 from shiftnet.errors import UserError
 from shiftnet.interchange import UNFORESEEN, read
+from tests.interchange import files
 
 SEEDS = files.honest()
 STARTS = [b"PK\x03\x04", b"\x80\x02", files.MAGIC + files.VERSION, b"\x10" + bytes(7) + b"{", b""]

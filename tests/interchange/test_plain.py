@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from tests.interchange.files import npz, safetensors, zipped
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
