@@ -1,4 +1,5 @@
-"""Reads the weight files of others: PyTorch's, .safetensors and .npz; without PyTorch.
+"""Networks to and from other codes: reads PyTorch's files, .safetensors and .npz without PyTorch,
+and writes arrays under the originals' names and programs that run elsewhere.
 
 A file is data here, never a program: `pickles.py` says how, and `limits.py` what it may ask for.
 
@@ -12,6 +13,11 @@ A file is data here, never a program: `pickles.py` says how, and `limits.py` wha
 | `containers.py` | PyTorch's two file formats |
 | `plain.py` | .npz and .safetensors |
 | `networks.py` | where the network lies in a checkpoint |
+| `recognition.py` | which network it is |
+| `torch_names.py` | the originals' names and layouts |
+| `convert.py` | a file of others becomes a network with its metadata |
+| `originals.py` | and back: a network's arrays under the originals' names |
+| `stablehlo.py`, `onnx.py` | a network as a program |
 """
 
 import collections
@@ -33,7 +39,7 @@ from shiftnet.interchange.networks import (
     is_network,
     without_prefix,
 )
-from shiftnet.interchange.plain import read_npz, read_safetensors
+from shiftnet.interchange.plain import comment, read_npz, read_safetensors
 from shiftnet.interchange.zips import Zip
 
 # How a message of the net at the bottom of `read` ends; the fuzz run counts those.
@@ -49,7 +55,7 @@ class Foreign:
         the `module.`, `_orig_mod.` or `model.` of what wraps a network. In the type of the file,
         but bfloat16 as float32. Two names of one tensor share one array.
       facts: what stands beside the network as a plain value, such as `acc`, `epoch` and `arch`.
-        Of a .safetensors file its metadata, of an .npz file the comment of the zip as `comment`.
+        Of a .safetensors file its metadata, of an .npz file those in its comment.
       modules: where a whole module was pickled, the class of every module by its path; that of
         the root is `""`.
       fields: the plain attributes of those modules, such as `stride` and `in_channels`: numbers,
@@ -109,8 +115,7 @@ def _read(path: Path, entry: str | None) -> Foreign:
     if data.startswith(b"PK\x03\x04"):
         archive = Zip(data)
         if any(name.endswith(".npy") for name in archive.sizes):
-            comment: dict[str, object] = {"comment": archive.comment} if archive.comment else {}
-            return _arrays(read_npz(archive), comment, "NumPy .npz", entry)
+            return _arrays(read_npz(archive), comment(archive), "NumPy .npz", entry)
         return _network(read_zip(archive, clock), "zip", clock, entry)
     if data.startswith(b"\x80"):
         return _network(read_legacy(data, clock), "legacy", clock, entry)

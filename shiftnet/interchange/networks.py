@@ -35,8 +35,10 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model."
 _MOST_PREFIXES = 4  # one inside the other
 
 # What a network may be stored under, the first that is there. Averages of the weights come last.
-PLACES = ("net", "state_dict", "model", "model_state_dict", "model_state", "network", "module")
-PLACES += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+PLACES = (
+    *("net", "state_dict", "model", "model_state_dict", "model_state", "network", "module"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
+)
 
 _SCALARS = (bool, int, float, str)
 _LONGEST = 16  # of the tuples among a module's attributes

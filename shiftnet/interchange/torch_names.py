@@ -64,6 +64,16 @@ def _torch_name(path: tuple[str, ...], naming: Naming) -> str:
     return f"{layer}{_LEAVES[path[-1]]}"
 
 
+def weight_name(layer: str, naming: Naming = SHIFT) -> str:
+    """PyTorch's name of the weight of one of our layers, such as `layer1.0.conv1`."""
+    return _torch_name((*layer.split("."), "weight", "value"), naming)
+
+
+def to_torch_layout(array: np.ndarray) -> np.ndarray:
+    """An array of ours in PyTorch's layout."""
+    return np.transpose(array, _axes_to_torch(array.ndim))
+
+
 def _axes_to_torch(ndim: int) -> tuple[int, ...]:
     """Weights are [kh, kw, in, out] or [in, out] here, [out, in, kh, kw] or [out, in] there."""
     return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
@@ -72,7 +82,7 @@ def _axes_to_torch(ndim: int) -> tuple[int, ...]:
 def to_torch(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, np.ndarray]:
     """The model's parameters and running statistics under PyTorch's names and in its layouts."""
     return {
-        _torch_name(path, naming): np.transpose(np.asarray(leaf[...]), _axes_to_torch(leaf.ndim))
+        _torch_name(path, naming): to_torch_layout(np.asarray(leaf[...]))
         for path, leaf in _leaves(model)
     }
 
@@ -99,7 +109,7 @@ def from_torch(
     """
     coded = set()
     for layer, weight in quantizers.of_layers(model).items():
-        name = _torch_name((*layer.split("."), "weight", "value"), naming)
+        name = weight_name(layer, naming)
         if codes and name in codes and isinstance(weight, quantizers.LowBitWeight):
             weight.set_codes(_from_torch_layout(name, codes[name], weight.shape))
             coded.add(f"{layer}.weight")

@@ -1,7 +1,7 @@
 """Pooling over windows."""
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
 
 from shiftnet.kernels.layouts import ROWS, Layout
 
@@ -21,4 +21,6 @@ def average_pool(x: jax.Array, layout: Layout = "NHWC") -> jax.Array:
 
 def max_pool(x: jax.Array) -> jax.Array:
     """Maxima of 3x3 windows at stride 2, `[N, H, W, C]` to `[N, ceil(H / 2), ceil(W / 2), C]`."""
-    return nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    # Not flax's, which jax2onnx replaces by one that knows no padding in numbers (0.17.1).
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
