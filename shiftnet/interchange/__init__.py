@@ -117,10 +117,11 @@ def _read(path: Path, entry: str | None) -> Foreign:
         if any(name.endswith(".npy") for name in archive.sizes):
             return _arrays(read_npz(archive), comment(archive), "NumPy .npz", entry)
         return _network(read_zip(archive, clock), "zip", clock, entry)
-    if data.startswith(b"\x80"):
-        return _network(read_legacy(data, clock), "legacy", clock, entry)
+    # First, since it starts with a length, which may look like a pickle.
     if data[8:9] == b"{":
         return _arrays(*read_safetensors(path, data), "safetensors", entry)
+    if data.startswith(b"\x80"):
+        return _network(read_legacy(data, clock), "legacy", clock, entry)
     for kind, found in (("gzip", data[:2] == b"\x1f\x8b"), ("tar", data[257:262] == b"ustar")):
         if found:
             raise Refusal(f"it is a {kind} archive; unpack it and name the checkpoint inside")

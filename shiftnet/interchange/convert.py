@@ -16,7 +16,7 @@ from shiftnet.data.cifar import NORMALIZATION as CIFAR_NORMALIZATION
 from shiftnet.data.cifar import WRN_NORMALIZATION
 from shiftnet.errors import UserError
 from shiftnet.interchange import Foreign, originals, torch_names
-from shiftnet.interchange.recognition import Recognised, recognise
+from shiftnet.interchange.recognition import Recognised, codes_of, recognise
 
 # The data set of a network that is trained on something else; `data.source` is `folder` then, with
 # the folder left open.
@@ -97,10 +97,16 @@ def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
     """
     network = nnx.eval_shape(lambda: models.build(found.model, found.num_classes, rngs=nnx.Rngs(0)))
     needed = torch_names.names(network, found.naming)
+    codes, scales = dict(found.codes), set()
+    for name, weight in torch_names.low_bit(network, found.naming).items():
+        array = found.arrays.get(name)
+        if array is not None and array.dtype.kind in "iu":
+            codes[name] = codes_of(name, array, weight.levels)
+            scales.add(f"{name}_scale")
     coded = {
         name
         for name in needed
-        if any(name == weight or name.startswith(f"{weight}_") for weight in found.codes)
+        if any(name == weight or name.startswith(f"{weight}_") for weight in codes)
     }
     for name in needed:
         if name not in coded and name not in found.arrays:
@@ -115,16 +121,20 @@ def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
             raise UserError(f"{name} holds {array.min():g}; a variance is not negative")
     wide = {name: array.astype(np.float32) for name, array in used.items()}
     try:
-        torch_names.from_torch(network, wide, found.naming, codes=found.codes)
+        torch_names.from_torch(network, wide, found.naming, codes=codes)
     except ValueError as error:
         raise UserError(str(error)) from error
-    arrays = {**used, **found.codes}
+    arrays = {**used, **codes}
     rows: Rows = [
-        (name, _shape(arrays[name]), "levels" if name in found.codes else str(arrays[name].dtype))
-        for name in {**found.arrays, **found.codes}
+        (name, _shape(arrays[name]), "levels" if name in codes else str(arrays[name].dtype))
+        for name in {**found.arrays, **codes}
         if name in arrays
     ]
-    unused = [name for name in found.arrays if name not in used and not name.endswith("_tracked")]
+    unused = [
+        name
+        for name in found.arrays
+        if name not in {*arrays, *scales} and not name.endswith("_tracked")
+    ]
     return network, rows, unused
 
 

@@ -22,12 +22,11 @@ import numpy as np
 from flax import nnx
 
 from shiftnet import config as config_lib
-from shiftnet import data, models, quantizers
+from shiftnet import data
 from shiftnet.errors import UserError
 from shiftnet.interchange import torch_names
-from shiftnet.interchange.recognition import Arrays, Recognised, codes_of
+from shiftnet.interchange.recognition import Arrays, Recognised
 from shiftnet.models import parse_arch
-from shiftnet.quantizers import LowBitWeight
 
 ENDINGS = (".safetensors", ".npz", ".pth")
 DESCRIPTION = "shiftnet.model"
@@ -114,7 +113,7 @@ def integers(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndar
     """
     names = naming(model)
     result: dict[str, np.ndarray] = {}
-    weights = _low_bit(network, names)
+    weights = torch_names.low_bit(network, names)
     if not weights:
         raise UserError(f"--integers is for low-bit weights, this {model['arch']}'s are float")
     for name, array in torch_names.to_torch(network, names).items():
@@ -128,15 +127,6 @@ def integers(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndar
             result[owner] = torch_names.to_torch_layout(levels)
             result[f"{owner}_scale"] = np.asarray(weight.scale, np.float32)
     return _counted(result)
-
-
-def _low_bit(network: nnx.Module, names: torch_names.Naming) -> dict[str, LowBitWeight]:
-    """The network's low-bit weights, by their names in the original."""
-    return {
-        torch_names.weight_name(layer, names): weight
-        for layer, weight in quantizers.of_layers(network).items()
-        if isinstance(weight, LowBitWeight)
-    }
 
 
 def _counted(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -238,15 +228,11 @@ def recognise_described(named: Arrays, found: Mapping[str, Any]) -> Recognised:
     _, depth = parse_arch(model.arch)
     if depth and depth > len(named):  # before a network of any depth is built
         raise UserError(f"{model.arch} is described, which has more than {len(named)} arrays")
-    network = nnx.eval_shape(lambda: models.build(model, classes, rngs=nnx.Rngs(0)))
     names = naming(model)
-    codes, rest = {}, dict(named)
-    for name, weight in _low_bit(network, names).items():
-        array = named.get(name)
-        if array is not None and array.dtype.kind in "iu":
-            bits = array.dtype == np.uint8 and array.ndim == 4  # as `packed` writes them
-            codes[name] = (
-                np.unpackbits(array, axis=1) if bits else codes_of(name, array, weight.levels)
-            )
-            rest = {n: a for n, a in rest.items() if n not in (name, f"{name}_scale")}
+    codes = {
+        name: np.unpackbits(array, axis=1)
+        for name, array in named.items()
+        if array.dtype == np.uint8 and array.ndim == 4  # as `packed` writes them
+    }
+    rest = {name: array for name, array in named.items() if name not in codes}
     return Recognised(model.to_dict(), classes, names, rest, codes)

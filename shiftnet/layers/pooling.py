@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from shiftnet.kernels.layouts import ROWS, Layout
 
@@ -21,6 +22,7 @@ def average_pool(x: jax.Array, layout: Layout = "NHWC") -> jax.Array:
 
 def max_pool(x: jax.Array) -> jax.Array:
     """Maxima of 3x3 windows at stride 2, `[N, H, W, C]` to `[N, ceil(H / 2), ceil(W / 2), C]`."""
-    # Not flax's, which jax2onnx replaces by one that knows no padding in numbers (0.17.1).
-    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+    # Padded apart for jax2onnx, whose max pooling takes no padding in numbers (0.17.1); XLA joins
+    # the two again, in gradients too.
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
