@@ -18,8 +18,7 @@ from shiftnet.errors import UserError
 from shiftnet.interchange import Foreign, originals, torch_names
 from shiftnet.interchange.recognition import Recognised, codes_of, recognise
 
-# The data set of a network that is trained on something else; `data.source` is `folder` then, with
-# the folder left open.
+# `data.name` of a network that was trained on nothing that is here by name.
 UNKNOWN = "unknown"
 # By the side of an architecture's images in pixels, and the number of classes.
 DATASETS = {(32, 10): "cifar10", (32, 100): "cifar100", (224, 1000): data.IMAGENET}
@@ -164,18 +163,14 @@ def describe(
         source = "as the file says"
     else:
         name = options.dataset or DATASETS.get((side, classes), UNKNOWN)
-        recipe.data.name = name
+        recipe.data.name, recipe.data.source = name, "tfds"
         names = [str(label) for label in range(classes)]
         source = f"those of {name}"
         if name == UNKNOWN:
             # Files of an unknown data set are as large as the architecture's own.
-            recipe.data.source, recipe.data.size, recipe.data.resize = "folder", side, 0
-            if side == 32:  # small images are not enlarged to cut off their edges
-                recipe.data.resize = side
             mean, std = _assumed(recognised, side)
             source = f"those of {'CIFAR' if side == 32 else 'ImageNet'}, which is a guess"
         else:
-            recipe.data.source = "tfds"
             mean, std = data.normalization(name)
             if name in CIFAR_NORMALIZATION:
                 mean, std = _assumed(recognised, 32)
