@@ -254,6 +254,22 @@ def npz(arrays: Mapping[str, np.ndarray], compressed: bool = False) -> bytes:
     return file.getvalue()
 
 
+# What exported arrays say of their network.
+DESCRIPTION = json.dumps(
+    {
+        "config": json.dumps({"model": {"arch": "resnet8", "weights": "sign"}}),
+        "class_names": ["cat", "dog"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
+)
+
+
+def commented(archive: bytes, comment: str) -> bytes:
+    """A zip archive without a comment, with one."""
+    return archive[:-2] + struct.pack("<H", len(comment)) + comment.encode()
+
+
 def network(python2: bool = False, old: bool = False) -> tuple[dict, dict[str, np.ndarray]]:
     """A checkpoint with a small module, and its storages, which are its arrays in order."""
     draw = np.random.default_rng(0)
@@ -383,4 +399,12 @@ def honest() -> dict[str, bytes]:
         "arrays.npz": npz(arrays),
         "compressed.npz": npz(arrays, compressed=True),
         "arrays.safetensors": safetensors(arrays, __metadata__={"format": "pt"}),
+        "described.npz": commented(npz(arrays), json.dumps({"shiftnet.model": DESCRIPTION})),
+        "described.safetensors": safetensors(
+            arrays, __metadata__={"format": "pt", "shiftnet.model": DESCRIPTION}
+        ),
+        "described.pth": zip_file(
+            {"state_dict": take, "shiftnet.model": DESCRIPTION},
+            {key: a.tobytes() for key, a in storages.items()},
+        ),
     }
