@@ -16,7 +16,7 @@ import shiftnet.config
 from shiftnet import checkpoint, models, packing
 from shiftnet.data import RGB, augment
 from shiftnet.kernels.implementations import compiler_options
-from shiftnet.models.folding import fix_weights
+from shiftnet.layers.folding import fix_weights
 
 # Of a network's arrays, up to which they are constants of its programs, each of which then holds
 # them. ShiftNet-A in float32 (16 MiB) and any network for CIFAR but the widest are below it.

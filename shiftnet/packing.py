@@ -2,11 +2,13 @@
 
 Such a file holds, by the names that the arrays have in the network,
 
-- `<layer>.weight`: of low-bit weights the codes, packed (`shiftnet.quantizers.bits`), uint8
-  `[bytes]`; of float ones the weights themselves;
-- `<layer>.bias`, and for every batch norm its `scale` and `bias` (`shiftnet.layers.affine`);
-- the recipe, the classes' names, the normalisation and a SHA-256 of each tensor and of the rest of
-  the metadata, in the metadata.
+- `<layer>.weight`: the codes of low-bit weights, packed (`shiftnet.quantizers.bits`), uint8
+  `[bytes]`; float weights as they are;
+- `<layer>.weight_scale`: float32, for low-bit weights whose scale does not follow from their shape
+  (`LowBitWeight.scale_shape`);
+- `<layer>.bias`, and the `scale` and `bias` of every batch norm, folded (`BatchNorm.fold`);
+- in the metadata: the recipe, the names of the classes, the normalisation, and a SHA-256 of each
+  tensor and of the other metadata.
 """
 
 import hashlib
@@ -24,13 +26,13 @@ from flax import nnx
 
 from shiftnet import config, models, quantizers
 from shiftnet.errors import UserError
-from shiftnet.layers.affine import Affine
-from shiftnet.models.folding import fold_batch_norms
+from shiftnet.layers import BatchNorm
+from shiftnet.layers.folding import fold_batch_norms
 from shiftnet.quantizers import Float, LowBitWeight, bits
 
 FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
-# What of a checkpoint's note goes into the metadata, as JSON.
+# The fields of a checkpoint's metadata that are kept, as JSON.
 NOTE = ("config", "class_names", "mean", "std", "step")
 
 
@@ -46,20 +48,17 @@ def write(
       rest: dtype of what is not packed, `"float32"` or `"float16"`.
 
     Raises:
-      UserError: where the file cannot be written.
+      UserError: where the file cannot be written, or `rest` cannot hold a number.
     """
     fold_batch_norms(network)
-    tensors = {
-        name: array.astype(rest) if array.dtype == np.float32 else array
-        for name, array in _tensors(network).items()
-    }
+    tensors = {name: _narrowed(name, array, rest) for name, array in _tensors(network).items()}
     metadata = {name: json.dumps(note[name]) for name in NOTE}
     metadata |= {"format": FORMAT, "tensors": json.dumps(_digests(tensors))}
     metadata["sha256"] = _digest_of_text(metadata)
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
+        temporary.write_bytes(_file(tensors, metadata))
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -101,10 +100,25 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
     return network, note
 
 
+def _narrowed(name: str, array: np.ndarray, rest: str) -> np.ndarray:
+    if array.dtype != np.float32 or name.endswith(".weight_scale"):
+        return array
+    with np.errstate(over="ignore"):
+        narrowed = array.astype(rest)
+    if np.isinf(narrowed).any() and not np.isinf(array).any():
+        largest = np.abs(array).max()
+        raise UserError(
+            f"{name} has a value of {largest:.3g}, more than {rest} holds; take float32"
+        )
+    return narrowed
+
+
 def _abstract(model: Mapping[str, Any], num_classes: int) -> nnx.Module:
     def build() -> nnx.Module:
         network = models.build(model, num_classes, rngs=nnx.Rngs(0))
-        fold_batch_norms(network, lambda norm: Affine(norm.mean.shape[0]))
+        for _, module in nnx.iter_modules(network):
+            if isinstance(module, BatchNorm):
+                module.set_folded(jnp.ones(module.features), jnp.zeros(module.features))
         return network
 
     return nnx.eval_shape(build)
@@ -115,7 +129,10 @@ def _tensors(network: nnx.Module) -> dict[str, np.ndarray]:
     tensors = {}
     for layer, weight in forms.items():
         if isinstance(weight, LowBitWeight):
-            tensors[f"{layer}.weight"] = bits.pack(np.asarray(weight.codes()), weight.bits)
+            quantized = weight.quantized()
+            tensors[f"{layer}.weight"] = bits.pack(np.asarray(quantized.codes), quantized.bits)
+            if weight.scale_shape is not None:
+                tensors[f"{layer}.weight_scale"] = np.asarray(quantized.scale)
         else:
             tensors[f"{layer}.weight"] = np.asarray(weight())
     for name, leaf in _rest(network, forms):
@@ -137,7 +154,11 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
         name = f"{layer}.weight"
         if isinstance(weight, LowBitWeight):
             try:
-                weight.set_codes(bits.unpack(tensors[name], weight.bits, weight.shape))
+                codes = bits.unpack(tensors[name], weight.bits, weight.shape)
+                scale = None
+                if weight.scale_shape is not None:
+                    scale = np.asarray(take(f"{name}_scale", weight.scale_shape))
+                weight.set_quantized(codes, scale)
             except (KeyError, IndexError, ValueError) as error:
                 raise UserError(
                     f"{path}: the packed weights {name!r} do not fit: {error}"
@@ -149,13 +170,27 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
 
 
 def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.Variable]]:
-    """The parameters beside the weights, by dotted name."""
+    """Returns the parameters other than weights, by dotted name."""
     found = [
         (".".join(map(str, path)), leaf)
         for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
     ]
     inside = tuple(f"{layer}.weight." for layer in forms)
     return [(name, leaf) for name, leaf in found if not name.startswith(inside)]
+
+
+def _file(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """Returns the bytes of a safetensors file, the same ones for the same contents.
+
+    The library writes the metadata in an order that changes from one call to the next. So its
+    header is written anew here, as JSON with sorted keys, padded to a multiple of 8 bytes.
+    """
+    content = safetensors.numpy.save(dict(tensors), metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":"))
+    encoded = header.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
 
 
 def _digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,6 +13,7 @@ from shiftnet import checkpoint, inference, packing, quantizers
 from shiftnet import config as config_lib
 from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
+from shiftnet.quantizers import form
 from tests import networks
 
 FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
@@ -90,6 +92,57 @@ def test_a_float16_rest_keeps_the_low_bit_weights_exact(tmp_path):
     after = quantizers.of_layers(shiftnet.load(tmp_path / "net.safetensors").network)
     for name, expected in low.items():
         np.testing.assert_array_equal(after[name](), expected)
+
+
+def test_two_packs_of_one_network_are_the_same_file(tmp_path):
+    files = []
+    for name in ("a.safetensors", "b.safetensors"):
+        network, recipe = small()
+        packing.write(tmp_path / name, network, note(recipe))
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_number_that_float16_cannot_hold_is_refused_by_name(tmp_path):
+    network, recipe = small()
+    network.linear.bias.set_value(network.linear.bias[...].at[3].set(1e6))
+    with pytest.raises(UserError, match=r"linear\.bias has a value of 1e\+06, more than float16"):
+        packing.write(tmp_path / "net.safetensors", network, note(recipe), "float16")
+    assert not list(tmp_path.iterdir())
+
+
+class ScaledSign(quantizers.LowBitWeight):
+    """Signs times the mean of the latents' sizes in each output channel."""
+
+    levels = (-1, 1)
+
+    def __init__(self, shape, *, init, rngs):
+        super().__init__(shape, ["latent"], init=init, rngs=rngs)
+        self.scale_shape = (shape[-1],)
+
+    @property
+    def scale(self):
+        latent = self.latent[...]
+        return abs(latent).mean(range(latent.ndim - 1))
+
+    def level(self):
+        return form.sign(self.latent[...])
+
+    def set_quantized(self, codes, scale=None):
+        self.latent.set_value(jnp.asarray(np.asarray(self.levels, np.float32)[codes] * scale))
+
+
+def test_a_scale_that_depends_on_the_latents_is_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(quantizers.FORMS, "sign", (ScaledSign, ()))
+    network, recipe = small("sign")
+    before = {name: np.asarray(w()) for name, w in quantizers.of_layers(network).items()}
+    packing.write(tmp_path / "net.safetensors", network, note(recipe))
+    loaded = packing.read(tmp_path / "net.safetensors")[0]
+    scales = safetensors.numpy.load_file(tmp_path / "net.safetensors")
+    assert scales["layer1.0.conv1.weight_scale"].shape == (16,)
+    assert "conv1.weight_scale" not in scales  # float
+    for name, weight in quantizers.of_layers(loaded).items():
+        np.testing.assert_allclose(weight(), before[name], rtol=1e-6, err_msg=name)
 
 
 # Files that are not right

@@ -121,9 +121,9 @@ def integers(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndar
         if owner is None:
             result[name] = array
         elif owner not in result:
-            weight = weights[owner]
+            weight = weights[owner].quantized()
             dtype = np.int8 if max(weight.levels) <= np.iinfo(np.int8).max else np.int16
-            levels = np.asarray(weight.levels, dtype)[np.asarray(weight.codes())]
+            levels = np.asarray(weight.levels, dtype)[np.asarray(weight.codes)]
             result[owner] = torch_names.to_torch_layout(levels)
             result[f"{owner}_scale"] = np.asarray(weight.scale, np.float32)
     return _counted(result)

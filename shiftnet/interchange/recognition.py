@@ -31,7 +31,7 @@ class Recognised:
       naming: whose names the arrays have.
       arrays: those with numbers, by these names.
       codes: of weights that are there without their latents, by these names and in PyTorch's
-        layout; see `LowBitWeight.codes`.
+        layout; see `QuantizedWeight`.
     """
 
     model: Mapping[str, Any]

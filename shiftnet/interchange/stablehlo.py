@@ -1,5 +1,6 @@
 """A network as a program of its own, from images to logits."""
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -8,35 +9,29 @@ from flax import nnx
 from jax import export as jax_export
 
 from shiftnet.data import RGB, augment
-from shiftnet.kernels.implementations import only_xla
-from shiftnet.kernels.shift import Implementation
-from shiftnet.layers import Shift
-from shiftnet.models.folding import fix_weights, fold_batch_norms
-from shiftnet.quantizers.levels import Levels
+from shiftnet.kernels.implementations import lowered_for, only_xla
+from shiftnet.layers.folding import fix_weights, fold_batch_norms
+from shiftnet.quantizers import LowBitWeight
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 Program = Callable[[jax.Array], jax.Array]
 
 
-def program(
-    network: nnx.Module, mean: RGB, std: RGB, shift: Implementation | None = None
-) -> Program:
+def program(network: nnx.Module, mean: RGB, std: RGB, platform: str | None = None) -> Program:
     """The function from uint8 `[N, H, W, 3]` to float32 logits, with batch norms folded.
 
     Args:
       network: a trained one; changed in place.
       mean, std: of each channel, for pixels in [0, 1].
-      shift: the implementation of shifts; None chooses by the device that the program runs on.
+      platform: operations are chosen for "cpu", "gpu" or "tpu"; None leaves that to the device that
+        the program runs on.
     """
     fold_batch_norms(network)
-    fix_weights(network, Levels)
-    for _, layer in nnx.iter_modules(network):
-        if isinstance(layer, Shift):
-            layer.implementation = shift
+    fix_weights(network, LowBitWeight.quantized)
 
     def logits(images: jax.Array) -> jax.Array:
-        with only_xla():
+        with only_xla(), lowered_for(platform) if platform else contextlib.nullcontext():
             return network(augment.normalize(images, mean, std))
 
     return logits

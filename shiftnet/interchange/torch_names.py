@@ -115,7 +115,7 @@ def from_torch(
       state_dict: arrays by PyTorch's names. Names that the model lacks are ignored.
       naming: whose names they are.
       codes: of low-bit weights whose latents are not in `state_dict`, in PyTorch's layout and by
-        the name of the weight; see `LowBitWeight.set_codes`.
+        the name of the weight; see `LowBitWeight.set_quantized`.
 
     Raises:
       KeyError: for a name that is missing.
@@ -124,7 +124,7 @@ def from_torch(
     coded = set()
     for name, weight in low_bit(model, naming).items():
         if codes and name in codes:
-            weight.set_codes(_from_torch_layout(name, codes[name], weight.shape))
+            weight.set_quantized(_from_torch_layout(name, codes[name], weight.shape))
             coded.add(name)
     for path, leaf in _leaves(model):
         if not (is_latent(path) and weight_name(".".join(path[:-2]), naming) in coded):

@@ -74,6 +74,11 @@ def lowered_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def is_lowered_for(platform: str) -> bool:
+    """Whether this is within `lowered_for(platform)`."""
+    return _platform.get() == platform
+
+
 def platform() -> str:
     """What programs are laid out for: "cpu", "tpu" or "gpu"."""
     return _platform.get() or jax.default_backend()

@@ -28,12 +28,12 @@ def from_nhwc(x: jax.Array, layout: Layout) -> jax.Array:
     return x if layout == "NHWC" else x.transpose(1, 2, 3, 0)
 
 
-def per_channel(values: jax.Array, layout: Layout) -> jax.Array:
+def per_channel(values: jax.Array, layout: Layout = "NHWC") -> jax.Array:
     """`[C]` in the shape that multiplies an image batch."""
     return values if layout == "NHWC" else values[:, None]
 
 
-def every(x: jax.Array, stride: int, layout: Layout) -> jax.Array:
+def every(x: jax.Array, stride: int, layout: Layout = "NHWC") -> jax.Array:
     """Every `stride`-th row and column, from the first."""
     rows = ROWS[layout]
     for axis in (rows, rows + 1):
@@ -46,7 +46,7 @@ def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def product(x: jax.Array, w: jax.Array, layout: Layout) -> jax.Array:
+def product(x: jax.Array, w: jax.Array, layout: Layout = "NHWC") -> jax.Array:
     """The 1x1 convolution of images of C channels by `w`, `[C, K]`.
 
     In NHWC as one product of two matrices: XLA's CPU backend then computes the weights' gradient
@@ -58,7 +58,7 @@ def product(x: jax.Array, w: jax.Array, layout: Layout) -> jax.Array:
 
 
 def affine(
-    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, layout: Layout
+    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, layout: Layout = "NHWC"
 ) -> jax.Array:
     """`x * scale + bias` in the dtype of x, computed in float32 or wider; `[C]` each, or None.
 

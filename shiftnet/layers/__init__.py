@@ -5,7 +5,8 @@ All of them compute in the precision of their input: parameters are cast to it o
 
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
+from shiftnet.layers.folding import fold_batch_norm
 from shiftnet.layers.linear import Linear
 from shiftnet.layers.shift import Shift
 
-__all__ = ["BatchNorm", "Conv", "Linear", "Shift"]
+__all__ = ["BatchNorm", "Conv", "Linear", "Shift", "fold_batch_norm"]

@@ -1,12 +1,11 @@
 """Convolution without bias."""
 
-from collections.abc import Callable
-
 import jax
 from flax import nnx
 
+from shiftnet import quantizers
 from shiftnet.kernels.layouts import every, product
-from shiftnet.quantizers import Float, Weight
+from shiftnet.quantizers.form import Form, Init
 from shiftnet.quantizers.initializers import torch_uniform
 
 
@@ -19,14 +18,19 @@ class Conv(nnx.Module):
       kernel_size: side of the kernel, odd.
       stride: in pixels, both ways.
       groups: 1, or `in_features` for a depthwise convolution.
-      init: draws the weight, `init(key, shape)`.
+      weights: the form of the weight: a name in `shiftnet.quantizers.FORMS`, or what makes one.
+      bits: bits per weight, where the named form has a choice; 0 for its own number.
+      init: draws a float weight, `init(key, shape)`.
       rngs: the `params` stream.
 
-    Its `weight`, `[kernel_size, kernel_size, in_features // groups, out_features]`, is a `Float`
-    that another weight form can replace.
+    Attributes:
+      weight: `[kernel_size, kernel_size, in_features // groups, out_features]`.
 
     Calling it on `[N, H, W, in_features]` returns
     `[N, ceil(H / stride), ceil(W / stride), out_features]` in the input's dtype.
+
+    Raises:
+      UserError: for a form, or a number of bits, that does not exist.
     """
 
     def __init__(
@@ -37,11 +41,14 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         groups: int = 1,
-        init: Callable[..., jax.Array] = torch_uniform,
+        weights: str | Form = "float",
+        bits: int = 0,
+        init: Init = torch_uniform,
         rngs: nnx.Rngs,
     ):
+        form = quantizers.make(weights, bits) if isinstance(weights, str) else weights
         shape = (kernel_size, kernel_size, in_features // groups, out_features)
-        self.weight: Weight = Float(shape, init=init, rngs=rngs)
+        self.weight = form(shape, init=init, rngs=rngs)
         self.stride = stride
         self.groups = groups
 
@@ -53,7 +60,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1:
-            return product(every(x, self.stride, "NHWC"), kernel[0, 0], "NHWC")
+            return product(every(x, self.stride), kernel[0, 0])
         pad = kernel.shape[0] // 2
         return jax.lax.conv_general_dilated(
             x,

@@ -10,7 +10,6 @@ from flax import nnx
 
 from shiftnet import quantizers
 from shiftnet.errors import UserError, unknown
-from shiftnet.layers import Conv, Linear
 from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
 from shiftnet.models.network import Network
 
@@ -18,10 +17,10 @@ __all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
 
 
 class Family(NamedTuple):
-    """Networks of one kind.
+    """A kind of networks.
 
     Attributes:
-      build: `build(depth, num_classes, dtype=..., rngs=..., **fields)`.
+      build: `build(depth, num_classes, weights=..., ends=..., dtype=..., rngs=..., **fields)`.
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
@@ -45,7 +44,7 @@ FAMILIES = {
     "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, (), 224),
 }
 
-# What a field is where it changes nothing. The reduction's mode does nothing without a reduction.
+# The value of each field that changes nothing; the mode of a reduction needs none.
 NEUTRAL = {"expansion": 1, "reduction": 1, "width": 1}
 
 
@@ -81,7 +80,7 @@ def check(model: Mapping[str, Any]) -> None:
 
 
 def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Network:
-    """The network that a recipe's `config.model` names.
+    """Builds the network that a recipe's `config.model` describes.
 
     Args:
       model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
@@ -112,23 +111,13 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
                 f"got {model[field]}"
             )
     form = quantizers.make(model["weights"], model["weight_bits"])
-    network = family.build(
+    ends = form if model["quantize_first_last"] else quantizers.Float
+    return family.build(
         depth,
         num_classes,
+        weights=form,
+        ends=ends,
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},
     )
-    if form is not quantizers.Float:
-        spared = () if model["quantize_first_last"] else network.first_and_last
-        _set_weights(network, form, spared, rngs)
-    return network
-
-
-def _set_weights(
-    network: Network, form: Callable[..., quantizers.Weight], spared: Sequence[str], rngs: nnx.Rngs
-) -> None:
-    """Gives every convolution and linear layer but the spared ones weights of a form."""
-    for path, layer in nnx.iter_modules(network):
-        if isinstance(layer, Conv | Linear) and ".".join(map(str, path)) not in spared:
-            layer.weight = form(layer.weight.shape, rngs=rngs)

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds, parameters, bytes of weights and of activations.
+"""Counts the cost of a network: multiply-adds, parameters, bytes of weights and activations.
 
 The numbers are read off the program that JAX traces from the network, so they hold for any
 `nnx.Module` and whatever its layers are made of; nothing is computed and no weight is allocated.
@@ -20,7 +20,7 @@ from shiftnet.kernels.implementations import only_xla
 
 
 class Layer(NamedTuple):
-    """One layer's share.
+    """The cost of one layer.
 
     Attributes:
       name: path of the module, for example `"layer1.0.conv1"`.
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
         latents they come from, and its other `nnx.Param`s; running statistics are left out.
       bits: of one of its weights; 32 where it has none.
       weight_bytes: of the parameters: the weights' packed, the others in the type they are kept in.
-      output: shape of what it returns, without the batch.
+      output: shape of what it returns, or its convolution does, without the batch.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a network costs for one image.
+    """The cost of a network for one image.
 
     Attributes:
       layers: in the order in which the network runs them.
@@ -86,24 +86,35 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
     modules, variables, steps, logits = _trace(model, image)
 
     def owner(names: Iterable[str]) -> str:
-        """The innermost module that holds all these variables; `""` is the network."""
+        """Returns the innermost module with all these variables; `""` is the network."""
         levels = zip(*(name.split(".") for name in names), strict=False)
         path = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, levels)]
         while path and ".".join(path) not in modules:
             path.pop()
         return ".".join(path)
 
+    forms = quantizers.of_layers(model)
+
+    def is_latent(name: str) -> bool:
+        return any(name.startswith(f"{layer}.weight.") for layer in forms)
+
     multiply_adds: Counter[str] = Counter()
+    outputs: dict[str, tuple[int, ...]] = {}
     for step in steps:
-        if step.is_forward and (step.variables or step.multiply_adds):
-            multiply_adds[owner(step.variables)] += step.multiply_adds
+        if not step.is_forward or not (step.variables or step.multiply_adds):
+            continue
+        # A batch norm that is folded into a weight computes nothing by itself.
+        of_weights = set(filter(is_latent, step.variables))
+        layer = owner(of_weights or step.variables)
+        multiply_adds[layer] += step.multiply_adds
+        if step.multiply_adds:
+            for name in {layer, *(owner([variable]) for variable in step.variables)}:
+                outputs.setdefault(name, step.writes[0].shape[1:])
     parameters: Counter[str] = Counter()
     weight_bytes: Counter[str] = Counter()
     bits: dict[str, int] = {}
-    forms = quantizers.of_layers(model)
     for name, variable in variables.items():
-        is_latent = any(name.startswith(f"{layer}.weight.") for layer in forms)
-        if isinstance(variable, nnx.Param) and not is_latent:
+        if isinstance(variable, nnx.Param) and not is_latent(name):
             size = math.prod(variable.shape)
             parameters[owner([name])] += size
             weight_bytes[owner([name])] += size * variable.dtype.itemsize
@@ -119,7 +130,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             parameters[name],
             bits.get(name, 32),
             weight_bytes[name],
-            modules[name],
+            modules[name] or outputs.get(name, ()),
         )
         for name in {**multiply_adds, **parameters}
     )
@@ -131,6 +142,7 @@ class _Value:
 
     Attributes:
       nbytes: its size.
+      shape: its shape, or the one that it is reshaped to later.
       variables: names of the model's variables that it is computed from; None for an activation,
         which depends on the image.
     """
@@ -138,6 +150,7 @@ class _Value:
     def __init__(self, aval, variables: frozenset[str] | None):
         self.nbytes = math.prod(aval.shape) * aval.dtype.itemsize
         self.variables = variables
+        self.shape: tuple[int, ...] = aval.shape
 
     @property
     def is_activation(self) -> bool:
@@ -145,7 +158,7 @@ class _Value:
 
 
 class _Step(NamedTuple):
-    """An operation of the program, calls that hold products taken apart."""
+    """An operation of the program; calls with products inside are taken apart."""
 
     reads: Sequence[_Value]
     writes: Sequence[_Value]
@@ -153,7 +166,7 @@ class _Step(NamedTuple):
 
     @property
     def is_forward(self) -> bool:
-        """Whether it depends on the image."""
+        """Tells whether it depends on the image."""
         return any(value.is_activation for value in self.reads)
 
     @property
@@ -165,13 +178,14 @@ class _Trace(NamedTuple):
     """A network's forward pass.
 
     Attributes:
-      modules: shape of what each module of the forward pass returns, without the batch, by path.
+      modules: the layers, blocks and so on, by path: shape of what each returns, without the batch;
+        None for one that is not called.
       variables: the network's, by path.
       steps: in the program's order.
       logits: the result.
     """
 
-    modules: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, tuple[int, ...] | None]
     variables: Mapping[str, nnx.Variable]
     steps: Sequence[_Step]
     logits: _Value
@@ -209,16 +223,21 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
     steps: list[_Step] = []
     *results, logits = _follow(program.jaxpr, inputs, steps)
     # A module that returns a weight is part of the layer that multiplies with it.
-    modules = {
-        name: output.shape[1:]
-        for (name, output), value in zip(outputs.items(), results, strict=True)
-        if value.is_activation
+    modules: dict[str, tuple[int, ...] | None] = {
+        ".".join(map(str, path)): None
+        for path, module in nnx.iter_modules(model)
+        if not isinstance(module, nnx.List | nnx.Dict | quantizers.Weight)
     }
+    for (name, output), value in zip(outputs.items(), results, strict=True):
+        if value.is_activation:
+            modules[name] = output.shape[1:]
+        else:
+            modules.pop(name, None)
     return _Trace(modules, variables, steps, logits)
 
 
 def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> list[_Value]:
-    """Runs the program on values without contents; appends its steps, returns its results."""
+    """Runs the program on values without contents, appends its steps and returns its results."""
     values = dict(zip(program.invars, inputs, strict=True))
     values |= {constant: _Value(constant.aval, frozenset()) for constant in program.constvars}
 
@@ -239,6 +258,8 @@ def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> lis
             variables = None if step.is_forward else step.variables
             writes = [_Value(out.aval, variables) for out in equation.outvars]
             steps.append(step._replace(writes=writes))
+            if equation.primitive.name == "reshape":
+                reads[0].shape = writes[0].shape
         values.update(zip(equation.outvars, writes, strict=True))
     return [value(atom) for atom in program.outvars]
 
@@ -265,7 +286,7 @@ def _has_products(program: Jaxpr) -> bool:
 
 
 def _multiply_adds(equation: JaxprEqn) -> int:
-    """Of one convolution or matrix product: values of the result times products summed in each."""
+    """Multiplies the values of a product's result by the terms summed in each."""
     if equation.primitive.name == "conv_general_dilated":
         kernel = _shape(equation.invars[1])
         features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
@@ -283,7 +304,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 def _peak_bytes(steps: Sequence[_Step], result: _Value) -> int:
-    """As `Counts.peak_activation_bytes` says."""
+    """Computes `Counts.peak_activation_bytes`."""
     last_use = {id(value): i for i, step in enumerate(steps) for value in step.reads}
     last_use[id(result)] = len(steps)
     alive: dict[int, int] = {}

@@ -1,6 +1,7 @@
 """DepthwiseResNet: the depthwise-separable rival that arXiv:1711.08141's code compares with."""
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -20,15 +21,15 @@ class DepthwiseBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
-        self.conv1 = Conv(in_features, middle_features, 1, rngs=rngs)
+        self.conv1 = Conv(in_features, middle_features, 1, **layer)
         self.bn1 = BatchNorm(middle_features)
-        self.depth = Conv(middle_features, middle_features, 3, groups=middle_features, rngs=rngs)
+        self.depth = Conv(middle_features, middle_features, 3, groups=middle_features, **layer)
         self.bn2 = BatchNorm(middle_features)
-        self.conv3 = Conv(middle_features, out_features, 1, stride=stride, rngs=rngs)
+        self.conv3 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))

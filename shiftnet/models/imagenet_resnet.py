@@ -5,6 +5,8 @@ torchvision has them and S3 trains them.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,8 @@ from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.pooling import max_pool
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
+from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
-
-_Conv = functools.partial(Conv, init=he_normal_fan_out)
 
 
 class BasicBlock(nnx.Module):
@@ -24,12 +25,12 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, in_features: int, features: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = _Conv(in_features, features, 3, stride=stride, rngs=rngs)
+    def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
+        self.conv1 = Conv(in_features, features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(features)
-        self.conv2 = _Conv(features, features, 3, rngs=rngs)
+        self.conv2 = Conv(features, features, 3, **layer)
         self.bn2 = BatchNorm(features)
-        self.shortcut = Shortcut(in_features, features, stride, init=he_normal_fan_out, rngs=rngs)
+        self.shortcut = Shortcut(in_features, features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -42,15 +43,15 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, in_features: int, features: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
         out = features * self.expansion
-        self.conv1 = _Conv(in_features, features, 1, rngs=rngs)
+        self.conv1 = Conv(in_features, features, 1, **layer)
         self.bn1 = BatchNorm(features)
-        self.conv2 = _Conv(features, features, 3, stride=stride, rngs=rngs)
+        self.conv2 = Conv(features, features, 3, stride=stride, **layer)
         self.bn2 = BatchNorm(features)
-        self.conv3 = _Conv(features, out, 1, rngs=rngs)
+        self.conv3 = Conv(features, out, 1, **layer)
         self.bn3 = BatchNorm(out)
-        self.shortcut = Shortcut(in_features, out, stride, init=he_normal_fan_out, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -76,29 +77,38 @@ class ImageNetResNet(Network):
     Args:
       depth: one of `DEPTHS`.
       num_classes: length of the logits.
+      weights: the form of the weights.
+      ends: the form of the first and the last layer's weights.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
 
-    first_and_last = ("conv1", "linear")
-
     def __init__(
-        self, depth: int, num_classes: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+        self,
+        depth: int,
+        num_classes: int,
+        *,
+        weights: Form = Float,
+        ends: Form = Float,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
-        block, counts = STAGES[depth]
-        self.conv1 = _Conv(3, 64, 7, stride=2, rngs=rngs)
+        kind, counts = STAGES[depth]
+        layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
+        block: Callable[..., nnx.Module] = functools.partial(kind, weights=weights, **layer)
+        self.conv1 = Conv(3, 64, 7, stride=2, weights=ends, **layer)
         self.bn1 = BatchNorm(64)
         stages, inside = [], 64
         for stage, count in enumerate(counts):
             features = 64 * 2**stage
-            outside = features * block.expansion
-            blocks = [block(inside, features, 1 + (stage > 0), rngs=rngs)]
-            blocks += [block(outside, features, 1, rngs=rngs) for _ in range(1, count)]
+            outside = features * kind.expansion
+            blocks = [block(inside, features, 1 + (stage > 0))]
+            blocks += [block(outside, features, 1) for _ in range(1, count)]
             stages.append(nnx.List(blocks))
             inside = outside
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.linear = Linear(inside, num_classes, rngs=rngs)
+        self.linear = Linear(inside, num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = self.conv1(x)

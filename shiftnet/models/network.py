@@ -1,6 +1,4 @@
-"""What every network is."""
-
-from typing import ClassVar
+"""The base of all networks."""
 
 import jax
 import jax.numpy as jnp
@@ -17,39 +15,35 @@ IMAGES_AT_A_TIME = 32
 class Network(nnx.Module):
     """From normalised images `[N, H, W, 3]` to logits `[N, num_classes]` in the images' dtype.
 
-    A subclass computes them in `logits`, in the precision of what it is given.
+    A subclass computes them in `logits`, in the precision of what it is given. It is made with the
+    forms of its weights, `weights`, and of those of its first and last layer, `ends`.
 
     Args:
       dtype: compute in this dtype whatever the input's; None computes in the input's.
-
-    Attributes:
-      first_and_last: the paths of its first convolution and its last layer.
     """
-
-    first_and_last: ClassVar[tuple[str, str]]
 
     def __init__(self, dtype: jnp.dtype | None):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = x.astype(self.dtype or x.dtype)
+        def compute(images: jax.Array) -> jax.Array:
+            y = images.astype(self.dtype or images.dtype)
+            return self.logits(y, train=train).astype(images.dtype)
+
         if train or not _in_pieces(x):
-            return self.logits(y, train=train).astype(x.dtype)
-
-        def few(images: jax.Array) -> jax.Array:
-            return self.logits(images, train=False).astype(x.dtype)
-
-        count, whole = len(x), len(x) // IMAGES_AT_A_TIME * IMAGES_AT_A_TIME
-        pieces = y[:whole].reshape(-1, IMAGES_AT_A_TIME, *y.shape[1:])
-        logits = jax.lax.map(few, pieces).reshape(whole, -1)
-        return logits if whole == count else jnp.concatenate([logits, few(y[whole:])])
+            return compute(x)
+        pieces = -(-len(x) // IMAGES_AT_A_TIME)
+        missing = -len(x) % pieces
+        filled = jnp.pad(x, [(0, missing), (0, 0), (0, 0), (0, 0)])
+        logits = jax.lax.map(compute, filled.reshape(pieces, -1, *x.shape[1:]))
+        return logits.reshape(len(filled), -1)[: len(x)]
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         raise NotImplementedError
 
 
 def _in_pieces(x: jax.Array) -> bool:
-    """Whether a few of these images at a time are faster: on one CPU, and where they are small."""
+    """Tells whether a few images at a time are faster: on one CPU, where they are small."""
     if is_only_xla() or platform() != "cpu" or not all(isinstance(n, int) for n in x.shape):
         return False
     return len(x) == shares(len(x)) > IMAGES_AT_A_TIME and x.shape[1] * x.shape[2] <= 32 * 32

@@ -5,8 +5,9 @@ form of the code published with arXiv:1711.08141: projection shortcuts, no biase
 Modules carry the names of the original's state dict.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -14,20 +15,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.errors import UserError
-from shiftnet.kernels.implementations import is_only_xla
-from shiftnet.kernels.layouts import Layout, affine, every, product
-from shiftnet.layers import BatchNorm, Conv, Linear
+from shiftnet.kernels.layouts import affine, every, product
+from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm
 from shiftnet.models.network import Network
-from shiftnet.quantizers.initializers import torch_uniform
+from shiftnet.quantizers import Float, Form
 
 WIDTHS = (16, 32, 64)
 
 
 class Block(Protocol):
-    """What a stage is made of: `block(in_features, out_features, stride, rngs=rngs)`."""
+    """Builds one of the blocks of a stage, whose layers are made with the options."""
 
     def __call__(
-        self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs
+        self, in_features: int, out_features: int, stride: int, **layer: Any
     ) -> nnx.Module: ...
 
 
@@ -39,11 +39,11 @@ class ResNet(Network):
       depth: 6n + 2.
       num_classes: length of the logits.
       widths: channels of the three stages; the stem has as many as the first.
+      weights: the form of the weights.
+      ends: the form of the first and the last layer's weights.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
-
-    first_and_last = ("conv1", "linear")
 
     def __init__(
         self,
@@ -52,37 +52,34 @@ class ResNet(Network):
         num_classes: int,
         *,
         widths: tuple[int, int, int] = WIDTHS,
+        weights: Form = Float,
+        ends: Form = Float,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         count = (depth - 2) // 6
-        self.conv1 = Conv(3, widths[0], 3, rngs=rngs)
+        stage = functools.partial(_stage, block, count=count, weights=weights, rngs=rngs)
+        self.conv1 = Conv(3, widths[0], 3, weights=ends, rngs=rngs)
         self.bn1 = BatchNorm(widths[0])
-        self.layer1 = _stage(block, widths[0], widths[0], count, stride=1, rngs=rngs)
-        self.layer2 = _stage(block, widths[0], widths[1], count, stride=2, rngs=rngs)
-        self.layer3 = _stage(block, widths[1], widths[2], count, stride=2, rngs=rngs)
-        self.linear = Linear(widths[2], num_classes, rngs=rngs)
+        self.layer1 = stage(widths[0], widths[0], stride=1)
+        self.layer2 = stage(widths[0], widths[1], stride=2)
+        self.layer3 = stage(widths[1], widths[2], stride=2)
+        self.linear = Linear(widths[2], num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nnx.relu(self.bn1(self.conv1(x), train=train))
-        return self.linear(_pool(self.body(x, train=train)))
-
-    def body(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """All blocks in turn."""
-        for block in self.blocks():
+        for block in itertools.chain(self.layer1, self.layer2, self.layer3):
             x = block(x, train=train)
-        return x
-
-    def blocks(self) -> Iterator[nnx.Module]:
-        """Of the three stages, in order."""
-        return itertools.chain(self.layer1, self.layer2, self.layer3)
+        return self.linear(_pool(x))
 
 
-def _stage(block: Block, in_features: int, out_features: int, count: int, *, stride: int, rngs):
-    first = block(in_features, out_features, stride, rngs=rngs)
-    rest = [block(out_features, out_features, 1, rngs=rngs) for _ in range(count - 1)]
-    return nnx.List([first, *rest])
+def _stage(
+    block: Block, in_features: int, out_features: int, *, count: int, stride: int, **layer: Any
+) -> nnx.List[Any]:
+    blocks = [block(in_features, out_features, stride, **layer)]
+    blocks += [block(out_features, out_features, 1, **layer) for _ in range(1, count)]
+    return nnx.List(blocks)
 
 
 def _pool(x: jax.Array) -> jax.Array:
@@ -96,31 +93,24 @@ def _pool(x: jax.Array) -> jax.Array:
 
 
 class Shortcut(nnx.Module):
-    """The identity, or a 1x1 convolution and batch normalisation where the shape changes."""
+    """The identity, or a 1x1 convolution and batch normalisation where the shape changes.
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        *,
-        init: Callable[..., jax.Array] = torch_uniform,
-        rngs: nnx.Rngs,
-    ):
+    Here and in blocks, `layer` are the options of convolutions: `weights`, `init` and `rngs`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, stride: int, **layer: Any):
         self.projection: nnx.List[Any] = nnx.List([])
         if stride != 1 or in_features != out_features:
-            conv = Conv(in_features, out_features, 1, stride=stride, init=init, rngs=rngs)
+            conv = Conv(in_features, out_features, 1, stride=stride, **layer)
             self.projection = nnx.List([conv, BatchNorm(out_features)])
 
-    def __call__(self, x: jax.Array, *, train: bool, layout: Layout = "NHWC") -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if not self.projection:
             return x
         conv, bn = self.projection
-        if is_only_xla():
-            return bn(conv(x), train=train)
-        x = every(x, conv.stride, layout)
-        kernel, bias = bn.through(x, conv.matrix, train=train, layout=layout)
-        return affine(product(x, kernel, layout), None, bias, layout)
+        x = every(x, conv.stride)
+        kernel, bias = fold_batch_norm(conv, bn, x, train=train)
+        return affine(product(x, kernel), None, bias)
 
 
 class BasicBlock(nnx.Module):
@@ -133,13 +123,13 @@ class BasicBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
-        rngs: nnx.Rngs,
+        **layer: Any,
     ):
-        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, rngs=rngs)
+        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(middle_features)
-        self.conv2 = Conv(middle_features, out_features, 3, rngs=rngs)
+        self.conv2 = Conv(middle_features, out_features, 3, **layer)
         self.bn2 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, rngs=rngs)
+        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -148,14 +138,14 @@ class BasicBlock(nnx.Module):
 
 
 def reduced_widths(reduction: float, reduction_mode: str) -> tuple[int, int, int]:
-    """The widths of the stages: mode `"net"` divides each by √reduction, mode `"block"` none."""
+    """Returns the stages' widths: mode `"net"` divides them by √reduction, `"block"` does not."""
     divisor = reduction**0.5 if reduction_mode == "net" else 1.0
     first, second, third = (at_least_one(w / divisor, "reduction", reduction) for w in WIDTHS)
     return first, second, third
 
 
 def at_least_one(features: float, field: str, value: float) -> int:
-    """`features` rounded down to a number of channels, as the original does.
+    """Rounds `features` down to a number of channels, as the original does.
 
     Raises:
       UserError: where that leaves none; it names `field` and its `value`.
@@ -171,19 +161,18 @@ def build(
     *,
     reduction: float,
     reduction_mode: str,
-    dtype: jnp.dtype | None,
-    rngs: nnx.Rngs,
     block_type: Callable[..., nnx.Module] = BasicBlock,
+    **options: Any,
 ) -> ResNet:
-    """ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels.
+    """Builds a ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels.
 
-    The depthwise family is the same with another `block_type`.
+    The depthwise family is the same with another `block_type`; the options are those of `ResNet`.
     """
-    inner = reduction if reduction_mode == "block" else 1.0
+    of_block = reduction if reduction_mode == "block" else 1.0
 
-    def block(in_features, out_features, stride, *, rngs):
-        middle = at_least_one(out_features / inner, "reduction", reduction)
-        return block_type(in_features, out_features, stride, middle_features=middle, rngs=rngs)
+    def block(in_features: int, out_features: int, stride: int, **layers: Any) -> nnx.Module:
+        middle = at_least_one(out_features / of_block, "reduction", reduction)
+        return block_type(in_features, out_features, stride, middle_features=middle, **layers)
 
     widths = reduced_widths(reduction, reduction_mode)
-    return ResNet(block, depth, num_classes, widths=widths, dtype=dtype, rngs=rngs)
+    return ResNet(block, depth, num_classes, widths=widths, **options)

@@ -6,6 +6,8 @@ and bias, shortcuts without weights, and a 1x1 convolution in place of the linea
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,8 @@ from shiftnet.layers import BatchNorm, Conv
 from shiftnet.layers.pooling import average_pool
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import at_least_one
+from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
-
-_Conv = functools.partial(Conv, init=he_normal_fan_out)
 
 
 class WideBlock(nnx.Module):
@@ -27,11 +28,11 @@ class WideBlock(nnx.Module):
     channels of zeros.
     """
 
-    def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, stride: int, **layer: Any):
         self.bn0 = BatchNorm(in_features, affine=False)
-        self.conv0 = _Conv(in_features, out_features, 3, stride=stride, rngs=rngs)
+        self.conv0 = Conv(in_features, out_features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(out_features, affine=False)
-        self.conv1 = _Conv(out_features, out_features, 3, rngs=rngs)
+        self.conv1 = Conv(out_features, out_features, 3, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = self.conv0(nnx.relu(self.bn0(x, train=train)))
@@ -49,11 +50,11 @@ class WideResNet(Network):
       depth: 6n + 2, for n blocks a group.
       num_classes: length of the logits.
       width: the groups have `int(16 * width)` channels, twice and four times as many.
+      weights: the form of the weights.
+      ends: the form of the first and the last layer's weights.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
-
-    first_and_last = ("conv0", "conv_last")
 
     def __init__(
         self,
@@ -61,22 +62,26 @@ class WideResNet(Network):
         num_classes: int,
         *,
         width: float,
+        weights: Form = Float,
+        ends: Form = Float,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         features = at_least_one(16 * width, "width", width)
-        self.conv0 = _Conv(3, features, 3, rngs=rngs)
+        layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
+        block: Callable[..., WideBlock] = functools.partial(WideBlock, weights=weights, **layer)
+        self.conv0 = Conv(3, features, 3, weights=ends, **layer)
         groups = []
         for group in range(3):
             inside, outside = features * 2 ** max(group - 1, 0), features * 2**group
-            blocks = [WideBlock(inside, outside, 1 + (group > 0), rngs=rngs)]
+            blocks = [block(inside, outside, 1 + (group > 0))]
             for _ in range(1, (depth - 2) // 6):
-                blocks.append(WideBlock(outside, outside, 1, rngs=rngs))
+                blocks.append(block(outside, outside, 1))
             groups.append(nnx.List(blocks))
         self.group0, self.group1, self.group2 = groups
         self.bn = BatchNorm(outside, affine=False)
-        self.conv_last = _Conv(outside, num_classes, 1, rngs=rngs)
+        self.conv_last = Conv(outside, num_classes, 1, weights=ends, **layer)
         self.bn_last = BatchNorm(num_classes)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Weight forms: how a layer's weight comes from what training changes.
+"""Weight forms: how the weight that a layer computes with follows from what training changes.
 
-One form is one file; every convolution and linear layer takes any of them.
+Every form is one file, and every convolution and linear layer takes any of them when it is made:
+`Conv(16, 32, 3, weights="s3", bits=2, rngs=rngs)`.
 """
 
 import functools
@@ -12,7 +13,8 @@ from flax import nnx
 from shiftnet.errors import UserError, unknown
 from shiftnet.quantizers.denseshift import DenseShift
 from shiftnet.quantizers.floating import Float
-from shiftnet.quantizers.form import LowBitWeight, Weight
+from shiftnet.quantizers.form import Form, LowBitWeight, Weight
+from shiftnet.quantizers.quantized import QuantizedWeight
 from shiftnet.quantizers.s3 import S3
 from shiftnet.quantizers.sign import Sign
 
@@ -21,7 +23,9 @@ __all__ = [
     "S3",
     "DenseShift",
     "Float",
+    "Form",
     "LowBitWeight",
+    "QuantizedWeight",
     "Sign",
     "Weight",
     "make",
@@ -38,12 +42,12 @@ FORMS: dict[str, tuple[Callable[..., Weight], tuple[int, ...]]] = {
 }
 
 
-def make(name: str, bits: int = 0) -> Callable[..., Weight]:
-    """A form by name: `make("s3", 2)(shape, rngs=rngs)` is a 2-bit weight of that shape.
+def make(name: str, bits: int = 0) -> Form:
+    """Finds a form by name: `make("s3", 2)(shape, rngs=rngs)` is a 2-bit weight of that shape.
 
     Args:
       name: one of `FORMS`.
-      bits: of a weight; 0 for the form's own (32, 1, 3 and 3).
+      bits: bits per weight; 0 for the form's own number (32, 1, 3 and 3).
 
     Raises:
       UserError: for a form or a width that does not exist.
@@ -60,7 +64,7 @@ def make(name: str, bits: int = 0) -> Callable[..., Weight]:
 
 
 def of_layers(model: nnx.Module) -> dict[str, Weight]:
-    """The weights in a network, by the path of the layer that each belongs to."""
+    """Returns the weights in a network, by the path of the layer that each belongs to."""
     return {
         ".".join(map(str, path[:-1])): module
         for path, module in nnx.iter_modules(model)
@@ -69,6 +73,6 @@ def of_layers(model: nnx.Module) -> dict[str, Weight]:
 
 
 def regularizer(model: nnx.Module) -> jax.Array | float:
-    """The sum of what the network's weights add to the loss; 0.0 where none has a regulariser."""
+    """Returns the sum of the weights' regularisers; 0.0 where no form has one."""
     terms = [weight.regularizer() for weight in of_layers(model).values()]
     return sum((term for term in terms if term is not None), start=0.0)

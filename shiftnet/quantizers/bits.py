@@ -4,21 +4,21 @@ import numpy as np
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes to bytes, the lowest bit first and no bit between two codes.
+    """Packs codes into bytes, the lowest bit first and without gaps.
 
     Args:
       codes: uint8 of any shape, each below 2^bits.
-      bits: of a code, 1 to 8.
+      bits: bits per code, 1 to 8.
 
     Returns:
-      uint8 `[ceil(codes.size * bits / 8)]`; what is left of the last byte is zeros.
+      uint8 `[ceil(codes.size * bits / 8)]`; the unused bits of the last byte are zeros.
     """
     places = np.arange(bits, dtype=np.uint8)
     return np.packbits((codes.reshape(-1, 1) >> places) & 1, bitorder="little")
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The codes that `pack` made bytes of, uint8 of `shape`.
+    """Unpacks the codes of `pack`, uint8 of `shape`.
 
     Raises:
       ValueError: for another number of bytes than such codes fill, or a bit set after the last.

@@ -27,16 +27,24 @@ class DenseShift(form.LowBitWeight):
     Latents: `sign` (a), `shift1`, `shift2`, … (t).
     """
 
-    def __init__(self, shape: Sequence[int], *, bits: int = 3, rngs: nnx.Rngs):
-        super().__init__(shape)
+    sign: nnx.Param
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        bits: int = 3,
+        init: form.Init | None = None,
+        rngs: nnx.Rngs,
+    ):
+        del init  # the published code starts all latents alike
         self.num_shifts = 2 ** (bits - 1) - 1
+        shifts = [f"shift{i}" for i in range(1, self.num_shifts + 1)]
+        super().__init__(shape, ["sign", *shifts], rngs=rngs)
         powers = tuple(2**s for s in range(self.num_shifts + 1))
         self.levels = (*(-p for p in reversed(powers)), *powers)
-        self.sign = form.latent(shape, rngs)
-        for i in range(1, self.num_shifts + 1):
-            setattr(self, f"shift{i}", form.latent(shape, rngs))
 
-    def __call__(self) -> jax.Array:
+    def level(self) -> jax.Array:
         sign = form.sign(self.sign[...])
         shift = jnp.zeros_like(sign)
         for i in range(1, self.num_shifts + 1):

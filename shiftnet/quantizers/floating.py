@@ -1,16 +1,16 @@
-"""The weight as it is."""
+"""Float weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
 
-from shiftnet.quantizers.form import Weight
+from shiftnet.quantizers.form import Init, Weight
 from shiftnet.quantizers.initializers import torch_uniform
 
 
 class Float(Weight):
-    """Its own latent, `value`.
+    """A weight that is its own latent, `value`.
 
     Args:
       shape: of the weight.
@@ -22,7 +22,7 @@ class Float(Weight):
         self,
         shape: Sequence[int],
         *,
-        init: Callable[..., jax.Array] = torch_uniform,
+        init: Init = torch_uniform,
         rngs: nnx.Rngs,
     ):
         super().__init__(shape)
@@ -30,7 +30,7 @@ class Float(Weight):
 
     @classmethod
     def of(cls, weight: Weight) -> "Float":
-        """What `weight` is now, without its latents."""
+        """Returns the present value of `weight`, without its latents."""
         return cls(weight.shape, init=lambda *_: _value(weight), rngs=nnx.Rngs(0))
 
     def __call__(self) -> jax.Array:

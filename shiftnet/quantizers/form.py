@@ -1,7 +1,8 @@
-"""What every weight form is: latent parameters in, the weight that a layer computes with out."""
+"""The interface of weight forms, which compute a layer's weight from trained latents."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,16 @@ import numpy as np
 from flax import nnx
 
 from shiftnet.quantizers.initializers import he_normal_fan_out
+from shiftnet.quantizers.quantized import QuantizedWeight, bits_of, packed_bytes
+
+Init = Callable[..., jax.Array]  # init(key, shape)
 
 
 class Weight(nnx.Module):
     """The weight of one convolution or linear layer.
 
-    A subclass keeps its latents as `nnx.Param`s of the weight's shape, and is called without
-    arguments for the weight, in the latents' dtype.
+    A subclass keeps its latents as `nnx.Param`s and is called without arguments for the weight, in
+    the latents' dtype.
 
     Attributes:
       shape: `[k, k, in_features, out_features]` or `[in_features, out_features]`.
@@ -29,73 +33,119 @@ class Weight(nnx.Module):
 
     @property
     def bits(self) -> int:
-        """Of one weight in a packed file."""
+        """Bits per weight in a packed file."""
         return 32
 
     @property
     def size(self) -> int:
-        """Number of weights; their latents may be more."""
+        """Number of weights; there may be more latents."""
         return math.prod(self.shape)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all weights at their packed width, rounded up."""
-        return -(-self.size * self.bits // 8)
+        """Bytes of all weights in a packed file."""
+        return packed_bytes(self.shape, self.bits)
 
     def regularizer(self) -> jax.Array | None:
-        """What this form adds to the loss, before its factor; None where it adds nothing."""
+        """Returns what this form adds to the loss, before its factor; None for nothing."""
         return None
 
 
+class Form(Protocol):
+    """Makes a weight: a subclass of `Weight`, its other arguments given."""
+
+    def __call__(self, shape: Sequence[int], *, init: Init, rngs: nnx.Rngs) -> Weight: ...
+
+
 class LowBitWeight(Weight):
-    """A weight with few values: `levels[code] * scale`, `code` an index of `bits` bits.
+    """A weight with few values, `levels[codes] * scale`.
+
+    A form is `level`, `levels`, and `scale` where that is not 1. Its gradient is that of `level`
+    times `scale` as JAX derives it (`straight_through` and the functions at the end of this file
+    replace the slopes of steps), unless the form overrides `__call__`.
+
+    Each weight draws one key from `rngs` whatever its form, so that the float layers of a low-bit
+    network start as they do in the float network of the same seed.
+
+    Args:
+      shape: of the weight.
+      latents: the names of its latents, float32 `shape` each.
+      init: draws each latent.
+      rngs: the `params` stream.
 
     Attributes:
-      levels: the whole numbers that a weight can be, rising.
-      scale: what they are multiplied by.
+      levels: the integers that a weight can be before it is scaled, rising.
+      scale: what levels are multiplied by, as in `QuantizedWeight`. A form whose scale depends on
+        its latents makes this a property and sets `scale_shape`.
+      scale_shape: the shape of a scale that packed files must hold; None for a constant, which
+        follows from the shape of the weight.
     """
 
     levels: tuple[int, ...]
-    scale: float = 1.0
+    scale: jax.Array | float = 1.0
+    scale_shape: tuple[int, ...] | None = None
 
-    @property
-    def bits(self) -> int:
-        return (len(self.levels) - 1).bit_length()
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latents: Sequence[str],
+        *,
+        init: Init = he_normal_fan_out,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(shape)
+        keys = jax.random.split(rngs.params(), len(latents))
+        for name, key in zip(latents, keys, strict=True):
+            setattr(self, name, nnx.Param(init(key, self.shape)))
 
-    def codes(self) -> jax.Array:
-        """The index of each weight's level, uint8 of the weight's shape."""
-        weight = self()
-        levels = jnp.asarray(self.levels, weight.dtype)
-        # Rounded, since the compiler may divide by multiplying, which is not exact.
-        return jnp.searchsorted(levels, jnp.round(weight / self.scale)).astype(jnp.uint8)
+    def level(self) -> jax.Array:
+        """Returns the level of each weight, in the latents' dtype."""
+        raise NotImplementedError
 
-    def set_codes(self, codes: np.ndarray) -> None:
-        """Sets the latents so that the weights have these codes.
+    def __call__(self) -> jax.Array:
+        return self.level() * self.scale
+
+    def quantized(self) -> QuantizedWeight:
+        """Returns the same weight as codes, levels and scale."""
+        level = self.level()
+        levels = jnp.asarray(self.levels, level.dtype)
+        codes = jnp.searchsorted(levels, level).astype(jnp.uint8)
+        return QuantizedWeight(codes, self.scale, self.levels)
+
+    def set_quantized(self, codes: np.ndarray, scale: np.ndarray | None = None) -> None:
+        """Sets the latents so that the weights have these codes, and this scale.
 
         Each latent becomes plus or minus the standard deviation that it would have started with:
-        what is left of a weight whose latents are not known, to compute with or to train on from.
+        where the latents of a weight are not known, this is enough to compute with it, and to train
+        on from it.
 
         Args:
-          codes: of the weight's shape, as `codes` returns them.
+          codes: as in `QuantizedWeight`, of the weight's shape.
+          scale: float32 `scale_shape`; None where that is None.
         """
+        del scale  # of a form whose scale depends on its latents, which overrides this
         deviation = np.float32(math.sqrt(2 / (self.size / self.shape[-2])))
         signs = self.signs_of_latents(np.asarray(self.levels)[codes])
         for name, sign_of in signs.items():
             getattr(self, name).set_value(jnp.asarray(np.where(sign_of, deviation, -deviation)))
 
     def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
-        """For weights at these levels, whether each latent is above zero, by its name."""
+        """Returns, for weights at these levels, whether each latent is above zero, by its name."""
         raise NotImplementedError
 
+    @property
+    def bits(self) -> int:
+        return bits_of(self.levels)
 
-def latent(shape: Sequence[int], rngs: nnx.Rngs) -> nnx.Param:
-    """A latent as low-bit weights start: float32, N(0, 2 / (k k out_features))."""
-    return nnx.Param(he_normal_fan_out(rngs.params(), tuple(shape)))
+    @property
+    def packed_bytes(self) -> int:
+        scale_bytes = 0 if self.scale_shape is None else 4 * math.prod(self.scale_shape)
+        return super().packed_bytes + scale_bytes
 
 
 @jax.custom_jvp
 def straight_through(value: jax.Array, through: jax.Array) -> jax.Array:
-    """`value`, with the gradient as if it were `through`."""
+    """Returns `value`, with the gradient as if it were `through`."""
     del through
     return value
 
@@ -106,16 +156,16 @@ def _straight_through_jvp(primals, tangents):
 
 
 def sign(x: jax.Array) -> jax.Array:
-    """±1, +1 at zero; the gradient is the identity."""
+    """Returns ±1, +1 at zero; the gradient is the identity."""
     return straight_through(jnp.where(x >= 0, 1, -1).astype(x.dtype), x)
 
 
 def gate(x: jax.Array) -> jax.Array:
-    """1 above zero, else 0; the gradient is the identity."""
+    """Returns 1 above zero, else 0; the gradient is the identity."""
     return straight_through((x > 0).astype(x.dtype), x)
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
-    """2^exponent for whole exponents from 0 to 30, exactly; `jnp.exp2` rounds on some devices."""
+    """Returns 2^exponent for whole exponents from 0 to 30, exactly; `jnp.exp2` can round."""
     power = jnp.left_shift(1, exponent.astype(jnp.int32)).astype(exponent.dtype)
     return straight_through(power, math.log(2) * jax.lax.stop_gradient(power) * exponent)

@@ -1,4 +1,4 @@
-"""How parameters start."""
+"""Initialisers of parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,6 @@ he_normal_fan_out = jax.nn.initializers.variance_scaling(
 
 
 def torch_uniform_bias(key: jax.Array, features: int, fan_in: int) -> jax.Array:
-    """A bias as PyTorch starts it: float32 `[features]`, uniform within ±1/sqrt(fan_in)."""
+    """Draws a bias as PyTorch does: float32 `[features]`, uniform within ±1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, (features,), jnp.float32, -bound, bound)

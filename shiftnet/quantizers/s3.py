@@ -27,17 +27,25 @@ class S3(form.LowBitWeight):
     Latents: `sign` (a), `gate` (b), `shift1`, `shift2`, … (t).
     """
 
-    def __init__(self, shape: Sequence[int], *, bits: int = 3, rngs: nnx.Rngs):
-        super().__init__(shape)
+    sign: nnx.Param
+    gate: nnx.Param
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        bits: int = 3,
+        init: form.Init | None = None,
+        rngs: nnx.Rngs,
+    ):
+        del init  # the published code starts all latents alike
         self.num_shifts = 2 ** (bits - 1) - 2
+        shifts = [f"shift{i}" for i in range(1, self.num_shifts + 1)]
+        super().__init__(shape, ["sign", "gate", *shifts], rngs=rngs)
         powers = tuple(2**s for s in range(self.num_shifts + 1))
         self.levels = (*(-p for p in reversed(powers)), 0, *powers)
-        self.sign = form.latent(shape, rngs)
-        self.gate = form.latent(shape, rngs)
-        for i in range(1, self.num_shifts + 1):
-            setattr(self, f"shift{i}", form.latent(shape, rngs))
 
-    def __call__(self) -> jax.Array:
+    def level(self) -> jax.Array:
         unshifted = form.sign(self.sign[...]) * form.gate(self.gate[...])
         shift = jnp.zeros_like(unshifted)
         for i in range(self.num_shifts, 0, -1):

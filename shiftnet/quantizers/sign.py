@@ -19,15 +19,19 @@ class Sign(form.LowBitWeight):
     """
 
     levels = (-1, 1)
+    latent: nnx.Param
 
-    def __init__(self, shape: Sequence[int], *, rngs: nnx.Rngs):
-        super().__init__(shape)
+    def __init__(self, shape: Sequence[int], *, init: form.Init | None = None, rngs: nnx.Rngs):
+        del init  # the latents of every form of this paper start alike
+        super().__init__(shape, ["latent"], rngs=rngs)
         self.scale = math.sqrt(2 / math.prod(self.shape[:-1]))
-        self.latent = form.latent(shape, rngs)
+
+    def level(self) -> jax.Array:
+        return form.sign(self.latent[...])
 
     def __call__(self) -> jax.Array:
         # The gradient is 1 and not the scale, as in the published code.
-        return form.straight_through(self.scale * form.sign(self.latent[...]), self.latent[...])
+        return form.straight_through(super().__call__(), self.latent[...])
 
     def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
         return {"latent": levels > 0}

@@ -17,7 +17,7 @@ from shiftnet.quantizers import LowBitWeight
 from shiftnet.training.mesh import replicated
 from shiftnet.training.step import Program
 
-Codes = dict[str, jax.Array]  # uint8 of each layer's shape, by layer; see `LowBitWeight.codes`
+Codes = dict[str, jax.Array]  # uint8 of each weight's shape, by layer; see `QuantizedWeight`
 
 
 class LevelWatch:
@@ -37,7 +37,8 @@ class LevelWatch:
             return {n: w for n, w in found.items() if isinstance(w, LowBitWeight)}
 
         def codes(params: nnx.State, stats: nnx.State) -> Codes:
-            return {name: weight.codes() for name, weight in low_bit(params, stats).items()}
+            found = low_bit(params, stats)
+            return {name: weight.quantized().codes for name, weight in found.items()}
 
         abstract = jax.eval_shape(program.draw, np.uint32(0))
         found = low_bit(abstract.params, abstract.stats)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from shiftnet import models, quantizers
 from shiftnet.data import RGB, augment
 from shiftnet.kernels.implementations import only_xla, over
-from shiftnet.layers.batch_norm import per_share
 from shiftnet.training.mesh import (
+    BATCH_AXIS,
     batch_sharded,
     compiled,
     compiled_quickly,
@@ -132,8 +132,11 @@ class Program:
           were classified correctly (int32).
         """
 
+        per_device = self._config.parallel.batch_norm == "per_device" and self.mesh.size > 1
+
         def loss_of(params, stats, images, labels):
-            if self._config.parallel.fsdp:  # gathered for the products, whatever XLA might prefer
+            # Gathered for the products, whatever XLA might prefer; `shard_map` does so by itself.
+            if self._config.parallel.fsdp and not per_device:
                 params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             model = nnx.merge(self.graphdef, params, stats, copy=True)
             logits = model(images, train=True)
@@ -141,8 +144,9 @@ class Program:
             total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
-        with over(self.mesh), self._statistics():
-            gradient = _gradient(loss_of)
+        gradient = _gradient(loss_of)
+        with contextlib.nullcontext() if per_device else over(self.mesh):
+            gradient = _on_each_device(gradient, self.mesh) if per_device else gradient
             grads, (loss, stats, logits) = gradient(state.params, state.stats, images, labels)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
@@ -150,15 +154,6 @@ class Program:
         predictions = logits.argmax(-1).astype(labels.dtype)
         correct = (predictions == labels).sum(dtype=jnp.int32)
         return TrainState(state.step + 1, params, stats, opt_state), loss, correct
-
-    @contextlib.contextmanager
-    def _statistics(self) -> Iterator[None]:
-        """Batch norm's statistics as the recipe has them, while the step is traced."""
-        if self._config.parallel.batch_norm == "global" or self.mesh.size == 1:
-            yield
-        else:  # kernels know one set of statistics
-            with per_share(self.mesh.size), only_xla():
-                yield
 
     def _train_batch(
         self, state: TrainState, seed: jax.Array, images: jax.Array, labels: jax.Array
@@ -293,6 +288,30 @@ def _gradient(loss_of: Callable[..., Any]) -> Callable[..., Any]:
         return results, jax.tree.map(lambda _: True, results)
 
     return gradient
+
+
+def _on_each_device(gradient: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns the gradient with every device normalising its part of the batch by itself.
+
+    As in PyTorch's `DataParallel`: gradients and losses are averaged, and the first device's
+    running statistics are kept.
+    """
+
+    def on_one(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+        grads, (loss, stats, logits) = gradient(params, stats, images, labels)
+        is_first = jax.lax.axis_index(BATCH_AXIS) == 0
+        first = jax.tree.map(lambda stat: jnp.where(is_first, stat, 0), stats)
+        grads, loss = jax.lax.pmean((grads, loss), BATCH_AXIS)
+        return grads, (loss, jax.lax.psum(first, BATCH_AXIS), logits)
+
+    everywhere, divided = PartitionSpec(), PartitionSpec(BATCH_AXIS)
+    return jax.shard_map(
+        on_one,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, divided, divided),
+        out_specs=(everywhere, (everywhere, everywhere, divided)),
+        check_vma=False,
+    )
 
 
 def _alone(function: Callable[..., Any], axes: str) -> Callable[..., Any]:

@@ -1,7 +1,5 @@
 """Batch normalisation: PyTorch's statistics, whatever the precision and however it is spread."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shiftnet.kernels.layouts import per_channel, product
-from shiftnet.kernels.shift import plain as plain_shift
 from shiftnet.layers import BatchNorm
-from shiftnet.layers.batch_norm import per_share
 
 pytestmark = pytest.mark.core
 
@@ -166,71 +161,3 @@ def test_a_batch_over_two_devices_is_normalised_as_a_whole():
     assert len(spread[0].devices()) == 2
     for mine, theirs in zip(spread, pulled_back(plain, x, scale, bias, dy), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-13)
-
-
-# One row and one column for each channel, some beyond the image.
-OFFSETS = ([0, 1, -2, 3, 0], [0, -1, 1, 0, -5])
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize(
-    ("affine", "layout", "offsets"),
-    [(True, "NHWC", OFFSETS), (True, "HWCN", None), (False, "HWCN", OFFSETS)],
-)
-@pytest.mark.usefixtures("float64")
-def test_what_goes_through_a_kernel_is_what_follows_it(train, affine, layout, offsets):
-    """Values, gradients and running statistics of `x @ kernel` and of the folded kernel."""
-    offsets = offsets and tuple(map(np.array, offsets))
-    rng = np.random.default_rng(0)
-    shape = (4, 3, 2, 3) if layout == "NHWC" else (3, 2, 3, 4)
-    x, kernel = jnp.asarray(rng.normal(1, 2, shape)), jnp.asarray(rng.normal(size=(3, 5)))
-    bn = BatchNorm(5, affine=affine)
-    for variable in jax.tree.leaves(bn, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
-        variable.set_value(jnp.asarray(rng.uniform(0.5, 2, 5)))
-
-    def folded(bn, x, kernel):
-        kernel, bias = bn.through(x, kernel, train=train, layout=layout, offsets=offsets)
-        return moved(product(x, kernel, layout)) + per_channel(bias, layout)
-
-    def in_turn(bn, x, kernel):
-        return bn(moved(product(x, kernel, layout)), train=train, layout=layout)
-
-    def moved(y):
-        return y if offsets is None else plain_shift(y, *offsets, layout)
-
-    def run(forward):
-        graphdef, params, stats = nnx.split(bn, nnx.Param, nnx.BatchStat)
-
-        def loss(params, x, kernel):
-            copy = nnx.merge(graphdef, params, stats, copy=True)
-            y = forward(copy, x, kernel)
-            return jnp.sin(y).sum(), (y, nnx.state(copy, nnx.BatchStat))
-
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, x, kernel)
-
-    found, expected = run(folded), run(in_turn)
-    compare = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
-    jax.tree.map(compare, found, expected)
-
-
-def test_a_mean_far_from_zero_costs_no_digits_through_a_kernel():
-    x = np.random.default_rng(0).normal(1000, 1, (4096, 4)).astype(np.float32)
-    kernel = np.eye(4, dtype=np.float32)
-    bn = BatchNorm(4)
-    bn.through(jnp.asarray(x), jnp.asarray(kernel), train=True)
-    variance = x.astype(np.float64).var(0, ddof=1)
-    np.testing.assert_allclose(bn.var[...], 0.9 + 0.1 * variance, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("float64")
-def test_each_share_has_its_own_statistics_and_the_first_ones_are_kept():
-    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 4, 5, 3)))
-    alone = [BatchNorm(3) for _ in range(2)]
-    expected = [bn(part, train=True) for bn, part in zip(alone, (x[:3], x[3:]), strict=True)]
-    together = BatchNorm(3)
-    with per_share(2):
-        y = together(x, train=True)
-    np.testing.assert_allclose(y, jnp.concatenate(expected), rtol=1e-12)
-    np.testing.assert_allclose(together.mean[...], alone[0].mean[...], rtol=1e-12)
-    np.testing.assert_allclose(together.var[...], alone[0].var[...], rtol=1e-12)
-    assert not np.allclose(alone[0].mean[...], alone[1].mean[...])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import quantizers
+from shiftnet import models, quantizers
+from shiftnet.errors import UserError
 from shiftnet.interchange import torch_names
-from shiftnet.layers import Conv
+from shiftnet.layers import Conv, Linear
 from shiftnet.quantizers import LowBitWeight, initializers
 from tests import networks, oracle
 from tests.models.test_build import config
@@ -170,8 +171,10 @@ def test_weights_and_slopes_at_every_combination_of_signs_and_zeros(name, bits):
     # All levels are reached, and codes lead back to the weights.
     assert isinstance(weight, LowBitWeight)
     levels = np.array(weight.levels)
-    np.testing.assert_array_equal(levels[np.asarray(weight.codes())] * weight.scale, expected)
-    assert set(np.unique(weight.codes())) == set(range(len(levels)))
+    quantized = weight.quantized()
+    np.testing.assert_array_equal(levels[np.asarray(quantized.codes)] * quantized.scale, expected)
+    np.testing.assert_array_equal(quantized(), expected.astype(np.float32))
+    assert set(np.unique(quantized.codes)) == set(range(len(levels)))
 
 
 @pytest.mark.core
@@ -220,7 +223,29 @@ def test_latents_start_normal_with_he_s_deviation_of_the_outputs():
     assert abs(float(plain.std()) * np.sqrt(3 * 3 * 128 / 2) - 1) < 0.01
 
 
-# In networks
+# In layers and networks
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "make", [lambda **kw: Conv(4, 8, 3, **kw), lambda **kw: Linear(4, 8, **kw)]
+)
+def test_a_layer_takes_its_form_by_name_when_it_is_made(make):
+    layer = make(weights="s3", bits=2, rngs=nnx.Rngs(0))
+    assert isinstance(layer.weight, quantizers.S3)
+    assert layer.weight.levels == (-1, 0, 1)
+    assert isinstance(make(rngs=nnx.Rngs(0)).weight, quantizers.Float)
+    with pytest.raises(UserError, match="unknown weight form 's4'; did you mean 's3'"):
+        make(weights="s4", rngs=nnx.Rngs(0))
+
+
+def test_float_layers_of_a_low_bit_network_start_as_those_of_the_float_network_of_a_seed():
+    def ends(form):
+        model = models.build(config("resnet8", weights=form), 10, rngs=nnx.Rngs(3))
+        return model.conv1.weight(), model.linear.weight(), model.linear.bias[...]
+
+    for ours, expected in zip(jax.jit(lambda: ends("s3"))(), ends("float"), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("form", ["sign", "s3", "denseshift"])
@@ -277,8 +302,8 @@ def test_weights_can_be_set_from_their_codes(name, bits):
     weight = quantizers.make(name, bits)((3, 3, 8, 16), rngs=nnx.Rngs(0))
     assert isinstance(weight, LowBitWeight)
     codes = np.random.default_rng(0).integers(0, len(weight.levels), weight.shape).astype(np.uint8)
-    weight.set_codes(codes)
-    np.testing.assert_array_equal(weight.codes(), codes)
+    weight.set_quantized(codes)
+    np.testing.assert_array_equal(weight.quantized().codes, codes)
     # As far from zero as they would have started, so that training can move them.
     for leaf in jax.tree.leaves(nnx.state(weight)):
         np.testing.assert_allclose(np.abs(leaf), np.sqrt(2 / (9 * 16)), rtol=1e-6)
@@ -291,5 +316,5 @@ def test_codes_of_scaled_weights_are_right_whatever_the_scale():
         weight = quantizers.make("sign")((fan_in, 8), rngs=nnx.Rngs(0))
         with_latents(weight, {"latent": np.tile(latent, (fan_in, 1))})
         graphdef, state = nnx.split(weight)
-        codes = jax.jit(lambda state, graphdef=graphdef: nnx.merge(graphdef, state).codes())(state)
-        np.testing.assert_array_equal(codes[0], latent > 0, err_msg=str(fan_in))
+        run = jax.jit(lambda state, graphdef=graphdef: nnx.merge(graphdef, state).quantized())
+        np.testing.assert_array_equal(run(state).codes[0], latent > 0, err_msg=str(fan_in))

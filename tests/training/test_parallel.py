@@ -1,13 +1,20 @@
 """More devices or processes must not change what is learned, only how fast."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from shiftnet.training.mesh import make_mesh
+from shiftnet.training.step import Program
+from tests.training.small import recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +70,42 @@ def test_two_processes_learn_what_one_process_of_as_many_devices_learns(tmp_path
     two = _finish([_start(out, 2, *job, state="divided") for job in arguments], out)
     assert two["devices"] == single["devices"] == 4
     _assert_same(two, single)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.usefixtures("float64")
+def test_batch_norm_per_device_is_a_step_on_each_devices_images_averaged(fsdp, monkeypatch):
+    monkeypatch.setattr("shiftnet.training.mesh.FSDP_SIZE", 64)  # the network is small
+    rng = np.random.default_rng(0)
+    images = rng.normal(1, 2, (8, 16, 16, 3)) * np.arange(1, 9).reshape(8, 1, 1, 1)
+    labels = rng.integers(0, 10, 8).astype(np.int32)
+
+    def step(devices, images, labels):
+        """Parameters and statistics after one step, and the loss and correct images before it."""
+        program = Program(
+            recipe(batch_size=len(images), parallel__batch_norm="per_device", parallel__fsdp=fsdp),
+            num_classes=10,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            steps_per_epoch=1,
+            mesh=make_mesh(len(images), devices),
+        )
+        state = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf,
+            program.init(np.uint32(0)),
+        )
+        state, loss, correct = jax.device_get(jax.jit(program.update)(state, images, labels))
+        return state.params, state.stats, loss, correct
+
+    together = step(jax.devices()[:2], images, labels)
+    first, second = (step(jax.devices()[:1], images[s], labels[s]) for s in (slice(4), slice(4, 8)))
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+    # A step of gradient descent is linear in the gradient.
+    jax.tree.map(lambda ours, a, b: compare(ours, (a + b) / 2), together[0], first[0], second[0])
+    jax.tree.map(compare, together[1], first[1])
+    compare(together[2], (first[2] + second[2]) / 2)
+    assert together[3] == first[3] + second[3]
+    assert abs(first[2] - second[2]) > 1e-3
 
 
 @pytest.mark.slow

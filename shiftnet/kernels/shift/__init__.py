@@ -115,6 +115,8 @@ def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray, layout: Layout) -> jax.A
     """
 
     def move(x, dh, dw):
+        if implementations.is_lowered_for("tpu"):
+            return from_nhwc(xla.select(to_nhwc(x, layout), dh, dw), layout)
         moved = jax.lax.platform_dependent(
             to_nhwc(x, layout),
             tpu=lambda x: xla.select(x, dh, dw),

@@ -37,5 +37,5 @@ def epilogue(
 ) -> jax.Array:
     """What comes after the product: scale, bias, ReLU, addition."""
     y = affine(y, scale, bias, layout)
-    y = jnp.maximum(y, 0) if relu else y
+    y = jnp.maximum(y, jnp.zeros((), y.dtype)) if relu else y  # typed, for exporters
     return y if residual is None else y + residual
