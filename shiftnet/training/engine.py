@@ -21,6 +21,7 @@ from shiftnet.checkpoint import BEST, LATEST, CheckpointManager, to_arrays
 from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
+from shiftnet.kernels import operation
 from shiftnet.training import low_bit
 from shiftnet.training.data_iterator import make_data_iterator
 from shiftnet.training.deadline import Deadline
@@ -140,6 +141,7 @@ def train(
 
         # --- Program ------------------------------------------------------------------------------
 
+        operation.decide()  # which kernels can be trusted, before any is traced
         single = Program(
             config,
             num_classes=len(dataset.class_names),
@@ -329,12 +331,18 @@ def train(
         if step < total_steps:
             progress.message("compiling the training step, which may take minutes ...")
         signal = 0
+        choices: list[str] = []
         profiled = stack.enter_context(contextlib.closing(Profile(workdir, on=profile and is_main)))
         interrupt = stack.enter_context(Interrupt())
         while step < total_steps and deadline.left > 0 and not signal:
             # Step
             step_began, step_before = times.clock(), step
-            state, losses, corrects = data.advance(state, step)
+            with operation.choices() as chosen:  # while the step is traced
+                state, losses, corrects = data.advance(state, step)
+            for choice in chosen:
+                if choice not in choices:
+                    choices.append(choice)
+                    progress.message(choice)
             step += losses.shape[-1]
             profiled.step(losses)
             # This waits for the call before, so that the device has the next one meanwhile and no
