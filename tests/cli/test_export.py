@@ -245,7 +245,7 @@ def test_integers_of_a_checkpoint_come_back_as_the_same_network(tmp_path, capsys
     assert convert.main([str(tmp_path / "net.npz"), "--out", str(tmp_path / "back")]) == 0
     assert "shiftresnet8 with 2-bit denseshift weights" in capsys.readouterr().out
     before, after = (shiftnet.load(path) for path in (ckpt, tmp_path / "back"))
-    assert after.note["class_names"] == before.note["class_names"]
+    assert after.metadata["class_names"] == before.metadata["class_names"]
     assert (after.mean, after.std) == (before.mean, before.std)
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     np.testing.assert_array_equal(after(x), before(x))
