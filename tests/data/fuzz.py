@@ -42,7 +42,7 @@ from shiftnet.data.stream import EvalStream
 from shiftnet.errors import UserError
 from tests.data import image_files
 
-HANG = 10.0  # seconds
+HANG = 30.0  # seconds
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F")
 VALUES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1)
 
