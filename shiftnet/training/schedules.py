@@ -35,7 +35,7 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """
     schedule = _schedule(config, steps_per_epoch)
     if config.schedule.by == "step":
-        return schedule
+        return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
     by_epoch = jnp.asarray(learning_rates(config, steps_per_epoch))
     return lambda step: by_epoch[step // steps_per_epoch]
 

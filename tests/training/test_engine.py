@@ -125,6 +125,7 @@ MODERN = {
 }
 
 
+@jax.numpy_dtype_promotion("standard")  # which optax is written for
 def test_muon_mixed_images_and_a_frozen_layer_continue_bit_for_bit(tmp_path, monkeypatch):
     config = recipe(**MODERN)
     reference = engine.train(config, tmp_path / "whole")
@@ -137,7 +138,7 @@ def test_muon_mixed_images_and_a_frozen_layer_continue_bit_for_bit(tmp_path, mon
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     frozen = {name: value for name, value in want.items() if "'layer1'][0]['bn1']" in name}
-    states = [v for k, v in frozen.items() if k.startswith((".params", ".stats"))]
+    states = [v for k, v in frozen.items() if ".params" in k or ".stats" in k]
     assert len(states) == 4
     for value in states:
         assert np.isin(value, (0.0, 1.0)).all(), "a frozen batch norm has changed"
