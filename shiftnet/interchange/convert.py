@@ -191,7 +191,8 @@ def describe(
     mean, std = options.mean or mean, options.std or std
     if options.mean or options.std:
         source = "as given" if options.mean and options.std else f"one as given, one {source}"
-    recipe.data.mean, recipe.data.std = tuple(mean), tuple(std)
+    if found is None or (mean, std) != (found["mean"], found["std"]):
+        recipe.data.mean, recipe.data.std = tuple(mean), tuple(std)
     metadata = {
         "config": config_lib.to_json(recipe),
         "class_names": list(names),

@@ -6,8 +6,10 @@ Needs PyTorch, which the project's own environments do not have; skipped without
 import numpy as np
 import pytest
 
+import shiftnet
 from shiftnet.cli import convert, export
 from tests import oracle
+from tests.cli.test_export import saved
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
@@ -56,3 +58,15 @@ def test_a_state_dict_gives_the_originals_logits_in_pytorch(
         for name in names:
             key = name.removeprefix("sd/").removeprefix("module.")
             assert tuple(state[key].shape) == stored[name].shape
+
+
+def test_a_low_bit_network_comes_back_from_pytorchs_own_files(tmp_path):
+    ckpt = saved(tmp_path, weights="sign")
+    for option in ([], ["--integers"]):
+        out, back = tmp_path / f"net{len(option)}.pth", tmp_path / f"back{len(option)}"
+        assert export.main([str(ckpt), str(out), *option]) == 0
+        assert convert.main([str(out), "--out", str(back)]) == 0
+        before, after = shiftnet.load(ckpt), shiftnet.load(back)
+        assert after.config == before.config
+        x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+        np.testing.assert_array_equal(after(x), before(x))

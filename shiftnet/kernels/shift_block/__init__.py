@@ -118,7 +118,8 @@ def _border(
         kinds, of = np.unique((read >= 0) & (read < length), axis=0, return_inverse=True)
         inside.append(jnp.asarray(kinds))
         places.append(of.ravel())
-    brought = jnp.where(inside[0][:, None] & inside[1], 0, jax.nn.relu(b1.astype(wide)))
+    bias = jax.nn.relu(b1.astype(wide))
+    brought = jnp.where(inside[0][:, None] & inside[1], jnp.zeros_like(bias), bias)
     return (brought @ w2.astype(wide))[places[0]][:, places[1]]
 
 
