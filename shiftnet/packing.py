@@ -26,6 +26,7 @@ from flax import nnx
 
 from shiftnet import config, models, quantizers
 from shiftnet.errors import UserError
+from shiftnet.files import write_atomically
 from shiftnet.layers import BatchNorm
 from shiftnet.layers.folding import fold_batch_norms
 from shiftnet.quantizers import Float, LowBitWeight, bits
@@ -55,14 +56,7 @@ def write(
     metadata = {name: json.dumps(note[name]) for name in NOTE}
     metadata |= {"format": FORMAT, "tensors": json.dumps(_digests(tensors))}
     metadata["sha256"] = _digest_of_text(metadata)
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_bytes(_file(tensors, metadata))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomically(Path(path), _file(tensors, metadata))
 
 
 def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:

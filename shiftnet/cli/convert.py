@@ -15,6 +15,7 @@ from shiftnet import checkpoint, data, interchange
 from shiftnet import config as config_lib
 from shiftnet.cli import prog
 from shiftnet.errors import UserError, reported
+from shiftnet.files import path_of
 from shiftnet.interchange.convert import UNKNOWN, Options, convert, names_of
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         class_names=arguments.class_names and names_of(arguments.class_names),
     )
 
-    path = Path(arguments.file)
+    path = path_of(arguments.file, "FILE")
     file = interchange.read(path, arguments.entry)
     try:
         converted = convert(file, path.name, options)

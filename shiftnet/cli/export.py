@@ -23,16 +23,15 @@ that name and _scale, the weight being their product; float layers, biases and b
 """
 
 import argparse
-import contextlib
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 import shiftnet
 from shiftnet import config as config_lib
 from shiftnet.errors import UserError, reported
+from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
 from shiftnet.interchange import originals
 from shiftnet.interchange.onnx import onnx
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write low-bit weights as integers and scales, see above",
     )
     arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
+    out = path_of(arguments.out, "OUT")
     if out.suffix not in ENDINGS:
         raise UserError(f"{out} must end in one of {', '.join(ENDINGS)}")
     if arguments.image_size is not None and arguments.image_size < 1:
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"it computes in float32, the network in {model.config.model.dtype}")
         else:
             content = stablehlo(model.network, model.mean, model.std, size)
-        _write(out, content)
+        write_atomically(out, content)
         print(
             f"{out}: {len(content):,} bytes; uint8 [batch, {size}, {size}, 3] to float32 "
             f"[batch, {len(model.class_names)}]"
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = originals.to_bytes(named, text, out.suffix, bare=bare)
     except UserError as error:
         raise UserError(f"{model.path}: {error}") from error
-    _write(out, content)
+    write_atomically(out, content)
     print(f"{out}: {len(named)} arrays, {len(content):,} bytes")
     return 0
 
@@ -146,15 +145,3 @@ def _require(ending: str) -> None:
             importlib.import_module(name)
     except ImportError:
         raise UserError(f"a {ending} needs {name}, which is not installed here; {hint}") from None
-
-
-def _write(out: Path, content: bytes) -> None:
-    """Writes a file all at once."""
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(out)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # it may not be possible to name it even
-            temporary.unlink()
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
