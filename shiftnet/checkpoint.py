@@ -69,11 +69,6 @@ class Saved:
     arrays: Mapping[str, jax.Array]
     metadata: Mapping[str, Any]
 
-    @property
-    def note(self) -> Mapping[str, Any]:  # until training uses the new name
-        """The metadata."""
-        return self.metadata
-
 
 def to_arrays(*states: nnx.State) -> dict[str, jax.Array]:
     """Joins states into one flat dictionary by dotted name, for example `"layer1.0.bn1.scale"`."""
@@ -301,9 +296,6 @@ def verify(path: Path) -> str | None:
         except OSError as error:
             return f"its file {name} cannot be read: {error.strerror}"
     return None
-
-
-flaw = verify  # until tests/torture.py uses the new name
 
 
 def find(path: str | os.PathLike[str]) -> Path:

@@ -95,16 +95,16 @@ S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
 
 def schedules(*names: str) -> Scope:
     """Returns the scope of a field that only these schedules use."""
-    return Scope(
-        lambda config: config.schedule.name in names, f"schedule.name={' and '.join(names)}"
-    )
+    return Scope(lambda config: config.schedule.name in names, _is_one_of("schedule.name", names))
 
 
 def optimizers(*names: str) -> Scope:
     """Returns the scope of a field that only these optimizers use."""
-    return Scope(
-        lambda config: config.optimizer.name in names, f"optimizer.name={' and '.join(names)}"
-    )
+    return Scope(lambda config: config.optimizer.name in names, _is_one_of("optimizer.name", names))
+
+
+def _is_one_of(field: str, names: Sequence[str]) -> str:
+    return f"{field}={' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
 
 
 def setting(default: Any, doc: str, rule: Rule | None = None, scope: Scope | None = None) -> Any:

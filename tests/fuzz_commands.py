@@ -487,7 +487,7 @@ class Stubs:
             "shiftnet.data.load_test": self.dataset,
             "shiftnet.cli.evaluate.make_evaluator": lambda *_, **__: lambda *_: NUMBERS,
             "shiftnet.cli.count._count": self.count,
-            "shiftnet.cli.convert.fill": lambda found: (self.network, [], []),
+            "shiftnet.interchange.convert.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
             "shiftnet.cli.reproduce.use_compilation_cache": lambda: None,
             "shiftnet.results.reproduce._train": lambda *_: SimpleNamespace(
@@ -495,10 +495,10 @@ class Stubs:
             ),
             "shiftnet.results.report.page.render": lambda found: "page",
             "shiftnet.results.report.sources._count": lambda *_: None,
-            "shiftnet.cli.export._converter": self.converter,
-            "shiftnet.cli.export.stablehlo": lambda model, size: b"program",
-            "shiftnet.cli.export.original": lambda model: {"x": np.zeros(2)},
-            "shiftnet.cli.export.packed": lambda model: {"x": np.zeros(2)},
+            "shiftnet.cli.export._require": self.converter,
+            "shiftnet.cli.export.onnx": lambda *_: b"program",
+            "shiftnet.cli.export.stablehlo": lambda *_: b"program",
+            "shiftnet.cli.export.arrays": lambda *_, **__: {"x": np.zeros(2)},
         }.items():
             stack.enter_context(mock.patch(name, stub))
         return stack
@@ -519,7 +519,7 @@ class Stubs:
             class_names=("a",) * 10,
             mean=(0.5,) * 3,
             std=(1.0,) * 3,
-            note={"config": self.note, "class_names": [], "mean": [], "std": [], "step": 0},
+            metadata={"config": self.note, "class_names": [], "mean": [], "std": [], "step": 0},
             network=self.network,
             graphdef=None,
             params=None,

@@ -270,3 +270,10 @@ def test_urls_are_refused_and_a_home_directory_is_found(tmp_path, monkeypatch):
     for use in (checkpoint.read, lambda url: checkpoint.write(url, {}, METADATA)):
         with pytest.raises(UserError, match="the checkpoint must be a local path, found the URL"):
             use("gs://bucket/net")
+
+
+def test_several_processes_refuse_a_path_before_they_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
+    CheckpointManager(tmp_path / "run")
+    with pytest.raises(UserError, match=r"contains '\[': several processes cannot write"):
+        CheckpointManager(tmp_path / "[a]b")

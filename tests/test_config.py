@@ -195,8 +195,8 @@ def test_settings_read_and_change_as_mappings_too():
         ),
         (
             "schedule.lr_min=1e-3",
-            "schedule.lr_min=0.001 would be ignored: it applies to schedule.name=cosine and sgdr; "
-            "leave it at 0.0",
+            "schedule.lr_min=0.001 would be ignored: it applies to schedule.name=cosine, sgdr, "
+            "linear and wsd; leave it at 0.0",
         ),
         (
             "schedule.name=cosine schedule.boundaries=(5,8)",
@@ -684,6 +684,12 @@ def test_no_other_field_may_change_when_a_run_resumes():
     free = {"epochs", "parallel.fsdp", "data.dir", "data.workers", "data.on_corrupt"}
     low_bit = {"model__weights": "s3"}
     files, sgdr = {"data__source": "folder"}, {"schedule__name": "sgdr"}
+    wsd, muon, adamw = (
+        {"schedule__name": "wsd"},
+        {"optimizer__name": "muon"},
+        {"optimizer__name": "adamw"},
+    )
+    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw)
     for name, entry in config.FIELDS.items():
         if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
             continue
@@ -692,7 +698,7 @@ def test_no_other_field_may_change_when_a_run_resumes():
             other = next(choice for choice in entry.choices if choice != entry.default)
         if name == "data.sha256":
             other = "0" * 64
-        where = next(old for old in ({}, low_bit, files, sgdr) if entry.applies(changed(**old)))
+        where = next(old for old in kinds if entry.applies(changed(**old)))
         new = changed(**where, **{name.replace(".", "__"): other})
         before = changed(**where)
         assert field(new, name) != field(before, name)

@@ -1,27 +1,21 @@
 """Converts a checkpoint of the original PyTorch codes, without PyTorch and running none of it.
 
 Takes what ShiftResNet's, the 1-bit wide ResNet's and S3's code write (.t7, .pth, .pth.tar, of any
-Python and PyTorch since 2017), torchvision's ResNets, and the same arrays as .safetensors or .npz.
+Python and PyTorch since 2017), torchvision's ResNets, and the same arrays as .safetensors or .npz,
+also those that `shiftnet export` writes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from flax import nnx
 
-from shiftnet import checkpoint, data, interchange, models, tables
+from shiftnet import checkpoint, data, interchange
 from shiftnet import config as config_lib
 from shiftnet.cli import prog
-from shiftnet.data.cifar import WRN_NORMALIZATION
 from shiftnet.errors import UserError, reported
-from shiftnet.interchange import torch_names
-from shiftnet.interchange.recognition import Recognised, recognise
-
-# The data set that so many classes mean, where the command line names none.
-DATASETS = {10: "cifar10", 100: "cifar100", 1000: "imagenet2012"}
+from shiftnet.interchange.convert import UNKNOWN, Options, convert, names_of
 
 
 @reported
@@ -35,169 +29,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dataset",
         choices=data.NAMES,
-        help="what it was trained on (default: by its number of classes)",
+        help="what it was trained on (default: by its architecture and number of classes)",
+    )
+    parser.add_argument(
+        "--mean",
+        metavar="R,G,B",
+        help="what images are normalised with, for pixels in [0, 1] (default: the data set's)",
+    )
+    parser.add_argument("--std", metavar="R,G,B", help="likewise")
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE|A,B,...",
+        help="a file of one name a line or a JSON list, or the names (default: the data set's)",
     )
     parser.add_argument(
         "--weights",
         choices=("float", "sign"),
-        help="of a wide ResNet's training checkpoint, which does not show it (default: sign)",
+        help="where the arrays do not show which (default: sign for a wide ResNet, else float)",
+    )
+    parser.add_argument(
+        "--entry",
+        metavar="NAME",
+        help="the entry that holds the network, such as state_dict_ema (default: the usual places)",
     )
     arguments = parser.parse_args(argv)
+    options = Options(
+        dataset=arguments.dataset,
+        weights=arguments.weights,
+        mean=_rgb("--mean", arguments.mean),
+        std=_rgb("--std", arguments.std),
+        class_names=arguments.class_names and names_of(arguments.class_names),
+    )
 
     path = Path(arguments.file)
-    file = interchange.read(path)
+    file = interchange.read(path, arguments.entry)
     try:
-        found = recognise(file.arrays, weights=arguments.weights)
-        network, rows, unused = fill(found)
+        converted = convert(file, path.name, options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    note = describe(found, file, path, arguments.dataset)
     directory = checkpoint.write(
         arguments.out or Path("converted") / path.name,
-        checkpoint.to_arrays(*nnx.split(network, nnx.Param, nnx.BatchStat)[1:]),
-        note,
+        checkpoint.to_arrays(*nnx.split(converted.network, nnx.Param, nnx.BatchStat)[1:]),
+        converted.metadata,
     )
-    print(report(found, file, network, rows, unused, note))
-    print(f"\nwritten: {directory}\nevaluate it: python evaluate.py --ckpt {directory}")
+    recipe = config_lib.from_json(converted.metadata["config"])
+    folder = " --data-dir FOLDER" if recipe.data.name == UNKNOWN else ""
+    print(converted.report)
+    print(f"\nwritten: {directory}\nevaluate it: python evaluate.py --ckpt {directory}{folder}")
     return 0
 
 
-Rows = list[tuple[object, ...]]
-
-
-def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
-    """Builds the network and sets its numbers.
-
-    Returns:
-      The network, a row for each array that went into it, and the names of those left over.
+def _rgb(option: str, text: str | None) -> data.RGB | None:
+    """Three numbers with commas between them.
 
     Raises:
-      UserError: for an array that is missing, has the wrong shape, or holds what it cannot.
+      UserError: for anything else, or a standard deviation that is not positive.
     """
-    network = nnx.eval_shape(lambda: models.build(found.model, found.num_classes, rngs=nnx.Rngs(0)))
-    needed = torch_names.names(network, found.naming)
-    coded = {
-        name
-        for name in needed
-        if any(name == weight or name.startswith(f"{weight}_") for weight in found.codes)
-    }
-    for name in needed:
-        if name not in coded and name not in found.arrays:
-            raise UserError(f"{name} is missing; {found.model['arch']} needs it")
-    used = {name: found.arrays[name] for name in needed if name not in coded}
-    for name, array in used.items():
-        if array.dtype.kind != "f":
-            raise UserError(f"{name} holds {array.dtype}; expected floating numbers")
-        if not np.isfinite(array).all():
-            raise UserError(f"{name} holds {array[~np.isfinite(array)].flat[0]}")
-        if name.endswith("running_var") and array.min(initial=0) < 0:
-            raise UserError(f"{name} holds {array.min():g}; a variance is not negative")
-    wide = {name: array.astype(np.float32) for name, array in used.items()}
+    if text is None:
+        return None
     try:
-        torch_names.from_torch(network, wide, found.naming, codes=found.codes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    arrays = {**used, **found.codes}
-    rows: Rows = [
-        (name, _shape(arrays[name]), "levels" if name in found.codes else str(arrays[name].dtype))
-        for name in {**found.arrays, **found.codes}
-        if name in arrays
-    ]
-    unused = [name for name in found.arrays if name not in used and not name.endswith("_tracked")]
-    return network, rows, unused
-
-
-def describe(
-    found: Recognised, file: interchange.Foreign, path: Path, dataset: str | None
-) -> dict[str, Any]:
-    """The checkpoint's note."""
-    recipe = config_lib.default_config()
-    recipe.model.update(found.model)
-    name = dataset or DATASETS.get(found.num_classes)
-    names = [str(label) for label in range(found.num_classes)]
-    mean, std = data.IMAGENET_NORMALIZATION
-    if name:
-        recipe.data.name = name
-        mean, std = data.normalization(name)
-        if name in data.IN_MEMORY:
-            names = list(data.class_names(name))
-    if len(names) != found.num_classes:
-        raise UserError(
-            f"{path} knows {found.num_classes} classes, --dataset {dataset} has {len(names)}"
-        )
-    if found.naming is torch_names.WRN:
-        mean, std = WRN_NORMALIZATION  # the others take their data set's own
-    recipe.data.mean, recipe.data.std = mean, std
-    return {
-        "config": config_lib.to_json(recipe),
-        "class_names": names,
-        "mean": list(mean),
-        "std": list(std),
-        "step": 0,
-        "converted_from": {"file": path.name, "format": file.format, **recorded(file.facts)},
-    }
-
-
-def recorded(facts: Mapping[str, Any]) -> dict[str, float]:
-    """The accuracy and the epoch that the file names, where they can be ones."""
-    result: dict[str, float] = {}
-    for ours, theirs, most in (
-        ("accuracy", ("acc", "best_acc1", "acc1"), 100.0),
-        ("epoch", ("epoch",), 1e6),
-    ):
-        for name in theirs:
-            value = facts.get(name)
-            if isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= most:
-                result.setdefault(ours, value)
-    return result
-
-
-def report(
-    found: Recognised,
-    file: interchange.Foreign,
-    network: nnx.Module,
-    rows: Rows,
-    unused: Sequence[str],
-    note: Mapping[str, Any],
-) -> str:
-    """What was found and taken, for people."""
-    model = found.model
-    fields = [
-        f"{name} {model[name]:g}"
-        for name in ("expansion", "reduction", "width")
-        if model[name] != 1
-    ]
-    count = sum(math.prod(leaf.shape) for leaf in _parameters(network))
-    facts = note["converted_from"]
-    lines = [
-        tables.aligned([("array", "shape", "type"), *rows]),
-        "",
-        f"{facts['file']}: {file.format}",
-        " ".join([model["arch"], *fields, f"with {model['weights']} weights,"])
-        + f" {found.num_classes} classes, {count:,} parameters"
-        + ("" if model["weights"] == "float" else " (latents included)"),
-    ]
-    if "accuracy" in facts:
-        epoch = f" at epoch {facts['epoch']}" if "epoch" in facts else ""
-        lines.append(f"recorded accuracy: {facts['accuracy']:g} %{epoch}")
-    else:
-        lines.append("no accuracy is recorded")
-    strange = [name for name in ("acc", "best_acc1", "epoch") if name in file.facts]
-    strange = [name for name in strange if file.facts[name] not in facts.values()]
-    if strange:
-        lines.append(
-            "not taken over: " + ", ".join(f"{name} {file.facts[name]!r}" for name in strange)
-        )
-    if unused:
-        lines.append(f"not used: {', '.join(unused)}")
-    if file.ignored:
-        lines.append(f"left out: {', '.join(file.ignored)}")
-    return "\n".join(lines)
-
-
-def _parameters(network: nnx.Module) -> list[nnx.Variable]:
-    return [leaf for _, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))]
-
-
-def _shape(array: np.ndarray) -> str:
-    return "x".join(map(str, array.shape)) or "()"
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"{option} must be three numbers R,G,B, found {text!r}") from None
+    is_good = all(map(math.isfinite, (red, green, blue)))
+    if not is_good or (option == "--std" and min(red, green, blue) <= 0):
+        kind = "positive" if option == "--std" else "finite"
+        raise UserError(f"{option} must be three {kind} numbers, found {text!r}")
+    return red, green, blue

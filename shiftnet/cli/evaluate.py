@@ -105,7 +105,7 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
         "arch": model.config.model.arch,
         "dataset": test.name,
         "images": len(result.labels),
-        "step": model.note["step"],
+        "step": model.metadata["step"],
         "top1": result.top1,
         "top5": result.top5,
         "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no NaN

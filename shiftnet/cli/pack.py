@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = shiftnet.load(arguments.ckpt)
     network = model.network
-    packing.write(out, network, model.note, arguments.rest)
+    packing.write(out, network, model.metadata, arguments.rest)
     print(_table(quantizers.of_layers(network), arguments.rest))
     before = 4 * sum(leaf.size for leaf in quantizers.of_layers(network).values())
     size = out.stat().st_size

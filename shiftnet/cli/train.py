@@ -5,12 +5,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from shiftnet import config as config_lib
 from shiftnet.cli import prog
+from shiftnet.config import Config
 from shiftnet.errors import reported
 from shiftnet.files import path_of
 from shiftnet.planning import plan
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if outcome.finished else 128 + outcome.signal
 
 
-def _plan(config: Any, topologies: str) -> int:
+def _plan(config: Config, topologies: str) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing is run: look for no accelerator
     names = plan.parse(topologies)
     estimates = plan.plan(config, names, lambda text: print(f"{text} ...", file=sys.stderr))

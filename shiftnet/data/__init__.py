@@ -8,11 +8,11 @@ held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from shiftnet import errors
+from shiftnet.config import DataConfig
 from shiftnet.data import cifar, digits
 from shiftnet.data.parts import Source, Split, Subset
 
@@ -163,7 +163,7 @@ def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool
     return TestSet(data_dir, test, test.class_names, folder.found(None, test))
 
 
-def of_recipe(data: Any) -> Dataset:
+def of_recipe(data: DataConfig) -> Dataset:
     """Loads the data set that a recipe's `config.data` names; see `load`."""
     return load(
         data.name,

@@ -15,6 +15,7 @@ from flax import nnx
 
 import shiftnet.config
 from shiftnet import checkpoint, models, packing
+from shiftnet.config import Config
 from shiftnet.data import RGB, augment
 from shiftnet.files import path_of
 from shiftnet.kernels.implementations import compiler_options
@@ -56,7 +57,7 @@ class Classifier:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], network: nnx.Module):
         self.path = path
-        self.config: Any = shiftnet.config.from_json(metadata["config"])
+        self.config: Config = shiftnet.config.from_json(metadata["config"])
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
         self.mean: RGB = tuple(metadata["mean"])
         self.std: RGB = tuple(metadata["std"])
@@ -81,11 +82,6 @@ class Classifier:
             f"Classifier({model.arch} with {bits}{model.weights} weights, "
             f"{len(self.class_names)} classes of {self.config.data.name}, from {self.path})"
         )
-
-    @property
-    def note(self) -> Mapping[str, Any]:  # until cli uses the new name
-        """The metadata."""
-        return self.metadata
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Classifier":

@@ -7,13 +7,15 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+from shiftnet.interchange import beside, tensors
 from shiftnet.interchange.limits import Clock, Refusal, short
 from shiftnet.interchange.pickles import Global, Machine
-from shiftnet.interchange.tensors import CALLS, Storage, storage
+from shiftnet.interchange.tensors import Storage, storage
 from shiftnet.interchange.zips import Zip
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_CALLS = {**tensors.CALLS, **beside.CALLS}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +65,12 @@ def read_zip(archive: Zip, clock: Clock) -> Pickled:
     """
     pickles = [n for n in archive.sizes if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(pickles) != 1:
-        raise Refusal(f"expected a zip with one NAME/data.pkl or .npy files, found {len(pickles)}")
+        names = [name for name in archive.sizes if not name.startswith("__MACOSX/")]
+        listed = ", ".join(map(short, names[:3])) + (", …" if len(names) > 3 else "")
+        raise Refusal(
+            f"expected a zip with one NAME/data.pkl or .npy files, found {len(pickles)}; it is a "
+            f"zip of {listed or 'nothing'}: if a checkpoint is among them, unzip it and name that"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in archive.sizes:
         raise Refusal("it is a TorchScript program, expected a checkpoint")
@@ -82,7 +89,7 @@ def read_zip(archive: Zip, clock: Clock) -> Pickled:
             )
 
     storages = _Storages(check)
-    machine = Machine(archive.read(pickles[0]), 0, CALLS, storages, clock)
+    machine = Machine(archive.read(pickles[0]), 0, _CALLS, storages, clock)
     top = machine.load()
     return Pickled(
         top,
@@ -113,7 +120,7 @@ def read_legacy(data: bytes, clock: Clock) -> Pickled:
     machine.load()
 
     storages = _Storages()
-    objects = Machine(data, machine.at, CALLS, storages, clock)
+    objects = Machine(data, machine.at, _CALLS, storages, clock)
     top = objects.load()
     listing = Machine(data, objects.at, {}, None, clock)
     keys = listing.load()

@@ -1,8 +1,9 @@
 """Where in a pickled checkpoint the network lies, and what it and its surroundings say."""
 
+import collections
 import dataclasses
-from collections.abc import Callable
-from typing import TypeGuard
+from collections.abc import Callable, Mapping
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
@@ -17,17 +18,27 @@ from shiftnet.interchange.limits import (
     max_copied,
     short,
 )
-from shiftnet.interchange.pickles import Record
+from shiftnet.interchange.pickles import Inert, Record
 from shiftnet.interchange.tensors import Tensor, array
 
-_PARALLEL = (
-    "torch.nn.parallel.data_parallel.DataParallel",
-    "torch.nn.parallel.distributed.DistributedDataParallel",
-)
-_PREFIX = "module."  # of all names in a state dict of those
+# Modules that hold the network as their only child, by its name in them.
+_WRAPPING = {
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+}
 
-# What a network may be stored under, beside the accuracy and the epoch.
-_PLACES = ("net", "state_dict")
+# What stands before every name in the state dict of those, and of a network that is an attribute of
+# a larger module, such as Lightning's.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model.")
+_MOST_PREFIXES = 4  # one inside the other
+
+# What a network may be stored under, the first that is there. Averages of the weights come last.
+PLACES = (
+    *("net", "state_dict", "model", "model_state_dict", "model_state", "network", "module"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
+)
 
 _SCALARS = (bool, int, float, str)
 _LONGEST = 16  # of the tuples among a module's attributes
@@ -49,6 +60,8 @@ class Network:
           Refusal: where it is none, or the name is taken.
         """
         full = joined(path, name)
+        if isinstance(value, Inert):
+            raise Refusal(f"{short(full)} in its network is a {value.type_name}")
         if not isinstance(value, Tensor):
             raise Refusal(f"{short(full)} in its network is not a tensor")
         if full in self.tensors:
@@ -112,17 +125,24 @@ def _is_state_dict(value: object) -> TypeGuard[dict]:
     return isinstance(value, dict) and any(isinstance(part, Tensor) for part in value.values())
 
 
-def find(top: object) -> tuple[Network, dict]:
+def find(top: object, entry: str | None = None) -> tuple[Network, dict]:
     """The network in what a file holds, and the entries beside it.
+
+    Args:
+      top: the pickled object.
+      entry: where the network lies, if not in one of the usual places.
 
     Raises:
       Refusal: where there is none.
     """
     found: object = top
     rest: dict = {}
+    places = PLACES if entry is None else (entry,)
+    if entry is not None and not (isinstance(top, dict) and is_network(top.get(entry))):
+        raise Refusal(f"it has no network under {short(entry)}, found {_describe(top)}")
     if isinstance(top, dict):
-        for place in _PLACES:
-            if _is_module(top.get(place)) or _is_state_dict(top.get(place)):
+        for place in places:
+            if is_network(top.get(place)):
                 found, rest = top[place], {name: top[name] for name in top if name != place}
                 break
         else:  # an accuracy may be a tensor too, so that here all must be
@@ -131,27 +151,49 @@ def find(top: object) -> tuple[Network, dict]:
     network = Network()
     if _is_module(found):
         inner = (found.fields or {})["_modules"]
-        if found.type_name in _PARALLEL and isinstance(inner, dict):
-            found = inner.get("module")
+        child = _WRAPPING.get(found.type_name)
+        if child and isinstance(inner, dict):
+            found = inner.get(child)
         if not _is_module(found):
-            raise Refusal("its parallel wrapper holds no module")
+            raise Refusal("its wrapper holds no module")
         network.walk(found)
     elif _is_state_dict(found):
-        for name, value in without_prefix(found).items():
+        for name, value in found.items():
             network.add("", name, value)
     if not network.tensors:
         raise Refusal(
-            "expected a network under 'net' or 'state_dict', or a state dict or module, "
-            f"found {_describe(top)}"
+            f"expected a network under {' or '.join(map(repr, PLACES[:4]))}, or a state dict or "
+            f"module, found {_describe(top)}"
         )
     return network, rest
 
 
-def without_prefix(state: dict) -> dict:
-    """A state dict without the prefix of parallel wrappers, where all of its names have it."""
-    if not all(isinstance(name, str) and name.startswith(_PREFIX) for name in state):
-        return state
-    return {name.removeprefix(_PREFIX): value for name, value in state.items()}
+def is_network(value: object) -> bool:
+    """Whether this is a module or a state dict."""
+    return _is_module(value) or _is_state_dict(value)
+
+
+Value = TypeVar("Value")
+
+
+def without_prefix(state: Mapping[str, Value]) -> tuple[dict[str, Value], list[str]]:
+    """A state dict without the prefixes of what wraps its network.
+
+    Returns:
+      What is left of the names where more of them start with such a prefix than with any other
+      word; and the names of what lies beside the network in its wrapper.
+    """
+    left_out: list[str] = []
+    kept = dict(state)
+    for _ in range(_MOST_PREFIXES):
+        counts = collections.Counter(name.partition(".")[0] + "." for name in kept)
+        prefix = max(_PREFIXES, key=counts.__getitem__)
+        others = [count for word, count in counts.items() if word not in _PREFIXES]
+        if counts[prefix] <= max(others, default=0):
+            break
+        left_out += [name for name in kept if not name.startswith(prefix)]
+        kept = {n.removeprefix(prefix): v for n, v in kept.items() if n.startswith(prefix)}
+    return kept, left_out
 
 
 def _describe(top: object) -> str:

@@ -47,6 +47,17 @@ class Record:
     fields: dict[str, object] | None = None  # None until BUILD
 
 
+@dataclasses.dataclass(slots=True)
+class Inert:
+    """An instance of a class that no network consists of, such as a date: its class, by name.
+
+    `state` is what BUILD gave it.
+    """
+
+    type_name: str
+    state: object = None
+
+
 Call = Callable[[tuple], object]
 
 # Names of the standard library that stand in checkpoints as values, uncalled: of the base class of
@@ -318,6 +329,9 @@ class Machine:
     def _build(self) -> None:
         """Gives attributes to the instance below; other kinds have none that matter here."""
         state, target = self._pop(), self._top()
+        if isinstance(target, Inert):
+            target.state = state
+            return
         if not isinstance(target, Record):
             if isinstance(target, (list, str, int, float, Global)) or target is None:
                 raise Refusal(f"its pickle gives attributes to {_what(target)}")
@@ -365,6 +379,8 @@ def _what(value: object) -> str:
     """A value in a message."""
     if isinstance(value, Global):
         return _plain(value.name)
+    if isinstance(value, Inert):
+        return f"a {_plain(value.type_name)}"
     return f"a value of type {type(value).__name__}"
 
 
@@ -411,6 +427,7 @@ _BY_NAME: dict[str, Callable[[Machine], object]] = {
     "SHORT_BINBYTES": lambda m: m._push(m._take(m._number("<B"))),
     "BINBYTES": lambda m: m._push(m._take(m._number("<I"))),
     "BINBYTES8": lambda m: m._push(m._take(m._number("<Q"))),
+    "BYTEARRAY8": lambda m: m._push(m._take(m._number("<Q"))),
     # Containers.
     "MARK": Machine._mark,
     "EMPTY_TUPLE": lambda m: m._tuple(0),

@@ -1,5 +1,6 @@
 """The formats that hold arrays and nothing else: .npz and .safetensors."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -52,6 +53,16 @@ def read_npz(archive: Zip) -> dict[str, np.ndarray]:
         name = joined("", member.removesuffix(".npy"))
         arrays[name] = _npy(name, archive.read(member))
     return arrays
+
+
+def comment(archive: Zip) -> dict[str, object]:
+    """What an .npz file says beside its arrays: a JSON object of texts in the archive's comment."""
+    try:
+        facts = json.loads(archive.comment)
+    except (ValueError, RecursionError):  # none, or one of another kind
+        return {}
+    texts = facts.items() if isinstance(facts, dict) else ()
+    return {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _npy(name: str, data: bytes) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from shiftnet.interchange.limits import MAX_DIMS, Refusal, short
-from shiftnet.interchange.pickles import Call, Global
+from shiftnet.interchange.pickles import Call, Global, Inert
 
 # The names of types of storage, for the CPU in `torch`, for GPUs in `torch.cuda`.
 _STORAGES = {
@@ -26,7 +26,11 @@ _STORAGES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
+# Of types that came later; the tensor names its own, see `_rebuild_tensor_v3`.
+_UNTYPED = "torch.storage.UntypedStorage"
 
 # How the elements lie in a file, little-endian. bfloat16 is the upper half of a float32, and a byte
 # that stands for a bool may have any value.
@@ -99,6 +103,8 @@ def storage(identity: tuple, whole: Callable[[Storage], None]) -> Storage:
         raise Refusal(f"it describes a storage by {len(identity)} values, expected 5 or 6")
     _, kind, key, _, count = identity[:5]
     package, _, name = kind.name.rpartition(".") if isinstance(kind, Global) else ("", "", "")
+    if isinstance(kind, Global) and kind.name == _UNTYPED:
+        package, name = "torch", "ByteStorage"
     if package not in ("torch", "torch.cuda") or name not in _STORAGES:
         raise Refusal(f"it has a storage of type {short(getattr(kind, 'name', kind))}")
     if not isinstance(key, str) or not is_count(count):
@@ -148,6 +154,14 @@ def _rebuild_tensor(arguments: tuple) -> Tensor:
     return _tensor(*arguments[:4])
 
 
+def _rebuild_tensor_v3(arguments: tuple) -> Inert:
+    """`(storage, offset, shape, strides, requires_grad, hooks, dtype, ...)`, for newer types."""
+    kind = arguments[6] if len(arguments) > 6 else None
+    if not isinstance(kind, Global):
+        raise Refusal("it has a tensor without a type")
+    return Inert(f"tensor of {kind.name}")
+
+
 def _parameter(arguments: tuple) -> Tensor:
     """`(tensor, ...)`: a parameter is its tensor."""
     if not arguments or not isinstance(arguments[0], Tensor):
@@ -165,6 +179,7 @@ def _size(arguments: tuple) -> tuple:
 CALLS: Mapping[str, Call] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,

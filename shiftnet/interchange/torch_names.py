@@ -54,14 +54,38 @@ _LATENTS = {
 
 
 def _torch_name(path: tuple[str, ...], naming: Naming) -> str:
-    is_latent = len(path) > 1 and path[-2] == "weight"
-    layer = ".".join(path[:-2] if is_latent else path[:-1])
+    latent = is_latent(path)
+    layer = ".".join(path[:-2] if latent else path[:-1])
     for pattern, replacement in naming.layers:
         layer = re.sub(pattern, replacement, layer)
-    if is_latent:
+    if latent:
         suffix = _LATENTS.get(path[-1], f"_{path[-1]}")
         return f"{layer}{naming.weight_suffix}{suffix}"
     return f"{layer}{_LEAVES[path[-1]]}"
+
+
+def is_latent(path: tuple[str, ...]) -> bool:
+    """Whether the leaf at this path is one that a layer's weight is made of."""
+    return len(path) > 1 and path[-2] == "weight"
+
+
+def weight_name(layer: str, naming: Naming = SHIFT) -> str:
+    """PyTorch's name of the weight of one of our layers, such as `layer1.0.conv1`."""
+    return _torch_name((*layer.split("."), "weight", "value"), naming)
+
+
+def low_bit(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, quantizers.LowBitWeight]:
+    """The model's low-bit weights by PyTorch's names."""
+    return {
+        weight_name(layer, naming): weight
+        for layer, weight in quantizers.of_layers(model).items()
+        if isinstance(weight, quantizers.LowBitWeight)
+    }
+
+
+def to_torch_layout(array: np.ndarray) -> np.ndarray:
+    """An array of ours in PyTorch's layout."""
+    return np.transpose(array, _axes_to_torch(array.ndim))
 
 
 def _axes_to_torch(ndim: int) -> tuple[int, ...]:
@@ -72,7 +96,7 @@ def _axes_to_torch(ndim: int) -> tuple[int, ...]:
 def to_torch(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, np.ndarray]:
     """The model's parameters and running statistics under PyTorch's names and in its layouts."""
     return {
-        _torch_name(path, naming): np.transpose(np.asarray(leaf[...]), _axes_to_torch(leaf.ndim))
+        _torch_name(path, naming): to_torch_layout(np.asarray(leaf[...]))
         for path, leaf in _leaves(model)
     }
 
@@ -98,13 +122,12 @@ def from_torch(
       ValueError: for an array of the wrong shape.
     """
     coded = set()
-    for layer, weight in quantizers.of_layers(model).items():
-        name = _torch_name((*layer.split("."), "weight", "value"), naming)
-        if codes and name in codes and isinstance(weight, quantizers.LowBitWeight):
+    for name, weight in low_bit(model, naming).items():
+        if codes and name in codes:
             weight.set_quantized(_from_torch_layout(name, codes[name], weight.shape))
-            coded.add(f"{layer}.weight")
+            coded.add(name)
     for path, leaf in _leaves(model):
-        if ".".join(path[:-1]) not in coded:
+        if not (is_latent(path) and weight_name(".".join(path[:-2]), naming) in coded):
             name = _torch_name(path, naming)
             leaf.set_value(
                 jax.numpy.asarray(_from_torch_layout(name, state_dict[name], leaf.shape))

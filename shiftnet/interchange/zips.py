@@ -27,6 +27,7 @@ class Zip:
     Attributes:
       sizes: bytes of each member when unpacked, by name, as the archive's directory says.
       unpacked: their sum.
+      comment: the text at the archive's end, at most 65,535 bytes.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -43,6 +44,7 @@ class Zip:
             self._archive = zipfile.ZipFile(io.BytesIO(data))
         except _BROKEN:
             raise Refusal("it starts as a zip file, but is cut short or broken") from None
+        self.comment = self._archive.comment.decode("utf-8", "replace")
         members = self._archive.infolist()
         for member in members:
             name = PurePosixPath(member.filename.replace("\\", "/"))

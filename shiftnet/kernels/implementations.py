@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from shiftnet.kernels.layouts import Layout
-
 _only_xla: Any = jax.make_user_context(os.environ.get("SHIFTNET_ONLY_XLA", "") not in ("", "0"))
 _platform: Any = jax.make_user_context(None)
 
@@ -69,12 +67,6 @@ def compiler_options(platform: str) -> dict[str, str]:
     except jax.errors.JaxRuntimeError:  # an experimental option, which a later XLA may not know
         return {}
     return options
-
-
-def best_layout(batch: int) -> Layout:
-    """NHWC: an operation whose kernel needs another layout changes to it by itself."""
-    del batch
-    return "NHWC"
 
 
 class Division(NamedTuple):

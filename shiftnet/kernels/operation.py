@@ -117,7 +117,7 @@ def finish(y: jax.Array, epilogue: Epilogue, relu: bool) -> jax.Array:
     scale, bias, residual = epilogue
     if scale is not None or bias is not None:
         y = affine(y, scale, bias, "NHWC")
-    y = jnp.maximum(y, 0) if relu else y
+    y = jnp.maximum(y, jnp.zeros((), y.dtype)) if relu else y  # typed, for exporters
     return y if residual is None else y + residual
 
 

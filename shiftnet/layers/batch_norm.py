@@ -1,5 +1,7 @@
 """Batch normalisation with PyTorch's statistics."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +40,8 @@ class BatchNorm(nnx.Module):
         self.features = features
         self.scale = nnx.data(nnx.Param(jnp.ones(features, jnp.float32)) if affine else None)
         self.bias = nnx.data(nnx.Param(jnp.zeros(features, jnp.float32)) if affine else None)
-        self.mean = nnx.data(nnx.BatchStat(jnp.zeros(features, jnp.float32)))
-        self.var = nnx.data(nnx.BatchStat(jnp.ones(features, jnp.float32)))
+        self.mean: Any = nnx.data(nnx.BatchStat(jnp.zeros(features, jnp.float32)))
+        self.var: Any = nnx.data(nnx.BatchStat(jnp.ones(features, jnp.float32)))
 
     def __call__(self, x: jax.Array, *, train: bool = False, relu: bool = False) -> jax.Array:
         """Normalises `x`; with `relu`, negative results become 0."""

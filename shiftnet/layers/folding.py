@@ -84,4 +84,4 @@ def fix_weights(
     """
     for _, layer in list(nnx.iter_modules(network)):
         if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight):
-            layer.weight = nnx.data(fix(layer.weight))
+            layer.weight = nnx.data(fix(layer.weight))  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Pooling over windows."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -16,4 +17,7 @@ def average_pool(x: jax.Array) -> jax.Array:
 
 def max_pool(x: jax.Array) -> jax.Array:
     """Maxima of 3x3 windows at stride 2, `[N, H, W, C]` to `[N, ceil(H / 2), ceil(W / 2), C]`."""
-    return nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    # Padded apart for jax2onnx, whose max pooling takes no padding in numbers (0.17.1); XLA joins
+    # the two again, in gradients too.
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")

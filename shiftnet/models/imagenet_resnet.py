@@ -5,6 +5,7 @@ torchvision has them and S3 trains them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ class ImageNetResNet(Network):
         super().__init__(dtype)
         kind, counts = STAGES[depth]
         layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
-        block = functools.partial(kind, weights=weights, **layer)
+        block: Callable[..., nnx.Module] = functools.partial(kind, weights=weights, **layer)
         self.conv1 = Conv(3, 64, 7, stride=2, weights=ends, **layer)
         self.bn1 = BatchNorm(64)
         stages, inside = [], 64

@@ -7,6 +7,7 @@ multiply-adds for A.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +113,7 @@ class ShiftNet(Network):
         stages = []
         for stage in STAGES:
             outside = int(stage.features * width)
-            block = functools.partial(
+            block: Callable[..., CSCBlock] = functools.partial(
                 CSCBlock, kernel_size=stage.kernel_size, weights=weights, **layer
             )
             blocks = [block(inside, outside, 2, expansion=stage.first_expansion)]

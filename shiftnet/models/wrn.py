@@ -6,6 +6,7 @@ and bias, shortcuts without weights, and a 1x1 convolution in place of the linea
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ class WideResNet(Network):
         super().__init__(dtype)
         features = at_least_one(16 * width, "width", width)
         layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
-        block = functools.partial(WideBlock, weights=weights, **layer)
+        block: Callable[..., WideBlock] = functools.partial(WideBlock, weights=weights, **layer)
         self.conv0 = Conv(3, features, 3, weights=ends, **layer)
         groups = []
         for group in range(3):

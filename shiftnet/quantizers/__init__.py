@@ -5,6 +5,7 @@ Every form is one file, and every convolution and linear layer takes any of them
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 # Name -> class, and the bits that it can be given; none where it has no choice.
-FORMS: dict[str, tuple[Form, tuple[int, ...]]] = {
+FORMS: dict[str, tuple[Callable[..., Weight], tuple[int, ...]]] = {
     "float": (Float, ()),
     "sign": (Sign, ()),
     "s3": (S3, (2, 3, 4)),

@@ -27,6 +27,8 @@ class DenseShift(form.LowBitWeight):
     Latents: `sign` (a), `shift1`, `shift2`, … (t).
     """
 
+    sign: nnx.Param
+
     def __init__(
         self,
         shape: Sequence[int],

@@ -27,6 +27,9 @@ class S3(form.LowBitWeight):
     Latents: `sign` (a), `gate` (b), `shift1`, `shift2`, … (t).
     """
 
+    sign: nnx.Param
+    gate: nnx.Param
+
     def __init__(
         self,
         shape: Sequence[int],

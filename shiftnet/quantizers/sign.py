@@ -19,6 +19,7 @@ class Sign(form.LowBitWeight):
     """
 
     levels = (-1, 1)
+    latent: nnx.Param
 
     def __init__(self, shape: Sequence[int], *, init: form.Init | None = None, rngs: nnx.Rngs):
         del init  # the latents of every form of this paper start alike

@@ -24,6 +24,7 @@ import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import models, packing, results, tables
 from shiftnet.checkpoint import BEST, DIGESTS, LATEST
+from shiftnet.config import Config, DataConfig
 from shiftnet.data import Dataset
 from shiftnet.errors import RunFailed, UserError, say
 from shiftnet.inference import Classifier
@@ -89,7 +90,7 @@ class Job:
 
     row: results.Row
     epoch: str
-    config: Any
+    config: Config
     full_epochs: int
     folder: Path
     result: dict[str, Any] | None
@@ -156,12 +157,12 @@ def run(options: Options, deadline: Deadline, *, cheapest_first: bool = False) -
     return failed
 
 
-def shorten(config: Any, epochs: int) -> None:
+def shorten(config: Config, epochs: int) -> None:
     """Shortens a recipe's schedule: steps of the learning rate move along, restarts stay."""
     full, config.epochs = config.epochs, min(epochs, config.epochs)
     boundaries = config.schedule.boundaries
     if config.schedule.name == "step":
-        boundaries = [round(boundary * config.epochs / full) for boundary in boundaries]
+        boundaries = tuple(round(boundary * config.epochs / full) for boundary in boundaries)
     inside = {boundary for boundary in boundaries if 0 < boundary < config.epochs}
     config.schedule.boundaries = tuple(sorted(inside))
     config_lib.validate(config)
@@ -232,7 +233,7 @@ def _begun(place: Path) -> bool:
     return any(place.glob(f"{LATEST}/*/{DIGESTS}"))
 
 
-def _images(config: Any) -> float:
+def _images(config: Config) -> float:
     """Images that a whole training sees; infinite where the size of the set is not known."""
     return config.epochs * TRAINING_IMAGES.get(config.data.name, math.inf)
 
@@ -319,7 +320,7 @@ def _train(
     return outcome
 
 
-def check_size(row: str, data: Any, dataset: Dataset) -> None:
+def check_size(row: str, data: DataConfig, dataset: Dataset) -> None:
     """Checks that a data set has as many images as the one that a row is about.
 
     Raises:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from shiftnet.config import Config
 from shiftnet.data import Source, Split
 from shiftnet.data.workers import num_workers
 from shiftnet.training.mesh import replicate, shard_batch
@@ -37,7 +38,7 @@ class DataIterator(Protocol):
 
 
 def make_data_iterator(
-    config: Any,
+    config: Config,
     program: Program | StackedProgram,
     seed: np.uint32 | np.ndarray,
     part: Split | Source,
@@ -120,7 +121,7 @@ class FileData:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         program: Program,
         source: Source,
         steps_per_epoch: int,

@@ -18,8 +18,10 @@ import shiftnet.config
 import shiftnet.data
 import shiftnet.models
 from shiftnet.checkpoint import BEST, LATEST, CheckpointManager, to_arrays
+from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
+from shiftnet.kernels import operation
 from shiftnet.training import low_bit
 from shiftnet.training.data_iterator import make_data_iterator
 from shiftnet.training.deadline import Deadline
@@ -72,7 +74,7 @@ class Outcome:
 
 
 def train(
-    config: Any,
+    config: Config,
     workdir: str | Path,
     *,
     init: str | Path | None = None,
@@ -139,6 +141,7 @@ def train(
 
         # --- Program ------------------------------------------------------------------------------
 
+        operation.decide()  # which kernels can be trusted, before any is traced
         single = Program(
             config,
             num_classes=len(dataset.class_names),
@@ -328,12 +331,18 @@ def train(
         if step < total_steps:
             progress.message("compiling the training step, which may take minutes ...")
         signal = 0
+        choices: list[str] = []
         profiled = stack.enter_context(contextlib.closing(Profile(workdir, on=profile and is_main)))
         interrupt = stack.enter_context(Interrupt())
         while step < total_steps and deadline.left > 0 and not signal:
             # Step
             step_began, step_before = times.clock(), step
-            state, losses, corrects = data.advance(state, step)
+            with operation.choices() as chosen:  # while the step is traced
+                state, losses, corrects = data.advance(state, step)
+            for choice in chosen:
+                if choice not in choices:
+                    choices.append(choice)
+                    progress.message(choice)
             step += losses.shape[-1]
             profiled.step(losses)
             # This waits for the call before, so that the device has the next one meanwhile and no
@@ -453,13 +462,13 @@ def train(
         )
 
 
-def _with_seed(config: Any, seed: int) -> Any:
+def _with_seed(config: Config, seed: int) -> Config:
     own = shiftnet.config.from_json(shiftnet.config.to_json(config))
     own.seed = seed
     return own
 
 
-def check_together(config: Any, dataset: Dataset, init: str | Path | None) -> None:
+def check_together(config: Config, dataset: Dataset, init: str | Path | None) -> None:
     """Checks that several seeds of a recipe can be trained in one program.
 
     Raises:
@@ -483,7 +492,7 @@ def report_skipped(progress: Progress, which: str, names: Sequence[str]) -> None
 
 
 def describe(
-    config: Any,
+    config: Config,
     dataset: Dataset,
     state: Any,
     steps_per_epoch: int,
@@ -535,7 +544,7 @@ def last_good(checkpoints: CheckpointManager) -> str:
 
 
 @contextlib.contextmanager
-def explained(config: Any, seeds: Sequence[int] | None) -> Iterator[None]:
+def explained(config: Config, seeds: Sequence[int] | None) -> Iterator[None]:
     """Turns JAX's errors for too little memory, and for a lost process, into `RunFailed`."""
     load = f"at batch_size {config.batch_size}"
     smaller = f"--config.batch_size={max(config.batch_size // 2, 1)}"

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from shiftnet.config import DataConfig
 from shiftnet.data import RGB, Source, Split, augment
 from shiftnet.data.workers import num_workers
 from shiftnet.errors import UserError
@@ -91,7 +92,7 @@ class Evaluator(Protocol):
 def make_evaluator(
     graphdef: nnx.GraphDef,
     part: Split | Source,
-    data: Any,
+    data: DataConfig | Reading,
     *,
     mean: RGB,
     std: RGB,
@@ -199,7 +200,14 @@ class ResidentEvaluator:
 class FileEvaluator:
     """Evaluates on images that worker processes decode."""
 
-    def __init__(self, scorer: _Scorer, source: Source, data: Any, batch_size: int, mesh: Mesh):
+    def __init__(
+        self,
+        scorer: _Scorer,
+        source: Source,
+        data: DataConfig | Reading,
+        batch_size: int,
+        mesh: Mesh,
+    ):
         from shiftnet.data.stream import EvalStream  # Grain takes seconds to import
 
         self._mesh = mesh

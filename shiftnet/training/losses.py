@@ -11,8 +11,8 @@ TINY = 1e-7
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
-    *,
     targets: jax.Array | None = None,
+    *,
     smoothing: float = 0.0,
 ) -> jax.Array:
     """The mean cross entropy of a batch.

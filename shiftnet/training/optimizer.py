@@ -8,6 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from shiftnet.config import Config, OptimizerConfig
 from shiftnet.errors import UserError
 from shiftnet.training.schedules import learning_rate
 
@@ -16,7 +17,7 @@ Params = Any
 
 
 def make_optimizer(
-    config: Any, steps_per_epoch: int, *, first_and_last: Sequence[str] = ()
+    config: Config, steps_per_epoch: int, *, first_and_last: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """The optimizer of a recipe, from gradients to updates.
 
@@ -62,7 +63,9 @@ def make_optimizer(
     return chain
 
 
-def _rule(settings: Any, first_and_last: Sequence[str]) -> Sequence[optax.GradientTransformation]:
+def _rule(
+    settings: OptimizerConfig, first_and_last: Sequence[str]
+) -> Sequence[optax.GradientTransformation]:
     """What the optimizer makes of gradients before the learning rate, part by part."""
     mask = _is_matrix if settings.decay == "kernels" else None
     decay = optax.add_decayed_weights(settings.weight_decay, mask)
@@ -179,7 +182,7 @@ def _scaled_by_path(groups: Mapping[str, float]) -> optax.GradientTransformation
         return optax.EmptyState()
 
     def factor(path: str) -> float:
-        return next((m for p, m in reversed(groups.items()) if matches(path, p)), 1.0)
+        return next((m for p, m in reversed(list(groups.items())) if matches(path, p)), 1.0)
 
     def update(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
         del params

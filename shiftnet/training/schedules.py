@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from shiftnet.config import Config
 from shiftnet.errors import UserError
 
 # Of a one-cycle schedule without `schedule.warmup`: the share of the run in which the rate rises,
@@ -16,7 +17,7 @@ from shiftnet.errors import UserError
 ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 25.0, 1e4
 
 
-def learning_rate(config: Any, steps_per_epoch: int) -> optax.Schedule:
+def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate as a function of the step.
 
     With `schedule.by` = `"epoch"` the rate is constant within an epoch, as in the originals: it is
@@ -39,7 +40,7 @@ def learning_rate(config: Any, steps_per_epoch: int) -> optax.Schedule:
     return lambda step: by_epoch[step // steps_per_epoch]
 
 
-def learning_rates(config: Any, steps_per_epoch: int = 1) -> np.ndarray:
+def learning_rates(config: Config, steps_per_epoch: int = 1) -> np.ndarray:
     """The learning rate of each epoch's first step, float64 `[epochs]`; epochs count from 0."""
     with jax.enable_x64(True):
         steps = jnp.arange(config.epochs, dtype=jnp.float64) * steps_per_epoch
@@ -47,7 +48,7 @@ def learning_rates(config: Any, steps_per_epoch: int = 1) -> np.ndarray:
         return np.asarray(rates, np.float64)
 
 
-def _schedule(config: Any, steps_per_epoch: int) -> Callable[[Any], jax.Array]:
+def _schedule(config: Config, steps_per_epoch: int) -> Callable[[Any], jax.Array]:
     """The rate at a step, without regard to `schedule.by` but in the warm-up."""
     schedule, top = config.schedule, config.optimizer.lr
     total = config.epochs * steps_per_epoch

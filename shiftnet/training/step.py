@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from shiftnet import models, quantizers
+from shiftnet.config import Config
 from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
@@ -75,7 +76,7 @@ class Program:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         *,
         num_classes: int,
         mean: RGB,
@@ -89,7 +90,7 @@ class Program:
         self._steps_per_epoch = steps_per_epoch
         self.mesh = mesh
         self.runs = 1
-        network: Network = nnx.eval_shape(lambda: self._build(0))
+        network = nnx.eval_shape(lambda: self._build(0))
         self.graphdef = nnx.graphdef(network)
         self._optimizer = make_optimizer(
             config, steps_per_epoch, first_and_last=network.first_and_last
@@ -114,7 +115,7 @@ class Program:
         self.train = step(self.steps, static_argnames="length")
         self.train_batch = step(self._train_batch)
 
-    def _build(self, seed: jax.Array | int) -> nnx.Module:
+    def _build(self, seed: jax.Array | int) -> Network:
         return models.build(
             self._config.model, self._num_classes, rngs=nnx.Rngs(jax.random.key(seed))
         )

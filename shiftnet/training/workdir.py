@@ -6,12 +6,12 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 import shiftnet.config
+from shiftnet.config import Config
 from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 
@@ -24,7 +24,7 @@ class InUse(UserError):
 
 @contextlib.contextmanager
 def locked(
-    workdir: Path, config: Any, ignore: Sequence[str] = shiftnet.config.RESUMABLE
+    workdir: Path, config: Config, ignore: Sequence[str] = shiftnet.config.RESUMABLE
 ) -> Iterator[None]:
     """Checks that `workdir` is this recipe's or new; within, no other run can have it.
 
@@ -62,7 +62,7 @@ def locked(
         yield
 
 
-def write_recipe(workdir: Path, config: Any) -> None:
+def write_recipe(workdir: Path, config: Config) -> None:
     """Writes the recipe that a directory's run now has; the first process of a job does.
 
     Raises:

@@ -19,6 +19,7 @@ from shiftnet.cli import convert, evaluate
 from shiftnet.config import default_config
 from shiftnet.errors import UserError
 from shiftnet.interchange import torch_names
+from shiftnet.interchange.convert import fill
 from shiftnet.interchange.recognition import recognise
 from shiftnet.interchange.torch_names import SHIFT, TORCHVISION, WRN
 from shiftnet.quantizers import LowBitWeight, of_layers
@@ -259,7 +260,7 @@ def test_arrays_that_are_missing_or_cannot_be_are_named(change, sentence):
     arrays = named_zeros({"arch": "shiftresnet8"}, SHIFT)
     change(arrays)
     with pytest.raises(UserError) as caught:
-        convert.fill(recognise(arrays))
+        fill(recognise(arrays))
     assert sentence in str(caught.value)
 
 
@@ -279,7 +280,7 @@ def test_no_names_and_shapes_end_in_anything_but_a_sentence(data):
     if data.draw(st.booleans()):
         arrays["layer1.999999999.conv1.weight"] = np.zeros((1, 1, 1, 1), np.float32)
     with contextlib.suppress(UserError):
-        convert.fill(recognise(arrays))
+        fill(recognise(arrays))
 
 
 @pytest.mark.core
@@ -295,8 +296,6 @@ def test_stages_without_blocks_or_with_empty_layers_are_refused():
     ):
         with pytest.raises(UserError, match=sentence):
             recognise(given_arrays)
-    with pytest.raises(UserError, match="--weights is for wide ResNets"):
-        recognise(arrays, weights="sign")
 
 
 @pytest.mark.core

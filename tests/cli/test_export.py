@@ -1,5 +1,6 @@
 """Exported networks compute the same elsewhere, and their arrays have the originals' names."""
 
+import json
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from shiftnet import checkpoint, data, packing
 from shiftnet import config as config_lib
 from shiftnet.cli import convert, export
 from shiftnet.interchange import recognition, torch_names
+from shiftnet.interchange.stablehlo import stablehlo
 from tests import networks, oracle
 from tests.test_packing import note
 
@@ -90,28 +92,58 @@ def test_a_low_bit_program_holds_a_byte_a_weight(tmp_path):
 def test_a_packed_file_exports_the_same_program(tmp_path):
     ckpt = saved(tmp_path, weights="s3")
     model = shiftnet.load(ckpt)
-    packing.write(tmp_path / "packed.safetensors", model.network, model.note)
+    packing.write(tmp_path / "packed.safetensors", model.network, model.metadata)
     logits = []
     for source in (ckpt, tmp_path / "packed.safetensors"):
-        program = jax.export.deserialize(bytearray(export.stablehlo(shiftnet.load(source), 32)))
+        loaded = shiftnet.load(source)
+        content = stablehlo(loaded.network, loaded.mean, loaded.std, 32)
+        program = jax.export.deserialize(bytearray(content))
         logits.append(np.asarray(program.call(IMAGES)))
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-@MODELS
-def test_an_onnx_program_computes_the_same(model, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ({}, 32),
+        ({"weights": "denseshift"}, 32),
+        ({"arch": "resnet8", "weights": "s3", "weight_bits": 2}, 32),
+        ({"arch": "depthwiseresnet8"}, 32),
+        ({"arch": "wrn8", "weights": "sign"}, 32),
+        ({"arch": "imagenet_resnet18"}, 64),
+        ({"arch": "shiftnet_b"}, 64),
+        ({"dtype": "bfloat16"}, 32),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_an_onnx_program_of_every_family_computes_the_same(model, size, tmp_path, capsys):
     pytest.importorskip("jax2onnx", reason="needs jax2onnx, in an environment of its own")
     runtime = pytest.importorskip("onnxruntime")
     ckpt = saved(tmp_path, **model)
-    assert export.main([str(ckpt), str(tmp_path / "net.onnx")]) == 0
-    session = runtime.InferenceSession(tmp_path / "net.onnx")
-    images = data.load("digits").test.images[:7]
-    images = np.pad(images, [(0, 0), *[(0, 32 - images.shape[1])] * 2, (0, 0)])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
+    out = tmp_path / "net.onnx"
+    assert export.main([str(ckpt), str(out), "--image-size", str(size)]) == 0
+    is_said = "computes in float32, the network in bfloat16" in capsys.readouterr().out
+    assert is_said == ("dtype" in model)
+    session = runtime.InferenceSession(out)
+    (given,), (result,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [size, size, 3])
+    assert (result.name, result.type, result.shape[1:]) == ("logits", "tensor(float)", [10])
     loaded = shiftnet.load(ckpt)
+    properties = session.get_modelmeta().custom_metadata_map
+    assert tuple(json.loads(properties["class_names"])) == loaded.class_names
+    images = data.load("digits").test.images[:7]
+    images = np.pad(images, [(0, 0), *[(0, size - images.shape[1])] * 2, (0, 0)])
+    loaded.graphdef, *_ = nnx.split(_in_float32(loaded.network), nnx.Param, nnx.BatchStat)
     mean, std = (np.array(values, np.float32) for values in (loaded.mean, loaded.std))
     expected = np.asarray(loaded((images.astype(np.float32) / 255 - mean) / std))
-    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+    for count in (7, 1):
+        (logits,) = session.run(None, {"images": images[:count]})
+        np.testing.assert_allclose(logits, expected[:count], atol=1e-4 * np.abs(expected).max())
+
+
+def _in_float32(network):
+    network.dtype = None
+    return network
 
 
 @pytest.mark.parametrize(
@@ -135,6 +167,7 @@ def test_arrays_go_back_under_the_originals_names(model, naming, ending, tmp_pat
     assert set(arrays) - counts == set(expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+    # Also by itself, where the description is lost.
     found = recognition.recognise(arrays)
     assert found.naming == naming
     assert found.model["arch"] == model.get("arch", "shiftresnet8")
@@ -201,16 +234,31 @@ def test_only_1_bit_wide_networks_have_a_packed_form(tmp_path, capsys):
         assert export.main([str(ckpt), str(folder / "net.npz"), "--packed"]) == 2
         assert sentence in capsys.readouterr().err
         assert not (folder / "net.npz").exists()
-    assert export.main([str(ckpt), str(tmp_path / "net.onnx"), "--packed"]) == 2
-    assert "--packed is for arrays" in capsys.readouterr().err
+    for option in ("--packed", "--integers"):
+        assert export.main([str(ckpt), str(tmp_path / "net.onnx"), option]) == 2
+        assert f"{option} is for arrays" in capsys.readouterr().err
+
+
+def test_integers_of_a_checkpoint_come_back_as_the_same_network(tmp_path, capsys):
+    ckpt = saved(tmp_path, weights="denseshift", weight_bits=2)
+    assert export.main([str(ckpt), str(tmp_path / "net.npz"), "--integers"]) == 0
+    assert convert.main([str(tmp_path / "net.npz"), "--out", str(tmp_path / "back")]) == 0
+    assert "shiftresnet8 with 2-bit denseshift weights" in capsys.readouterr().out
+    before, after = (shiftnet.load(path) for path in (ckpt, tmp_path / "back"))
+    assert after.metadata["class_names"] == before.metadata["class_names"]
+    assert (after.mean, after.std) == (before.mean, before.std)
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_array_equal(after(x), before(x))
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
     ckpt = saved(tmp_path)
     model = shiftnet.load(ckpt)
-    packing.write(tmp_path / "packed.safetensors", model.network, model.note)
+    packing.write(tmp_path / "packed.safetensors", model.network, model.metadata)
     assert export.main([str(tmp_path / "packed.safetensors"), str(tmp_path / "net.npz")]) == 2
     assert "its batch norms are no longer the original's" in capsys.readouterr().err
+    assert export.main([str(ckpt), str(tmp_path / "net.npz"), "--integers"]) == 2
+    assert "--integers is for low-bit weights, this shiftresnet8" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)
     assert export.main([str(ckpt), str(tmp_path / "net.pth")]) == 2
     assert "torch, which is not installed here; take .safetensors" in capsys.readouterr().err

@@ -42,7 +42,7 @@ from shiftnet.data.stream import EvalStream
 from shiftnet.errors import UserError
 from tests.data import image_files
 
-HANG = 10.0  # seconds
+HANG = 30.0  # seconds
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F")
 VALUES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1)
 
@@ -327,7 +327,7 @@ def run(kind: str, total: int, workers: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=5_000, help="how many damaged files")
+    parser.add_argument("--files", type=int, default=10_000, help="how many damaged files")
     parser.add_argument("--folders", type=int, default=500, help="how many odd folders")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()

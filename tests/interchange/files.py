@@ -254,6 +254,22 @@ def npz(arrays: Mapping[str, np.ndarray], compressed: bool = False) -> bytes:
     return file.getvalue()
 
 
+# What exported arrays say of their network.
+DESCRIPTION = json.dumps(
+    {
+        "config": json.dumps({"model": {"arch": "resnet8", "weights": "sign"}}),
+        "class_names": ["cat", "dog"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
+)
+
+
+def commented(archive: bytes, comment: str) -> bytes:
+    """A zip archive without a comment, with one."""
+    return archive[:-2] + struct.pack("<H", len(comment)) + comment.encode()
+
+
 def network(python2: bool = False, old: bool = False) -> tuple[dict, dict[str, np.ndarray]]:
     """A checkpoint with a small module, and its storages, which are its arrays in order."""
     draw = np.random.default_rng(0)
@@ -296,6 +312,43 @@ def network(python2: bool = False, old: bool = False) -> tuple[dict, dict[str, n
     return {"acc": 55.05, "net": top, "epoch": 3}, storages
 
 
+def scalar(kind: str, data: bytes, order: str = "<") -> Call:
+    """A NumPy number as protocol 2 writes it."""
+    state = (3, order, None, None, None, -1, -1, 0)
+    dtype = Build(Call(Name("numpy", "dtype"), (kind, False, True)), state)
+    return Call(Name("numpy._core.multiarray", "scalar"), (dtype, encoded(data)))
+
+
+def encoded(data: bytes) -> Call:
+    return Call(Name("_codecs", "encode"), (data.decode("latin-1"), "latin1"))
+
+
+def ndarray(array: np.ndarray) -> Build:
+    start = (Name("numpy", "ndarray"), (0,), encoded(b"b"))
+    dtype = Build(Call(Name("numpy", "dtype"), (array.dtype.str[1:], False, True)), (3, "<"))
+    state = (1, array.shape, dtype, False, encoded(array.tobytes()))
+    return Build(Call(Name("numpy.core.multiarray", "_reconstruct"), start), state)
+
+
+# What stands beside networks in checkpoints and is of no use here.
+BESIDE = {
+    "path": Call(Name("pathlib", "PosixPath"), ("/", "runs")),
+    "path_of_3.13": Call(Name("pathlib._local", "PosixPath"), ("runs",)),
+    "date": Call(Name("datetime", "datetime"), (encoded(b"\x07\xe8\x01\x01" + bytes(6)),)),
+    "args": New(Name("argparse", "Namespace"), {"out": Call(Name("pathlib", "Path"), ("a",))}),
+    "history": Raw(code(Call(Name("collections", "deque"), ((), 20))) + code(1.0) + b"a"),
+    "losses": ndarray(np.arange(5.0)),
+    "rng": ("MT19937", ndarray(np.arange(6, dtype=np.uint32)), 3, 0, 0.0),
+    "generator": Build(
+        Call(Name("numpy.random._pickle", "__randomstate_ctor"), ("MT19937",)), {"state": {}}
+    ),
+    "raw": Call(Name("__builtin__", "bytearray"), ("abc", "latin-1")),
+    "buffer": Raw(b"\x96\x03\x00\x00\x00\x00\x00\x00\x00abc"),
+    "none": Call(Name("__builtin__", "bytes"), ()),
+    "options": ordered({"lr": 0.1, "size": Call(Name("decimal", "Decimal"), ("0.1",))}),
+}
+
+
 NAMES = ("conv1.weight", "bn1.weight", "bn1.running_var", "bn1.num_batches_tracked")
 NAMES += ("linear.weight",)
 
@@ -306,6 +359,29 @@ def honest() -> dict[str, bytes]:
     state = {
         f"module.{name}": tensor(a, k) for name, (k, a) in zip(NAMES, storages.items(), strict=True)
     }
+    beside = {
+        "model_state_dict": {
+            f"module._orig_mod.{name}": tensor(a, k)
+            for name, (k, a) in zip(NAMES, storages.items(), strict=True)
+        },
+        "acc": scalar("f8", struct.pack("<d", 91.25)),
+        "best": scalar("f4", struct.pack("<f", 91.25)),
+        "count": scalar("i8", struct.pack("<q", 3)),
+        "good": scalar("b1", b"\x07", "|"),
+        "big_endian": scalar("i8", struct.pack(">q", 3), ">"),
+        **BESIDE,
+    }
+    averages = {"a": np.zeros(2, np.float32)}
+    take = {name: tensor(a, k) for name, (k, a) in zip(NAMES, storages.items(), strict=True)}
+    lightning = {
+        "state_dict": {
+            **{f"model.{name}": value for name, value in take.items()},
+            "criterion.weight": tensor(storages["2"], "2"),
+            **{f"ema_model.{name}": value for name, value in list(take.items())[:4]},
+        },
+        "state_dict_ema": {"conv1.weight": tensor(averages["a"], "a")},
+    }
+    lightning["state_dict"]["ema_model.n"] = tensor(storages["4"], "4")
     checkpoint = {"epoch": 2, "state_dict": ordered(state), "optimizer": {"state": {}}}
     arrays = dict(zip(NAMES, storages.values(), strict=True))
     return {
@@ -318,7 +394,17 @@ def honest() -> dict[str, bytes]:
         "legacy.t7": legacy_file(top, storages),
         "python2.t7": legacy_file(*network(python2=True), python2=True),
         "torch03.t7": legacy_file(*network(python2=True, old=True), python2=True),
+        "beside.pth": zip_file(beside, {key: a.tobytes() for key, a in storages.items()}),
+        "lightning.ckpt": legacy_file(lightning, storages | averages),
         "arrays.npz": npz(arrays),
         "compressed.npz": npz(arrays, compressed=True),
         "arrays.safetensors": safetensors(arrays, __metadata__={"format": "pt"}),
+        "described.npz": commented(npz(arrays), json.dumps({"shiftnet.model": DESCRIPTION})),
+        "described.safetensors": safetensors(
+            arrays, __metadata__={"format": "pt", "shiftnet.model": DESCRIPTION}
+        ),
+        "described.pth": zip_file(
+            {"state_dict": take, "shiftnet.model": DESCRIPTION},
+            {key: a.tobytes() for key, a in storages.items()},
+        ),
     }

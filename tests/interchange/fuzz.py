@@ -3,9 +3,11 @@
     make fuzz
 
 The seeds are the originals' valid files where those are present (`tests/oracle.py`), and in any
-case the small ones of `files.py`, whose few bytes are nearly all structure. Each damaged file
-follows from its number alone. A file passes if `read` gives arrays or a `UserError` from one of
-its checks; the net below them counts as a failure. How memory is watched:
+case the small ones of `files.py`, whose few bytes are nearly all structure: checkpoints of each
+container, with prefixes, averages, descriptions and all that stands beside networks. Each damaged
+file follows from its number alone. A file passes if `read` gives arrays, in which a network is
+then looked for, or a `UserError` from one of its checks; the net below them counts as a failure.
+How memory is watched:
 
 - the peak that `tracemalloc` sees must be below 4 × the file's size + ALLOWED. Reading is slower
   while it looks; a file that takes long is read again without, for its time;
@@ -18,6 +20,7 @@ Exits with 1 if any file failed.
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
@@ -36,7 +39,8 @@ from io import BytesIO
 from pathlib import Path
 
 from shiftnet.errors import UserError
-from shiftnet.interchange import UNFORESEEN, read
+from shiftnet.interchange import UNFORESEEN, originals, read
+from shiftnet.interchange.recognition import recognise
 from tests import oracle
 from tests.interchange import files
 
@@ -245,10 +249,15 @@ def attempt(path: Path) -> tuple[str, str, float]:
     begun = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, 2 * HANG)
     try:
-        arrays = read(path).arrays
+        file = read(path)
         outcome = "accepted"
-        if any(array.dtype.hasobject for array in arrays.values()):
+        if any(array.dtype.hasobject for array in file.arrays.values()):
             failure = "holds objects"
+        with contextlib.suppress(UserError):  # which network it is, before any is built
+            if (found := originals.described(file.facts)) is None:
+                recognise(file.arrays)
+            else:
+                originals.recognise_described(file.arrays, found)
     except UserError as error:
         outcome = reason(str(error))
         if UNFORESEEN in str(error):

@@ -46,6 +46,7 @@ def refused(pickle, persistent=None) -> str:
         (b"C\x01a.", b"a"),
         (b"B\x01\x00\x00\x00a.", b"a"),
         (b"\x8e\x01\x00\x00\x00\x00\x00\x00\x00a.", b"a"),
+        (b"\x96\x01\x00\x00\x00\x00\x00\x00\x00a.", b"a"),
         (b").", ()),
         (b"K\x01\x85.", (1,)),
         (b"K\x01K\x02\x86.", (1, 2)),
@@ -191,7 +192,6 @@ def test_what_asks_to_run_something_is_refused_by_its_name(name):
         (Raw(b"Pid\n"), "the opcode PERSID"),
         (Raw(b"\x92"), "the opcode NEWOBJ_EX"),
         (Raw(b"\x97"), "the opcode NEXT_BUFFER"),
-        (Raw(b"\x96\x00\x00\x00\x00\x00\x00\x00\x00"), "the opcode BYTEARRAY8"),
         (Raw(b"\xff"), "the byte 255"),
         (Raw(b"X\x01\x00\x00\x00\xff"), "not UTF-8"),
         (Raw(b"cos"), "no end of line"),
@@ -203,9 +203,9 @@ def test_what_makes_no_sense_is_refused_with_the_reason(value, reason):
     assert reason in refused(value)
 
 
-@pytest.mark.parametrize("opcode", [b"X", b"T", b"B", b"\x8d", b"\x8e"])
+@pytest.mark.parametrize("opcode", [b"X", b"T", b"B", b"\x8d", b"\x8e", b"\x96"])
 def test_a_length_is_believed_only_as_far_as_there_is_data(opcode):
-    length = b"\xff" * (8 if opcode in b"\x8d\x8e" else 4)
+    length = b"\xff" * (8 if opcode in b"\x8d\x8e\x96" else 4)
     assert "ends too early" in refused(opcode + length + b"a.")
 
 

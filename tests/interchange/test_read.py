@@ -9,9 +9,11 @@ import pytest
 
 from shiftnet.errors import UserError
 from shiftnet.interchange import UNFORESEEN, read
+from shiftnet.interchange.networks import PLACES
 from tests import oracle
 from tests.interchange import files
 
+NOT_AN_ARRAY = files.Name("models", "Net")
 CHECKPOINTS = oracle.FOLDER / "checkpoints"
 
 
@@ -125,6 +127,79 @@ def test_optimizers_and_schedulers_are_passed_over(read_bytes):
     assert found.ignored == ("scheduler", "optimizer", "args")
 
 
+def test_all_that_may_stand_beside_a_network_is_left_out_by_name(read_bytes):
+    found = read_bytes(files.honest()["beside.pth"])
+    assert found.facts == {"acc": 91.25, "best": 91.25, "count": 3, "good": True}
+    assert found.ignored == ("big_endian", *files.BESIDE)
+    assert found.networks == ()
+
+
+def test_a_second_network_is_named_and_can_be_taken(tmp_path, read_bytes):
+    data = files.honest()["lightning.ckpt"]
+    found = read_bytes(data)
+    assert found.ignored == ("criterion.weight", "ema_model.* (5 arrays)", "state_dict_ema")
+    assert found.networks == ("state_dict_ema",)
+    (tmp_path / "file.ckpt").write_bytes(data)
+    average = read(tmp_path / "file.ckpt", "state_dict_ema")
+    assert list(average.arrays) == ["conv1.weight"]
+    assert average.arrays["conv1.weight"].shape == (2,)
+    with pytest.raises(UserError, match="no network under 'nowhere', found a dictionary of"):
+        read(tmp_path / "file.ckpt", "nowhere")
+    np.savez(tmp_path / "net.npz", w=np.zeros(2, np.float32))
+    with pytest.raises(UserError, match="'model'; it holds one network alone"):
+        read(tmp_path / "net.npz", "model")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "model.", "net.module."])
+def test_a_network_is_found_where_trainers_put_it(place, prefix, read_bytes):
+    value = np.zeros(3, np.float32)
+    top = {"epoch": 2, place: {f"{prefix}conv1.weight": files.tensor(value, "a")}}
+    found = read_bytes(files.legacy_file(top, {"a": value}))
+    assert (list(found.arrays), found.facts) == (["conv1.weight"], {"epoch": 2})
+
+
+def test_a_name_that_few_have_is_no_prefix(read_bytes):
+    names = ("model.a", "conv1.weight", "bn1.weight")
+    value = np.zeros(3, np.float32)
+    top = {"net": {name: files.tensor(value, "a") for name in names}}
+    assert list(read_bytes(files.legacy_file(top, {"a": value})).arrays) == list(names)
+
+
+def test_tensors_of_types_that_no_network_has_are_left_out_or_named(read_bytes, refusal):
+    value = np.zeros(3, np.float32)
+    storage = files.Persistent(
+        ("storage", files.Name("torch.storage", "UntypedStorage"), "b", "cpu", 3)
+    )
+    rest = (0, (3,), (1,), False, None, files.Name("torch", "float8_e4m3fn"))
+    new = files.Call(files.Name("torch._utils", "_rebuild_tensor_v3"), (storage, *rest))
+    state = {"w": files.tensor(value, "a")}
+    data = {"a": value, "b": np.zeros(3, np.uint8)}
+    assert read_bytes(files.legacy_file({"net": state, "x": new}, data)).ignored == ("x",)
+    reason = refusal(files.legacy_file({"net": {**state, "x": new}}, data))
+    assert reason == "'x' in its network is a tensor of torch.float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (files.scalar("f8", b"1234"), "a NumPy scalar of type f8 in 4 bytes"),
+        (files.Call(files.Name("numpy", "dtype"), (8,)), "a numpy.dtype without a name"),
+        (files.Call(files.Name("numpy.core.multiarray", "scalar"), (1, b"")), "without a dtype"),
+        (
+            files.Call(files.Name("numpy.core.multiarray", "_reconstruct"), (NOT_AN_ARRAY,)),
+            "_reconstruct of another class",
+        ),
+        (files.Call(files.Name("_codecs", "encode"), ("a", "rot13")), "than bytes"),
+        (files.Call(files.Name("_codecs", "encode"), ("\u0100", "latin1")), "bytes that are none"),
+        (files.Call(files.Name("builtins", "bytes"), (10**9,)), "asks to run builtins.bytes"),
+    ],
+)
+def test_a_value_beside_the_network_that_is_no_such_value_is_refused(value, reason, refusal):
+    assert reason in refusal(files.legacy_file({"net": {}, "x": value}))
+
+
 @pytest.mark.parametrize(
     ("top", "found"),
     [
@@ -156,8 +231,8 @@ PARALLEL = files.Name("torch.nn.parallel.data_parallel", "DataParallel")
         (files.module(NET, {"w": 1}), "'w' in its network is not a tensor"),
         (files.module(NET, buffers={"b": "text"}), "'b' in its network is not a tensor"),
         (files.module(NET, modules={"a": NET}), "'a' in its network is not a module"),
-        (files.module(PARALLEL), "its parallel wrapper holds no module"),
-        (files.module(PARALLEL, modules={"module": 1}), "its parallel wrapper holds no module"),
+        (files.module(PARALLEL), "its wrapper holds no module"),
+        (files.module(PARALLEL, modules={"module": 1}), "its wrapper holds no module"),
         (files.module(files.Raw(b"U\x01mU\x03a\nb\x93")), "no printable text"),
     ],
 )
@@ -205,6 +280,12 @@ def test_a_module_inside_itself_is_refused(refusal):
         (b"<!DOCTYPE html><html>", "starts with '<!DOCTYPE html><html>'"),
         (b"PK\x03\x04 and no more", "cut short or broken"),
         (b"\x80", "ends too early"),
+        (b"\x1f\x8b\x08 and so on", "it is a gzip archive; unpack it"),
+        (bytes(257) + b"ustar", "it is a tar archive; unpack it"),
+        (
+            files.zipped([("a/ckpt.t7", b"x"), ("__MACOSX/a/._ckpt.t7", b"y")]),
+            "it is a zip of 'a/ckpt.t7': if a checkpoint is among them, unzip it",
+        ),
         (files.PROTO + b"K\x01.", "magic number"),
         (files.pickled({"a": 1}), "magic number"),
     ],

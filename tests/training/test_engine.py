@@ -44,10 +44,10 @@ def _program(config) -> Program:
     )
 
 
-def _everything(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of a run's newest checkpoint, the optimiser's included."""
+def _everything(workdir: Path, config=None) -> dict[str, np.ndarray]:
+    """All arrays of a run's newest checkpoint, the optimizer's included."""
     series = checkpoint.CheckpointManager(workdir / checkpoint.LATEST)
-    program = _program(recipe())
+    program = _program(config or recipe())
     step, skipped = series.newest_good()
     state, codes, _ = restore(
         program, LevelWatch(program), np.uint32(0), series, step, series.metadata(step)
@@ -103,6 +103,44 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     assert epochs(tmp_path) == epochs(reference)
+
+
+# Each setting that draws random numbers, or adds to the optimizer's state.
+MODERN = {
+    "epochs": 1,
+    "optimizer__name": "muon",
+    "optimizer__accumulate": 2,
+    "optimizer__clip_norm": 1.0,
+    "optimizer__groups": "linear:2",
+    "optimizer__freeze": "layer1.0.bn1",
+    "schedule__name": "linear",
+    "schedule__boundaries": (82, 123),
+    "schedule__by": "step",
+    "schedule__warmup": 0.3,
+    "loss__label_smoothing": 0.1,
+    "data__mixup": 0.4,
+    "data__cutmix": 1.0,
+    "data__erase": 0.3,
+    "data__policy": "trivial",
+}
+
+
+def test_muon_mixed_images_and_a_frozen_layer_continue_bit_for_bit(tmp_path, monkeypatch):
+    config = recipe(**MODERN)
+    reference = engine.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        _stop_at(patched, 5)  # between the two batches of an update
+        assert not engine.train(config, tmp_path / "stopped").finished
+    assert engine.train(config, tmp_path / "stopped") == reference
+    want, got = (_everything(tmp_path / name, config) for name in ("whole", "stopped"))
+    assert want.keys() == got.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    frozen = {name: value for name, value in want.items() if "'layer1'][0]['bn1']" in name}
+    states = [v for k, v in frozen.items() if k.startswith((".params", ".stats"))]
+    assert len(states) == 4
+    for value in states:
+        assert np.isin(value, (0.0, 1.0)).all(), "a frozen batch norm has changed"
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted, monkeypatch, capsys):

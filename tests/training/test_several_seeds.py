@@ -135,7 +135,7 @@ def test_sessions_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
     assert outcome == whole
     assert list(outcome.sessions) == [{"device": 5}, {"device": 6}]
     ours, theirs = (checkpoint.read(one / BEST) for one in (place, tmp_path / "whole"))
-    assert ours.note["step"] == outcome.best[0]["epoch"] * 2
+    assert ours.metadata["step"] == outcome.best[0]["epoch"] * 2
     for name, array in theirs.arrays.items():
         np.testing.assert_array_equal(ours.arrays[name], array, err_msg=name)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)

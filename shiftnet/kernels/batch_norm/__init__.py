@@ -81,10 +81,10 @@ class _Setting(NamedTuple):
         )
         if self.implementation == "xla":
             return plain(*arrays)
-        kernel = differentiable(kernel, plain)
+        call = differentiable(kernel, plain)
         if self.implementation == "cpu":
-            return kernel(*arrays)
-        return jax.lax.platform_dependent(*arrays, cpu=kernel, default=plain)
+            return call(*arrays)
+        return jax.lax.platform_dependent(*arrays, cpu=call, default=plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,7 +14,7 @@ def forward(
     wide = x.astype(scale.dtype)
     mean = wide.mean(axes)
     var = jnp.square(wide - mean).mean(axes)
-    y = affine(x, *_affine(mean, var, scale, bias, epsilon), "NHWC")
+    y = affine(x, *_affine(mean, var, scale, bias, epsilon))
     return jnp.maximum(y, 0) if relu else y, mean, var
 
 
