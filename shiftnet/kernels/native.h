@@ -1,7 +1,7 @@
 // What operations written in C++ share: vectors of floats, memory and threads.
 //
 // Everything is compiled for the machine it runs on (see native.py), so the width of a vector is known.
-// Timed with AVX-512; other instruction sets compile and are untimed.
+// Timed with AVX-512 and AVX2; other instruction sets compile and are untimed.
 
 #ifndef SHIFTNET_KERNELS_NATIVE_H_
 #define SHIFTNET_KERNELS_NATIVE_H_
@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,18 @@ inline Vector LoadPart(const float* from, int64_t count) {
 }
 inline void StorePart(float* to, Vector value, int64_t count) {
   _mm512_mask_storeu_ps(to, Mask(count), (__m512)value);
+}
+#elif defined(__AVX__)
+inline __m256i Mask(int64_t count) {
+  static constexpr int32_t kOnes[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const int32_t* const from = kOnes + kLanes - std::min<int64_t>(count, kLanes);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline Vector LoadPart(const float* from, int64_t count) {
+  return (Vector)_mm256_maskload_ps(from, Mask(count));
+}
+inline void StorePart(float* to, Vector value, int64_t count) {
+  _mm256_maskstore_ps(to, Mask(count), (__m256)value);
 }
 #else
 inline Vector LoadPart(const float* from, int64_t count) {
