@@ -21,7 +21,8 @@ WORKDIR ?= runs/quickstart
 COMPILED := tests/kernels/compiled.sha256
 COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_matmul \
 	tests/kernels/compile_*.py tests/benchmarks/compile_*.py shiftnet/planning/*.txtpb \
-	-name '*.*' -not -name '*.pyc' -not -name selftest.py -not -name cpu.py \
+	-name '*.*' -not -name '*.pyc' -not -name selftest.py \
+	-not -name cpu.py -not -name native.py -not -name '*.cc' -not -name '*.h' \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
