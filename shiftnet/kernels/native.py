@@ -116,14 +116,11 @@ def _output(command: list[str]) -> str:
 
 def _cache() -> Path:
     """A folder that this user can write to: a temporary one where the home cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "shiftnet"
-    try:
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or not for writing
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "shiftnet")
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
     return Path(tempfile.mkdtemp(prefix="shiftnet-"))
 
 
