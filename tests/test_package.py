@@ -28,6 +28,7 @@ def test_the_wheel_claims_one_name(wheel):
 
 def test_the_wheel_holds_the_kernels_and_the_digits(wheel):
     assert "shiftnet/kernels/shift/xla.py" in wheel
+    assert {"shiftnet/kernels/native.h", "shiftnet/kernels/conv/conv.cc"} <= set(wheel)
     assert "shiftnet/data/digits.npz" in wheel
     assert any(name.endswith("/LICENSE") for name in wheel)
 
