@@ -30,13 +30,11 @@ except ImportError:  # not a Unix: two processes may compile at the same time, t
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "conv" / "conv.cc", HERE / "batch_norm" / "batch_norm.cc")
+SOURCES = (HERE / "conv" / "conv.cc",)
 HANDLERS = (
     "shiftnet_conv",
     "shiftnet_conv_input_gradient",
     "shiftnet_conv_weight_gradient",
-    "shiftnet_batch_norm",
-    "shiftnet_batch_norm_gradient",
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
