@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(t
 
 
 def test_too_little_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):
-    def update(self, state, images, labels):
+    def update(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
     monkeypatch.setattr(Program, "update", update)
