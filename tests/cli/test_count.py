@@ -191,9 +191,9 @@ def test_true_table_adds_up(capsys):
         16581248 - 1024 * (9 * 64 - 27 * 16),
         95642,
         95642 * 4,
-        # The first block of the second stage: its input, 96 channels in and 96 channels out of
-        # the first normalisation (then of the ReLU, then of the shift), before the stride.
-        4 * 1024 * (16 + 96 + 96),
+        # The first block of the second stage: its shortcut, 32 channels of 16x16, and 96 channels
+        # into and out of the ReLU (then the shift), before the stride.
+        4 * 1024 * (8 + 96 + 96),
     ]
     assert sums == [16433792, 95642, 382568]
 
