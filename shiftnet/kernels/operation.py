@@ -298,7 +298,7 @@ class _Call(NamedTuple):
         arrays: Sequence[Any],
     ) -> Any:
         """Runs the kernel; on its platform alone, where the program may be lowered for another."""
-        kernel = differentiable(kernel, plain)
+        kernel = _differentiable(kernel, plain)
         if self.implementation is not None:
             return kernel(*arrays)
         return jax.lax.platform_dependent(*arrays, **{_LOWERED[name]: kernel}, default=plain)
@@ -387,7 +387,7 @@ def _changed(
     return tuple(change(array, kernel.layout) if image else array for array, image in pairs)
 
 
-def differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel`, with the derivatives of `plain`.
 
     An operation's gradient is its own; these are the second derivatives, through what that runs.

@@ -32,7 +32,7 @@ class DepthwiseBlock(nnx.Module):
         self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.bn1(self.conv1(x), train=train, relu=True)
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.depth(y), train=train)
         y = self.bn3(self.conv3(y), train=train)
         return nnx.relu(y + self.shortcut(x, train=train))

@@ -33,7 +33,7 @@ class BasicBlock(nnx.Module):
         self.shortcut = Shortcut(in_features, features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.bn1(self.conv1(x), train=train, relu=True)
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.conv2(y), train=train)
         return nnx.relu(y + self.shortcut(x, train=train))
 
@@ -54,8 +54,8 @@ class Bottleneck(nnx.Module):
         self.shortcut = Shortcut(in_features, out, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.bn1(self.conv1(x), train=train, relu=True)
-        y = self.bn2(self.conv2(y), train=train, relu=True)
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = nnx.relu(self.bn2(self.conv2(y), train=train))
         y = self.bn3(self.conv3(y), train=train)
         return nnx.relu(y + self.shortcut(x, train=train))
 
@@ -114,7 +114,7 @@ class ImageNetResNet(Network):
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = self.conv1(x)
-        x = max_pool(self.bn1(x, train=train, relu=True))
+        x = max_pool(nnx.relu(self.bn1(x, train=train)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = block(x, train=train)

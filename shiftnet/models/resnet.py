@@ -70,7 +70,7 @@ class ResNet(Network):
         self.linear = Linear(widths[2], num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = self.bn1(self.conv1(x), train=train, relu=True)
+        x = nnx.relu(self.bn1(self.conv1(x), train=train))
         for block in itertools.chain(self.layer1, self.layer2, self.layer3):
             x = block(x, train=train)
         return self.linear(_pool(x))
@@ -134,7 +134,7 @@ class BasicBlock(nnx.Module):
         self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.bn1(self.conv1(x), train=train, relu=True)
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.conv2(y), train=train)
         return nnx.relu(y + self.shortcut(x, train=train))
 

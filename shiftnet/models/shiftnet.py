@@ -72,7 +72,7 @@ class CSCBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         kernel_size = self.shift.kernel_size
-        y = self.bn1(x, train=train, relu=True)
+        y = nnx.relu(self.bn1(x, train=train))
         offsets = channel_offsets(self.conv1.weight.shape[-1], kernel_size)
         w1, b1 = fold_batch_norm(self.conv1, self.bn2, y, train=train, offsets=offsets)
         w2 = self.conv2.matrix.astype(y.dtype)
@@ -130,7 +130,7 @@ class ShiftNet(Network):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = block(x, train=train)
-        return self.linear(self.bn(x, train=train, relu=True).mean((1, 2)))
+        return self.linear(nnx.relu(self.bn(x, train=train)).mean((1, 2)))
 
 
 def build(depth: None, num_classes: int, **options: Any) -> ShiftNet:

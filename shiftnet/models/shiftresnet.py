@@ -47,7 +47,7 @@ class ShiftConvBlock(nnx.Module):
             x = computed_once(x)
             w1, b1 = fold_batch_norm(self.conv1, self.bn1, x, train=True)
             y = block(x, w1, b1, self.conv2.matrix.astype(x.dtype))
-            return self.bn2(y, train=True, relu=True) + self.shortcut(x, train=True)
+            return nnx.relu(self.bn2(y, train=True)) + self.shortcut(x, train=True)
         w1, b1 = fold_batch_norm(self.conv1, self.bn1, x)
         w2, b2 = fold_batch_norm(self.conv2, self.bn2, x)
         shortcut = self.shortcut(x, train=False)

@@ -35,8 +35,8 @@ class WideBlock(nnx.Module):
         self.conv1 = Conv(out_features, out_features, 3, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.conv0(self.bn0(x, train=train, relu=True))
-        y = self.conv1(self.bn1(y, train=train, relu=True))
+        y = self.conv0(nnx.relu(self.bn0(x, train=train)))
+        y = self.conv1(nnx.relu(self.bn1(y, train=train)))
         if x.shape != y.shape:
             x = average_pool(x)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
@@ -91,7 +91,7 @@ class WideResNet(Network):
         for group in (self.group0, self.group1, self.group2):
             for block in group:
                 x = block(x, train=train)
-        x = self.bn(x, train=train, relu=True)
+        x = nnx.relu(self.bn(x, train=train))
         return self.bn_last(self.conv_last(x), train=train).mean((1, 2))
 
 
