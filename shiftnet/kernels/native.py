@@ -3,7 +3,7 @@
 The library lies in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that changes
 with the source, jaxlib, the compiler and the processor's instructions, so that nothing is ever out
 of date. It takes a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is there, and
-about 15 seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
+about ten seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
 these operations run in plain XLA.
 """
 
@@ -91,7 +91,7 @@ def _built(compiler: list[str]) -> Path:
     with _lock(path.with_suffix(".lock")):
         if path.exists():
             return path
-        log.info("compiling the CPU's operations, once on this machine: about 15 seconds")
+        log.info("compiling the CPU's operations, once on this machine: about ten seconds")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
             include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")
