@@ -1,7 +1,7 @@
 """DepthwiseResNet: the depthwise-separable rival that arXiv:1711.08141's code compares with."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -13,6 +13,8 @@ from shiftnet.models.resnet import Shortcut
 
 class DepthwiseBlock(nnx.Module):
     """1x1 → BN → ReLU → 3x3 depthwise → BN (no ReLU) → 1x1(stride) → BN → add → ReLU."""
+
+    normalized_by: ClassVar = {"conv1": "bn1", "depth": "bn2", "conv3": "bn3"}
 
     def __init__(
         self,

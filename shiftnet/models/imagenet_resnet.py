@@ -6,7 +6,7 @@ torchvision has them and S3 trains them.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
+    normalized_by: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
+
     def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
         self.conv1 = Conv(in_features, features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(features)
@@ -42,6 +44,8 @@ class Bottleneck(nnx.Module):
     """1x1 → BN → ReLU → 3x3(stride) → BN → ReLU → 1x1 to four times as many → BN → add → ReLU."""
 
     expansion = 4
+
+    normalized_by: ClassVar = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
 
     def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
         out = features * self.expansion
@@ -84,6 +88,8 @@ class ImageNetResNet(Network):
     """
 
     first_and_last = ("conv1", "linear")
+
+    normalized_by: ClassVar = {"conv1": "bn1"}
 
     def __init__(
         self,

@@ -49,6 +49,19 @@ class Network(nnx.Module):
         raise NotImplementedError
 
 
+def norms_after(network: nnx.Module) -> dict[str, str]:
+    """Returns the batch norm behind each convolution that has one, by the paths of both.
+
+    Modules say so in `normalized_by`, by paths within them.
+    """
+    pairs = {}
+    for path, module in nnx.iter_modules(network):
+        for layer, norm in getattr(module, "normalized_by", {}).items():
+            inside = [".".join((*map(str, path), name)) for name in (layer, norm)]
+            pairs[inside[0]] = inside[1]
+    return pairs
+
+
 def _in_pieces(x: jax.Array) -> bool:
     """Tells whether a few images at a time are faster: on one CPU, where they are small."""
     if is_only_xla() or platform() != "cpu" or not all(isinstance(n, int) for n in x.shape):

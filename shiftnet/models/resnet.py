@@ -8,7 +8,7 @@ Modules carry the names of the original's state dict.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class ResNet(Network):
     """
 
     first_and_last = ("conv1", "linear")
+
+    normalized_by: ClassVar = {"conv1": "bn1"}
 
     def __init__(
         self,
@@ -100,6 +102,8 @@ class Shortcut(nnx.Module):
     Here and in blocks, `layer` are the options of convolutions: `weights`, `init` and `rngs`.
     """
 
+    normalized_by: ClassVar = {"projection.0": "projection.1"}
+
     def __init__(self, in_features: int, out_features: int, stride: int, **layer: Any):
         self.projection: nnx.List[Any] = nnx.List([])
         if stride != 1 or in_features != out_features:
@@ -117,6 +121,8 @@ class Shortcut(nnx.Module):
 
 class BasicBlock(nnx.Module):
     """3x3(stride) → BN → ReLU → 3x3 → BN → add → ReLU, with `middle_features` between the two."""
+
+    normalized_by: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ multiply-adds for A.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ class CSCBlock(nnx.Module):
     From the first convolution on it is one operation, `shift_block`: the second batch norm is
     folded into the first convolution, in training too.
     """
+
+    normalized_by: ClassVar = {"conv1": "bn2"}
 
     def __init__(
         self,

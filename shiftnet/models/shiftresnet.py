@@ -5,7 +5,7 @@ arXiv:1711.08141, in the form of its published code.
 """
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -24,6 +24,8 @@ class ShiftConvBlock(nnx.Module):
     folded into the first convolution, in training too, so the expanded tensor is never normalised,
     and exists only inside the operation. In evaluation the rest is part of it as well.
     """
+
+    normalized_by: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
 
     def __init__(
         self,

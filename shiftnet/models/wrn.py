@@ -7,7 +7,7 @@ and bias, shortcuts without weights, and a 1x1 convolution in place of the linea
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class WideBlock(nnx.Module):
     The shortcut is the block's input; where the shape changes, its `average_pool` followed by
     channels of zeros.
     """
+
+    normalized_by: ClassVar = {"conv0": "bn1"}
 
     def __init__(self, in_features: int, out_features: int, stride: int, **layer: Any):
         self.bn0 = BatchNorm(in_features, affine=False)
@@ -57,6 +59,8 @@ class WideResNet(Network):
     """
 
     first_and_last = ("conv0", "conv_last")
+
+    normalized_by: ClassVar = {"conv_last": "bn_last"}
 
     def __init__(
         self,

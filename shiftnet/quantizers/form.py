@@ -129,6 +129,42 @@ class LowBitWeight(Weight):
         for name, sign_of in signs.items():
             getattr(self, name).set_value(jnp.asarray(np.where(sign_of, deviation, -deviation)))
 
+    def nearest(self, weight: np.ndarray) -> tuple[np.ndarray, float]:
+        """Finds the codes whose weights are nearest to a float weight, up to a factor.
+
+        Args:
+          weight: floating, of the weight's shape.
+
+        Returns:
+          Codes for `set_quantized`, and the factor by which their weights are multiplied to come
+          nearest to `weight`, in the sum of squares. Of factors, 64 are tried, from that which
+          takes the largest weight to the highest level to one that takes the mean a step beyond it.
+        """
+        flat = np.asarray(weight, np.float64).ravel() / float(self.scale)
+        levels = np.asarray(self.levels, np.float64)
+        middles = (levels[1:] + levels[:-1]) / 2
+        magnitude = np.abs(flat)
+        if not magnitude.any():
+            return np.searchsorted(middles, flat, "right").astype(np.uint8).reshape(self.shape), 1.0
+        best = (np.inf, np.zeros(0), 1.0)
+        for factor in np.geomspace(magnitude.max(), magnitude.mean() / 2, 64) / levels[-1]:
+            codes = np.searchsorted(middles, flat / factor, "right")
+            chosen = levels[codes]
+            if not (power := chosen @ chosen):
+                continue
+            fitted = (flat @ chosen) / power
+            error = np.square(flat - fitted * chosen).sum()
+            if error < best[0]:
+                best = (error, codes, fitted)
+        _, codes, fitted = best
+        for _ in range(20):  # until each weight is at its nearest level for the fitted factor
+            nearest = np.searchsorted(middles, flat / fitted, "right")
+            if (nearest == codes).all():
+                break
+            codes, chosen = nearest, levels[nearest]
+            fitted = (flat @ chosen) / (chosen @ chosen)
+        return codes.astype(np.uint8).reshape(self.shape), float(fitted)
+
     def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns, for weights at these levels, whether each latent is above zero, by its name."""
         raise NotImplementedError

@@ -210,7 +210,7 @@ def train(
         for message in messages:
             progress.message(message)
         if newest is None and init is not None:
-            state, message = start_from(state, init, len(dataset.class_names))
+            state, message = start_from(single, state, init, len(dataset.class_names))
             codes = watch.codes(state.params, state.stats)
             progress.message(message)
         elif step == total_steps:

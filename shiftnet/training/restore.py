@@ -8,10 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from shiftnet.checkpoint import CheckpointManager, from_arrays, read, to_arrays
+from shiftnet import models, quantizers
+from shiftnet.checkpoint import CheckpointManager, Saved, from_arrays, read, to_arrays
+from shiftnet.config import from_json
 from shiftnet.data import Dataset
 from shiftnet.errors import UserError
+from shiftnet.models.network import norms_after
 from shiftnet.training.low_bit import Codes, LevelWatch
 from shiftnet.training.mesh import replicated
 from shiftnet.training.step import Program, StackedProgram, TrainState
@@ -171,10 +175,13 @@ def restore(
     return state, found.get("levels", {}), best
 
 
-def start_from(state: TrainState, init: str | Path, num_classes: int) -> tuple[TrainState, str]:
+def start_from(
+    program: Program, state: TrainState, init: str | Path, num_classes: int
+) -> tuple[TrainState, str]:
     """Puts the numbers of a checkpoint into a fresh state.
 
-    Arrays that the checkpoint lacks, such as the latents of another form of weights, stay as they
+    Where a layer has another form of weights in the checkpoint, it gets the weights nearest to what
+    it computes with there, see `requantize`. Other arrays that the checkpoint lacks stay as they
     were drawn; so do those of the last layer where the classes differ in number.
 
     Returns:
@@ -186,9 +193,11 @@ def start_from(state: TrainState, init: str | Path, num_classes: int) -> tuple[T
     saved = read(init)
     classes = len(saved.metadata["class_names"])
     own = to_arrays(state.params, state.stats)
+    network = nnx.merge(program.graphdef, state.params, state.stats, copy=True)
+    converted, changes, notes = requantize(network, saved)
     taken, fresh = {}, []
     for name, array in own.items():
-        other = saved.arrays.get(name)
+        other = changes.get(name, None if name.startswith(converted) else saved.arrays.get(name))
         if other is None:
             fresh.append(name)
         elif other.shape == array.shape:
@@ -208,4 +217,73 @@ def start_from(state: TrainState, init: str | Path, num_classes: int) -> tuple[T
         stats=from_arrays(state.stats, arrays, saved.path),
     )
     message = f"started from {saved.path}: {len(taken)} arrays taken"
-    return state, f"{message}; fresh: {', '.join(fresh)}" if fresh else message
+    message = f"{message}; fresh: {', '.join(fresh)}" if fresh else message
+    return state, "\n".join([message, *notes])
+
+
+def requantize(
+    network: nnx.Module, saved: Saved
+) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
+    """Converts the weights of a checkpoint whose layers have other forms than a network's.
+
+    A low-bit weight becomes the nearest one of its form up to a factor. The factor goes into the
+    running statistics of the batch norm behind the layer, which then normalizes to the same; where
+    there is none it is lost, and a message says so.
+
+    Returns:
+      The starts of the names of arrays that are not to be taken from the checkpoint, the arrays in
+      their place, and messages.
+    """
+    weights = quantizers.of_layers(network)
+    config = from_json(saved.metadata["config"])
+    try:
+        shape = nnx.eval_shape(
+            lambda: models.build(config.model, len(saved.metadata["class_names"]), rngs=nnx.Rngs(0))
+        )
+        graphdef, *states = nnx.split(shape, nnx.Param, nnx.BatchStat)
+        filled = [from_arrays(part, saved.arrays, saved.path) for part in states]
+    except UserError:  # not a whole network of ours: its arrays are taken by name alone
+        return (), {}, []
+    given = quantizers.of_layers(nnx.merge(graphdef, *filled))
+    norms = norms_after(network)
+    starts, lost, errors = [], [], []
+    changes: dict[str, np.ndarray] = {}
+    for layer, weight in weights.items():
+        other = given.get(layer)
+        if other is None or other.shape != weight.shape or _form(other) == _form(weight):
+            continue
+        value = np.asarray(other(), np.float64)
+        starts.append(f"{layer}.weight.")
+        if not isinstance(weight, quantizers.LowBitWeight):
+            changes[f"{layer}.weight.value"] = value.astype(np.float32)
+            continue
+        codes, factor = weight.nearest(value)
+        weight.set_quantized(codes)
+        for keys, latent in nnx.to_flat_state(nnx.state(weight, nnx.Param)):
+            path = ".".join(map(str, keys))
+            changes[f"{layer}.weight.{path}"] = np.asarray(latent.get_value())
+        errors.append(
+            (np.square(value - factor * np.asarray(weight())).sum(), np.square(value).sum())
+        )
+        norm = norms.get(layer)
+        if norm is None or f"{norm}.mean" not in saved.arrays:
+            lost.append(f"{layer} ({factor:.3g})")
+            continue
+        for name, divisor in ((f"{norm}.mean", factor), (f"{norm}.var", factor**2)):
+            changes[name] = np.asarray(saved.arrays[name], np.float32) / np.float32(divisor)
+    notes = []
+    if errors:
+        distance, power = map(sum, zip(*errors, strict=True))
+        notes.append(
+            f"the weights of {len(errors)} layers became the nearest {config.model.weights} -> "
+            f"{_form(next(w for w in weights.values() if isinstance(w, quantizers.LowBitWeight)))} "
+            f"ones, {distance / power:.1%} of their power apart"
+        )
+    if lost:
+        notes.append(f"no batch norm takes up the factor of {', '.join(lost)}: it is lost")
+    return tuple(starts), changes, notes
+
+
+def _form(weight: quantizers.Weight) -> str:
+    """The form of a weight: its class, and its bits."""
+    return f"{type(weight).__name__.lower()} {weight.bits}-bit"

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import checkpoint
+from shiftnet import checkpoint, data, quantizers
 from shiftnet.errors import UserError
+from shiftnet.quantizers import LowBitWeight
 from shiftnet.training import engine
 from shiftnet.training.interrupt import Interrupt
+from shiftnet.training.mesh import make_mesh
+from shiftnet.training.restore import start_from
+from shiftnet.training.step import Program
 from tests import networks
 from tests.test_packing import note
 from tests.training.small import recipe
@@ -49,12 +53,53 @@ def test_a_head_for_other_classes_starts_fresh_and_is_named(tmp_path, monkeypatc
     assert "; fresh: linear.bias, linear.weight.value\n" in capsys.readouterr().out
 
 
-def test_latents_of_another_form_start_fresh_and_are_named(tmp_path, monkeypatch, capsys):
-    saved(tmp_path / "ckpt")
-    settings = recipe(model__weights="sign")
-    found = first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
-    assert "layer1.0.conv1.weight.latent" in found
-    assert "layer1.0.conv1.weight.latent" in capsys.readouterr().out
+@pytest.mark.parametrize(("weights", "bits"), [("sign", 0), ("s3", 3), ("denseshift", 3)])
+def test_low_bit_weights_start_at_the_nearest_levels_of_the_float_ones(tmp_path, weights, bits):
+    given = saved(tmp_path / "ckpt")
+    config = recipe(model__weights=weights, model__weight_bits=bits)
+    dataset = data.load("digits")
+    program = Program(
+        config,
+        num_classes=10,
+        mean=dataset.mean,
+        std=dataset.std,
+        steps_per_epoch=11,
+        mesh=make_mesh(config.batch_size),
+    )
+    state, message = start_from(program, program.init(np.uint32(0)), tmp_path / "ckpt", 10)
+    found = checkpoint.to_arrays(state.params, state.stats)
+    network = nnx.merge(program.graphdef, state.params, state.stats)
+    layers = quantizers.of_layers(network)
+    low_bit = [name for name, layer in layers.items() if isinstance(layer, LowBitWeight)]
+    assert len(low_bit) == 8
+    for layer in low_bit:
+        value, weight = given[f"{layer}.weight.value"], np.asarray(layers[layer]())
+        factor = (value * weight).sum() / np.square(weight).sum()
+        every_level = factor * layers[layer].scale * np.asarray(layers[layer].levels)
+        distance = np.abs(value[..., None] - every_level).min(-1)
+        np.testing.assert_allclose(np.abs(value - factor * weight), distance, rtol=1e-3, atol=1e-6)
+        norm = layer.replace("projection.0", "projection.1").replace("conv", "bn")
+        np.testing.assert_allclose(found[f"{norm}.mean"] * factor, given[f"{norm}.mean"], rtol=1e-4)
+        np.testing.assert_allclose(
+            found[f"{norm}.var"] * factor**2, given[f"{norm}.var"], rtol=1e-4
+        )
+    np.testing.assert_array_equal(found["conv1.weight.value"], given["conv1.weight.value"])
+    assert f"the weights of 8 layers became the nearest float -> {weights}" in message
+    assert "fresh" not in message
+
+
+def test_fewer_bits_start_at_the_nearest_levels_of_more(tmp_path, monkeypatch, capsys):
+    saved(tmp_path / "ckpt", weights="s3", weight_bits=4)
+    settings = recipe(model__weights="s3", model__weight_bits=2)
+    first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
+    assert "became the nearest s3 -> s3 2-bit ones" in capsys.readouterr().out
+
+
+def test_a_factor_that_no_batch_norm_takes_up_is_said(tmp_path, monkeypatch, capsys):
+    saved(tmp_path / "ckpt", arch="wrn8", width=0.5)
+    settings = recipe(model__arch="wrn8", model__width=0.5, model__weights="sign")
+    first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
+    assert "no batch norm takes up the factor of group0.0.conv1 (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
