@@ -155,7 +155,6 @@ def describe(
     recipe = config_lib.default_config()
     if found is not None:
         recipe = config_lib.from_json(found["config"])
-        recipe.unlock()
     recipe.model.update(recognised.model)
 
     if found is not None and options.dataset is None:

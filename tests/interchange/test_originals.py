@@ -232,7 +232,7 @@ def test_a_deployed_s3_file_comes_out_value_for_value(case, tmp_path):
         (lambda d: json.dumps({**d, "class_names": [1]}), "class_names is not a list of texts"),
         (lambda d: json.dumps({**d, "mean": [0, 0]}), "expected three numbers"),
         (lambda d: json.dumps({**d, "std": [0, 0, 0]}), "expected three positive numbers"),
-        (lambda d: json.dumps({**d, "config": "{}"[:1]}), "is not a JSON object"),
+        (lambda d: json.dumps({**d, "config": "{}"[:1]}), "is not JSON"),
         (lambda d: json.dumps({n: d[n] for n in d if n != "std"}), "cannot be read: 'std'"),
         (lambda d: "[" * 100_000, "cannot be read"),
     ],
