@@ -54,6 +54,8 @@ def parse_arch(arch: str) -> tuple[str, int | None]:
     Raises:
       UserError: for an unknown family, or a depth that the family does not have.
     """
+    if meant := _meant(arch):
+        raise UserError(f"unknown architecture {arch!r}; did you mean {meant}?")
     match = re.fullmatch(r"([a-z_]+)(\d*)", arch)
     family = FAMILIES.get(match[1]) if match else None
     if match is None or family is None or bool(match[2]) != (family.example is not None):
@@ -72,6 +74,17 @@ def parse_arch(arch: str) -> tuple[str, int | None]:
         known = ", ".join(f"{match[1]}{depth}" for depth in family.depths)
         raise UserError(f"architecture {arch!r} does not exist; there are {known}")
     return match[1], depth
+
+
+def _meant(arch: str) -> str | None:
+    """Names the network here that other codes call by a name of no network here."""
+    if match := re.fullmatch(r"resnet[-_]?(18|34|101)", arch.lower()):
+        return f"'imagenet_resnet{match[1]}'"
+    # Zagoruyko and Komodakis (arXiv:1605.07146) count the shortcuts' convolutions too, 6n + 4.
+    wide = re.fullmatch(r"(?:wrn|wide_?resnet)[-_]?(\d{1,4})(?:[-_x](\d{1,3}))?", arch.lower())
+    if wide and int(wide[1]) % 6 == 4 and int(wide[1]) > 4:
+        return f"'wrn{int(wide[1]) - 2}' with model.width={wide[2] or 10}"
+    return None
 
 
 def check(model: Mapping[str, Any]) -> None:

@@ -134,7 +134,10 @@ def test_reduction_of_the_blocks_narrows_their_middle_alone():
             "'vgg'; known: depthwiseresnet20, imagenet_resnet18, resnet20, shiftnet_a, shiftnet_b",
         ),
         ({"arch": "resnet"}, "unknown architecture 'resnet'; did you mean 'resnet20'"),
-        ({"arch": "resnet18"}, r"depth must be 6n \+ 2, the nearest are resnet14 and resnet20"),
+        ({"arch": "resnet21"}, r"depth must be 6n \+ 2, the nearest are resnet20 and resnet26"),
+        ({"arch": "resnet18"}, "'resnet18'; did you mean 'imagenet_resnet18'"),
+        ({"arch": "wrn28_10"}, "'wrn28_10'; did you mean 'wrn26' with model.width=10"),
+        ({"arch": "wideresnet28"}, "did you mean 'wrn26' with model.width=10"),
         ({"arch": "resnet2"}, "the nearest are resnet8 and resnet14"),
         ({"arch": "wrn18"}, r"depth must be 6n \+ 2, the nearest are wrn14 and wrn20"),
         (
