@@ -152,7 +152,7 @@ def test_a_name_that_the_terminal_cannot_show_is_no_error(capsys):
     assert capsys.readouterr().out == "runs/\\udcff\n"
 
 
-@pytest.mark.parametrize("out", ["file/x.npz", "folder.npz", "x" * 250 + ".npz"])
+@pytest.mark.parametrize("out", ["file/x.npz", "folder.npz", "x" * 255 + ".npz"])
 def test_export_tells_of_a_place_that_cannot_be_written(run, tmp_path, capsys, out):
     (tmp_path / "file").touch()
     (tmp_path / "folder.npz").mkdir()

@@ -51,7 +51,7 @@ def evaluated(tmp_path, monkeypatch, capsys):
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
             path=Path("run"),
-            note={"step": 7},
+            metadata={"step": 7},
             graphdef=graphdef,
             params=params,
             stats=stats,

@@ -205,11 +205,12 @@ def test_a_run_is_not_continued_on_other_data(uninterrupted, change, message):
 
 
 def test_a_lengthened_run_keeps_its_own_best_network_not_one_left_behind(tmp_path):
-    first = engine.train(recipe(epochs=1), tmp_path)
+    steady = {"optimizer__lr": 0.03, "schedule__boundaries": (9,)}  # better with every epoch
+    first = engine.train(recipe(epochs=1, **steady), tmp_path)
     best = tmp_path / checkpoint.BEST
     # A run of other epochs was killed after it had found a better network and before it saved.
     shutil.move(best / "11", best / "22")
-    summary = engine.train(recipe(epochs=2), tmp_path)
+    summary = engine.train(recipe(epochs=2, **steady), tmp_path)
     assert summary.best[0]["epoch"] == 2
     assert summary.best[0]["accuracy"] > first.best[0]["accuracy"]
     kept, newest = checkpoint.read(best), checkpoint.read(tmp_path)
