@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shiftnet.training.losses import cross_entropy, distillation
+from shiftnet.training.losses import cross_entropy
 from tests import oracle
 
 NUMBERS = json.loads((oracle.GOLDEN / "torch.json").read_text())["losses"]
@@ -19,25 +19,13 @@ def losses():
         "cross_entropy": lambda x: cross_entropy(x, labels),
         "smoothed": lambda x: cross_entropy(x, labels, smoothing=0.1),
         "soft_targets": lambda x: cross_entropy(x, labels, targets=jax.nn.softmax(teacher)),
-        "distillation": lambda x: distillation(x, teacher, temperature=4.0, standardize=False),
-        "standardized": lambda x: distillation(x, teacher, temperature=2.0, standardize=True),
     }
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(
-    "name", ["cross_entropy", "smoothed", "soft_targets", "distillation", "standardized"]
-)
+@pytest.mark.parametrize("name", ["cross_entropy", "smoothed", "soft_targets"])
 def test_losses_and_gradients_are_pytorchs(name):
     loss, gradient = jax.value_and_grad(losses()[name])(jnp.asarray(NUMBERS["logits"]))
     np.testing.assert_allclose(loss, NUMBERS[name]["loss"], rtol=1e-12)
     np.testing.assert_allclose(gradient, NUMBERS[name]["gradient"], rtol=1e-10, atol=1e-14)
-
-
-def test_no_gradient_reaches_the_teacher():
-    student, teacher = (jnp.asarray(NUMBERS[k], jnp.float32) for k in ("logits", "teacher"))
-    gradient = jax.grad(lambda t: distillation(student, t, temperature=2.0, standardize=True))(
-        teacher
-    )
-    assert not gradient.any()
