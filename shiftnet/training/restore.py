@@ -277,7 +277,7 @@ def requantize(
         notes.append(
             f"the weights of {len(errors)} layers became the nearest {config.model.weights} -> "
             f"{_form(next(w for w in weights.values() if isinstance(w, quantizers.LowBitWeight)))} "
-            f"ones, {distance / power:.1%} of their power apart"
+            f"ones, {distance / max(power, 1e-30):.1%} of their power apart"
         )
     if lost:
         notes.append(f"no batch norm takes up the factor of {', '.join(lost)}: it is lost")
