@@ -74,6 +74,29 @@ SHA256 = Rule(
 )
 ARCH = Rule(lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth")
 WORKERS = Rule(lambda value: value >= -1, "at least -1")
+_FORM = r"[a-z0-9]+(/\d{1,3})?"
+FORM = Rule(
+    lambda value: re.fullmatch(f"({_FORM})?", value) is not None,
+    "a form of weights and perhaps its bits, such as int/8",
+)
+FORMS_OF = Rule(
+    lambda value: all(re.fullmatch(f"[^:]+:{_FORM}", entry) for entry in split_patterns(value)),
+    "PATTERN:FORM or PATTERN:FORM/BITS with commas between them, such as "
+    "'layer1.*:float,layer3.*:s3/2'",
+)
+
+
+def split_patterns(text: str) -> list[str]:
+    """Returns the comma-separated entries of a setting."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Tells whether a dotted path is of a pattern: a glob over it or over a path above it.
+
+    `"linear"` is that layer with its arrays, `"layer1.*"` all of that stage's.
+    """
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def _reads_files(config: "Config") -> bool:
@@ -90,7 +113,10 @@ CIFAR = Scope(
     "data.name=cifar10 and cifar100",
 )
 LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
-S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
+S3 = Scope(
+    lambda config: config.model.weights == "s3" or ":s3" in config.model.weights_of,
+    "model.weights=s3",
+)
 
 
 def schedules(*names: str) -> Scope:
@@ -200,12 +226,26 @@ class ModelConfig(Settings, group="model"):
     )
     weights: str = setting(
         "float",
-        "form of all weights except the first and last layer's: float, sign, s3 or denseshift",
+        "form of all weights except the first and last layer's: float, sign, s3, denseshift, "
+        "ternary, apot, pot or int",
     )
     weight_bits: int = setting(
         0,
-        "bits per weight, 2, 3 or 4 for s3 and denseshift; 0: the form's default, 3 for these",
+        "bits per weight, 2, 3 or 4 for s3, denseshift and apot, 2 to 5 for pot, 2 to 8 for int; "
+        "0: the form's default, which is 3, 3, 4, 5 and 8",
         AT_LEAST_0,
+    )
+    weights_of: str = setting(
+        "",
+        "forms of single layers by path, such as 'layer1.*:float,layer3.*:s3/2'; the last pattern "
+        "that matches a layer counts",
+        FORMS_OF,
+    )
+    weights_first_last: str = setting(
+        "",
+        "form of the first and last layer's weights, such as int/8; empty: float, or that of the "
+        "others with quantize_first_last",
+        FORM,
     )
     quantize_first_last: bool = setting(
         False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT

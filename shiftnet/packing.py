@@ -28,8 +28,8 @@ from shiftnet import config, models, quantizers
 from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 from shiftnet.layers import BatchNorm
-from shiftnet.layers.folding import fold_batch_norms
-from shiftnet.quantizers import Float, LowBitWeight, bits
+from shiftnet.layers.folding import fix_weights, fold_batch_norms
+from shiftnet.quantizers import Fixed, Float, LowBitWeight, bits
 
 FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
@@ -60,7 +60,9 @@ def write(
 
 
 def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
-    """Reads a file that `write` wrote: the network, its batch norms folded, and the note.
+    """Reads a file that `write` wrote: the network and the note.
+
+    The network's batch norms are folded, and its low-bit weights are `Fixed`.
 
     Raises:
       UserError: where it is not one, or was cut off or changed; it names the tensor.
@@ -147,21 +149,22 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
             raise UserError(f"{path}: the network needs {name!r} of shape {shape}, found {found}")
         return jnp.asarray(tensors[name].astype(np.float32))
 
+    def fixed(weight: LowBitWeight) -> Fixed:
+        name = names[id(weight)]
+        try:
+            codes = bits.unpack(tensors[name], weight.bits, weight.shape)
+            scale = None
+            if weight.scale_shape is not None:
+                scale = np.asarray(take(f"{name}_scale", weight.scale_shape))
+            return Fixed(weight, codes, scale)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"{path}: the packed weights {name!r} do not fit: {error}") from None
+
+    names = {id(weight): f"{layer}.weight" for layer, weight in forms.items()}
+    fix_weights(network, fixed)
     for layer, weight in forms.items():
-        name = f"{layer}.weight"
-        if isinstance(weight, LowBitWeight):
-            try:
-                codes = bits.unpack(tensors[name], weight.bits, weight.shape)
-                scale = None
-                if weight.scale_shape is not None:
-                    scale = np.asarray(take(f"{name}_scale", weight.scale_shape))
-                weight.set_quantized(codes, scale)
-            except (KeyError, IndexError, ValueError) as error:
-                raise UserError(
-                    f"{path}: the packed weights {name!r} do not fit: {error}"
-                ) from None
-        elif isinstance(weight, Float):
-            weight.value.set_value(take(name, weight.shape))
+        if isinstance(weight, Float):
+            weight.value.set_value(take(f"{layer}.weight", weight.shape))
     for name, leaf in _rest(network, forms):
         leaf.set_value(take(name, leaf.shape))
 

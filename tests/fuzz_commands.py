@@ -85,6 +85,7 @@ LINES = {
         "--arch depthwiseresnet8 --reduction 1.5 --weights sign --quantize-first-last",
         "--arch wrn8 --width 2 --num-classes 100 --image-size 64",
         "--arch resnet8 --weights s3 --weight-bits 3",
+        "--arch resnet8 --weights-of layer1.*:int/2,linear:pot --weights-first-last int/8",
     ],
     "convert_torch": [
         "wrn8.npz",
@@ -132,6 +133,7 @@ VALUES = [
     *("٣", "³", "½", "+3", "--1", ".5", "1.", "1e", "1,2", "(1,2)", "(1", "1)", "()", "(,)", ",,"),
     *("((1))", "(1,2,)", "[1, 2]", "{}", "(1,1e999)", "(-1,2)", "(8,5)", "(nan,nan,nan)", "0,0,0"),
     *("true", "True", "false", "none", "None", "null", "step", "tfds", "float16", "sign", "s3"),
+    *("int/8", "int/0", "apot/9", "layer1.*:s3/2", "*:pot", ":int", "linear:", "a:b:ternary"),
     *("'", '"', '"\'"', "\\", "`touch PWNED`", "$(touch PWNED)", ";", "%s", "%(prog)s", "%", "{0}"),
     *("a\nb", "\n", "\t", "\x1b[31m", "\x7f", "\udcff", "ü", "😀", "\u202e", "\u2028", "e\u0301"),
     *("x" * 1000, "x" * 100_000, "lr" * 50_000, "(" * 10_000, "," * 10_000, "1," * 10_000),

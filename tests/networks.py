@@ -79,6 +79,9 @@ def random(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
         elif path[-1] in ("scale", "var"):
             value = np.exp(value / 10)
         leaf.set_value(jnp.asarray(value.astype(leaf.dtype)))
+    for weight in quantizers.of_layers(model).values():
+        if isinstance(weight, quantizers.Rounded):  # a step or clip that fits the latent
+            weight.start_from(np.asarray(weight.latent[...]))
     return model
 
 

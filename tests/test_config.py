@@ -106,6 +106,14 @@ def test_help_shows_every_field_with_its_meaning_and_default(capsys, monkeypatch
         ({"schedule__boundaries": (10**5000,)}, "schedule.boundaries must be a tuple of whole num"),
         ({"model__arch": "resnet" + "8" * 5000}, "model.arch must be a family and at most 4 dig"),
         ({"model__arch": None}, "model.arch must be a text, found None"),
+        (
+            {"model__weights_of": "layer1"},
+            "model.weights_of must be PATTERN:FORM or PATTERN:FORM/B",
+        ),
+        (
+            {"model__weights_first_last": "int:8"},
+            "model.weights_first_last must be a form of weigh",
+        ),
         ({"model__reduction_mode": "blok"}, "unknown model.reduction_mode 'blok'; did you mean"),
         ({"model__dtype": "bfloat"}, "unknown model.dtype 'bfloat'; did you mean 'bfloat16'?"),
         ({"schedule__boundaries": (8, 5)}, "schedule.boundaries must be increasing numbers"),
@@ -226,6 +234,7 @@ def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(
         "data.source=folder data.size=64 data.resize=64 data.workers=0 data.on_corrupt=skip",
         "data.name=imagenet2012 data.size=128",
         "model.weights=s3 optimizer.regularizer=0 model.quantize_first_last=true",
+        "model.weights_of=layer1.*:s3/2 optimizer.regularizer=0 model.weights_first_last=int/8",
         "schedule.name=sgdr schedule.boundaries=(5,8) schedule.lr_min=0.001",
         "schedule.name=cosine schedule.lr_min=0.001",
         "schedule.factor=0.5 data.pad=2 data.url=x",

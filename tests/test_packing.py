@@ -2,7 +2,6 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -112,7 +111,42 @@ def test_a_number_that_float16_cannot_hold_is_refused_by_name(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class ScaledSign(quantizers.LowBitWeight):
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("fields", "bits"),
+    [
+        ({"weights": "ternary"}, {"layer1.0.conv1": 2}),
+        ({"weights": "apot"}, {"layer1.0.conv1": 4}),
+        ({"weights": "pot"}, {"layer1.0.conv1": 5}),
+        ({"weights": "int", "weight_bits": 3}, {"layer1.0.conv1": 3}),
+        (
+            {"weights": "s3", "weights_of": "layer3.*:pot/2", "weights_first_last": "int"},
+            {"conv1": 8, "layer2.0.conv1": 3, "layer3.0.conv2": 2, "linear": 8},
+        ),
+    ],
+    ids=lambda value: value.get("weights") if isinstance(value, dict) else "",
+)
+def test_weights_whose_scale_depends_on_latents_come_back_bit_for_bit(fields, bits, tmp_path):
+    recipe = config_lib.default_config()
+    recipe.model.update(arch="shiftresnet8", **fields)
+    network = networks.random(recipe.model, 10)
+    before = quantizers.of_layers(network)
+    file = tmp_path / "net.safetensors"
+    packing.write(file, network, note(recipe))
+    tensors = safetensors.numpy.load_file(file)
+    after = quantizers.of_layers(packing.read(file)[0])
+    assert after.keys() == before.keys()
+    for name, weight in before.items():
+        np.testing.assert_array_equal(after[name](), weight(), err_msg=name)
+        assert after[name].packed_bytes == weight.packed_bytes
+    for name, width in bits.items():
+        assert tensors[f"{name}.weight"].dtype == np.uint8
+        assert tensors[f"{name}.weight"].nbytes == -(-before[name].size * width // 8)
+    packing.write(tmp_path / "again.safetensors", *packing.read(file))
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+class PerChannel(quantizers.LowBitWeight):
     """Signs times the mean of the latents' sizes in each output channel."""
 
     levels = (-1, 1)
@@ -129,12 +163,9 @@ class ScaledSign(quantizers.LowBitWeight):
     def level(self):
         return form.sign(self.latent[...])
 
-    def set_quantized(self, codes, scale=None):
-        self.latent.set_value(jnp.asarray(np.asarray(self.levels, np.float32)[codes] * scale))
 
-
-def test_a_scale_that_depends_on_the_latents_is_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(quantizers.FORMS, "sign", (ScaledSign, ()))
+def test_a_scale_per_output_channel_is_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(quantizers.FORMS, "sign", (PerChannel, ()))
     network, recipe = small("sign")
     before = {name: np.asarray(w()) for name, w in quantizers.of_layers(network).items()}
     packing.write(tmp_path / "net.safetensors", network, note(recipe))
@@ -143,7 +174,22 @@ def test_a_scale_that_depends_on_the_latents_is_in_the_file(tmp_path, monkeypatc
     assert scales["layer1.0.conv1.weight_scale"].shape == (16,)
     assert "conv1.weight_scale" not in scales  # float
     for name, weight in quantizers.of_layers(loaded).items():
-        np.testing.assert_allclose(weight(), before[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(weight(), before[name], err_msg=name)
+
+
+def test_a_code_without_a_level_is_refused(tmp_path):
+    network, recipe = small("s3", 3)
+    file = tmp_path / "net.safetensors"
+    packing.write(file, network, note(recipe))
+    with safetensors.safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["layer1.0.conv1.weight"][:] = 255  # seven levels, and 7 is the eighth
+    metadata["tensors"] = json.dumps(packing._digests(tensors))
+    metadata["sha256"] = packing._digest_of_text(metadata)
+    safetensors.numpy.save_file(tensors, file, metadata)
+    with pytest.raises(UserError, match=r"'layer1\.0\.conv1\.weight' do not fit: code 7 is none"):
+        packing.read(file)
 
 
 # Files that are not right

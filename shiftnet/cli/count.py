@@ -19,7 +19,10 @@ from shiftnet.models import FAMILIES, build, parse_arch
 from shiftnet.models.counting import Counts, count
 
 # The fields of `config.model` that are options, and the families whose counts were published.
-OPTIONS = ("expansion", "reduction", "reduction_mode", "width", "weights", "weight_bits")
+OPTIONS = (
+    *("expansion", "reduction", "reduction_mode", "width"),
+    *("weights", "weight_bits", "weights_of", "weights_first_last"),
+)
 PUBLISHED = ("shiftresnet", "resnet", "depthwiseresnet")
 
 # The largest tensor that is counted, in channels times pixels. Tracing a shift builds a table of
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{title}: (new) {numbers['new']} (original) {numbers['original']} "
             f"(reduction) {numbers['reduction']:.2f}"
         )
-    if model["weights"] != "float":
+    if any(layer.bits < 32 for layer in new.layers):
         print(_bits(new))
     return 0
 
@@ -152,7 +155,8 @@ def _count(model: Mapping[str, Any], arguments: Any) -> Counts:
     size = arguments.image_size
     # Only shapes and dtypes: this takes no memory and draws no random numbers.
     network = nnx.eval_shape(lambda: build(model, arguments.num_classes, rngs=nnx.Rngs(0)))
-    widest = max(leaf.shape[-1] for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))]
+    widest = max(shape[-1] for shape in shapes if shape)
     if widest * size**2 > MOST_VALUES:
         raise UserError(
             f"{widest} channels at {size}x{size} pixels are too large to count: "
@@ -214,10 +218,11 @@ def _table(counts: Counts) -> str:
 def _bits(counts: Counts) -> str:
     """Returns two lines like the page's: bits per weight, and bytes packed against float32."""
     low = [layer for layer in counts.layers if layer.bits < 32]
+    each = ", ".join(map(str, sorted({layer.bits for layer in low})))
     weights = sum(layer.parameters for layer in low)
     plain = 4 * counts.parameters
     return (
-        f"Bits: (each) {low[0].bits} (layers) {len(low)} "
+        f"Bits: (each) {each} (layers) {len(low)} "
         f"(share of parameters) {weights / counts.parameters:.2%}\n"
         f"Bytes: (packed) {counts.weight_bytes} (float32) {plain} "
         f"(reduction) {plain / counts.weight_bytes:.2f}"

@@ -17,9 +17,9 @@ without using it, so give it an environment of its own:
 .safetensors, .npz, .pth: the arrays under the original code's names, in PyTorch's layouts, with a
 description of the network, by which convert_torch brings all of it back; .pth needs PyTorch.
 --integers writes low-bit weights as they are computed with, for hardware: for each low-bit layer
-integers (int8, or int16 for 4-bit denseshift) under the weight's name and a float32 number under
-that name and _scale, the weight being their product; float layers, biases and batch norms as above
-(y = (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias).
+integers (int8, or int16 for 4-bit denseshift and 5-bit pot) under the weight's name and a float32
+number under that name and _scale, the weight being their product; float layers, biases and batch
+norms as above (y = (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias).
 """
 
 import argparse

@@ -96,12 +96,15 @@ def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
     """
     network = nnx.eval_shape(lambda: models.build(found.model, found.num_classes, rngs=nnx.Rngs(0)))
     needed = torch_names.names(network, found.naming)
-    codes, scales = dict(found.codes), set()
+    codes = dict(found.codes)
+    scales: dict[str, Any] = {}
     for name, weight in torch_names.low_bit(network, found.naming).items():
         array = found.arrays.get(name)
         if array is not None and array.dtype.kind in "iu":
             codes[name] = codes_of(name, array, weight.levels)
-            scales.add(f"{name}_scale")
+            scales[name] = _scale(found.arrays, f"{name}_scale", weight.scale_shape)
+        elif name in codes and weight.scale_shape is not None:
+            raise UserError(f"{name} is packed in bits; expected a {found.model['weights']} weight")
     coded = {
         name
         for name in needed
@@ -120,7 +123,7 @@ def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
             raise UserError(f"{name} holds {array.min():g}; a variance is not negative")
     wide = {name: array.astype(np.float32) for name, array in used.items()}
     try:
-        torch_names.from_torch(network, wide, found.naming, codes=codes)
+        torch_names.from_torch(network, wide, found.naming, codes=codes, scales=scales)
     except ValueError as error:
         raise UserError(str(error)) from error
     arrays = {**used, **codes}
@@ -132,9 +135,24 @@ def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
     unused = [
         name
         for name in found.arrays
-        if name not in {*arrays, *scales} and not name.endswith("_tracked")
+        if name not in arrays
+        and name.removesuffix("_scale") not in scales
+        and not name.endswith("_tracked")
     ]
     return network, rows, unused
+
+
+def _scale(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...] | None) -> Any:
+    """Returns the scale of a weight's levels; a form with a constant one (None) has its own."""
+    scale = arrays.get(name)
+    if shape is None:
+        return None
+    if scale is None or scale.shape != shape or scale.dtype.kind != "f":
+        found = "nothing" if scale is None else f"{scale.dtype} {scale.shape}"
+        raise UserError(f"{name} must be floating numbers of shape {shape}, found {found}")
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise UserError(f"{name} holds {scale.flat[0]:g}; a scale is finite and above 0")
+    return scale.astype(np.float32)
 
 
 def describe(

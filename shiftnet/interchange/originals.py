@@ -83,6 +83,8 @@ def packed(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndarra
         raise UserError(f"--packed is for 1-bit wide ResNets, this is a {model['arch']}")
     if model["quantize_first_last"]:
         raise UserError("--packed has no 1-bit first and last layer, this network has; --integers")
+    if model["weights_first_last"] or model["weights_of"]:
+        raise UserError("--packed has one form of weights, this network has several; --integers")
     result = arrays(network, model)
     for name, array in result.items():
         if name.startswith("group") and ".conv" in name:
@@ -98,8 +100,8 @@ def integers(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndar
     By the original's names and in PyTorch's layouts (`[out, in, kh, kw]`, `[out, in]`):
 
     - `<layer>.weight`: of a low-bit layer the levels, int8 (int16 for 4-bit DenseShift, whose
-      largest is 128), and `<layer>.weight_scale`, a float32 number: the layer computes with
-      `weight * weight_scale`. Of a float layer the float32 weights.
+      largest is 128, and for 5-bit pot), and `<layer>.weight_scale`, a float32 number: the layer
+      computes with `weight * weight_scale`. Of a float layer the float32 weights.
     - `<layer>.bias` of a linear layer, float32.
     - of a batch norm `weight`, `bias`, `running_mean`, `running_var`, float32 `[channels]`, and
       `num_batches_tracked`: `(x - running_mean) / sqrt(running_var + 1e-5) * weight + bias`. A wide

@@ -58,6 +58,12 @@ def recognise(arrays: Arrays, *, weights: str | None = None) -> Recognised:
             f"it holds integers and their scales ({scales[0]}, …), but lost the description of "
             "the network that was exported with them"
         )
+    learned = [name for name in arrays if re.search(r"_(step|clip)$", name)]
+    if learned:
+        raise UserError(
+            f"it holds latents and what scales them ({learned[0]}, …), but lost the description of "
+            "the network that was exported with them"
+        )
     if (reason := _near_miss(arrays)) is not None:
         raise UserError(reason)
     if "conv_last" in arrays and "group0.block0.conv0" in arrays:

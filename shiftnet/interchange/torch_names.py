@@ -107,6 +107,7 @@ def from_torch(
     naming: Naming = SHIFT,
     *,
     codes: Mapping[str, np.ndarray] | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Sets the model's parameters and running statistics, keeping the given arrays' dtypes.
 
@@ -116,6 +117,7 @@ def from_torch(
       naming: whose names they are.
       codes: of low-bit weights whose latents are not in `state_dict`, in PyTorch's layout and by
         the name of the weight; see `LowBitWeight.set_quantized`.
+      scales: those of such weights that need one, by the same names.
 
     Raises:
       KeyError: for a name that is missing.
@@ -124,7 +126,8 @@ def from_torch(
     coded = set()
     for name, weight in low_bit(model, naming).items():
         if codes and name in codes:
-            weight.set_quantized(_from_torch_layout(name, codes[name], weight.shape))
+            scale = None if weight.scale_shape is None else (scales or {})[name]
+            weight.set_quantized(_from_torch_layout(name, codes[name], weight.shape), scale)
             coded.add(name)
     for path, leaf in _leaves(model):
         if not (is_latent(path) and weight_name(".".join(path[:-2]), naming) in coded):

@@ -3,12 +3,15 @@
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet import quantizers
+from shiftnet.config import matches, split_patterns
 from shiftnet.errors import UserError, unknown
 from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
 from shiftnet.models.network import Network
@@ -99,7 +102,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
         of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
-        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`; and
+        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
+        `weights_first_last`, a form of these; `weights_of`, forms of layers by path; and
         `dtype` (`"float32"`: compute in the precision of the input; `"bfloat16"`: compute in
         bfloat16 whatever the input, with float32 parameters and batch statistics).
       num_classes: length of the logits.
@@ -125,12 +129,72 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
             )
     form = quantizers.make(model["weights"], model["weight_bits"])
     ends = form if model["quantize_first_last"] else quantizers.Float
-    return family.build(
+    if model["weights_first_last"]:
+        if model["quantize_first_last"]:
+            raise UserError(
+                f"model.weights_first_last={model['weights_first_last']} and "
+                "model.quantize_first_last=true exclude each other"
+            )
+        ends = quantizers.parse(model["weights_first_last"], "model.weights_first_last")
+    draws: dict[int, _Draw] = {}
+    network = family.build(
         depth,
         num_classes,
-        weights=form,
-        ends=ends,
+        weights=_recorded(form, draws),
+        ends=_recorded(ends, draws),
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},
     )
+    _choose(network, model["weights_of"], draws)
+    return network
+
+
+class _Draw(NamedTuple):
+    """What a weight was drawn with."""
+
+    key: jax.Array
+    init: quantizers.form.Init
+
+
+def _recorded(form: quantizers.Form, draws: dict[int, _Draw]) -> quantizers.Form:
+    """Returns the form, which notes what each weight was drawn with, by its `id`."""
+
+    def make(shape: Sequence[int], *, init: quantizers.form.Init, rngs: Any) -> quantizers.Weight:
+        key = rngs.params()
+        weight = form(shape, init=init, rngs=_stream(key))
+        draws[id(weight)] = _Draw(key, init)
+        return weight
+
+    return make
+
+
+def _stream(key: jax.Array) -> Any:
+    """Returns a `params` stream of one key."""
+    return SimpleNamespace(params=lambda: key)
+
+
+def _choose(network: Network, forms: str, draws: Mapping[int, _Draw]) -> None:
+    """Draws the weights again of the layers that `model.weights_of` gives another form.
+
+    Raises:
+      UserError: for a pattern that matches no layer.
+    """
+    layers = quantizers.of_layers(network)
+    chosen: dict[str, quantizers.Form] = {}
+    for entry in split_patterns(forms):
+        pattern, _, text = entry.rpartition(":")
+        form = quantizers.parse(text, "model.weights_of")
+        matched = [name for name in layers if matches(name, pattern)]
+        if not matched:
+            names = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in layers)
+            raise UserError(
+                f"model.weights_of: no layer's path matches {pattern!r}; the network has "
+                f"{', '.join(names)}"
+            )
+        chosen.update(dict.fromkeys(matched, form))
+    for path, layer in list(nnx.iter_modules(network)):
+        name = ".".join(map(str, path))
+        if name in chosen:
+            key, init = draws[id(layer.weight)]
+            layer.weight = chosen[name](layer.weight.shape, init=init, rngs=_stream(key))

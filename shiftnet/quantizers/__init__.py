@@ -11,25 +11,37 @@ import jax
 from flax import nnx
 
 from shiftnet.errors import UserError, unknown
+from shiftnet.quantizers.apot import APoT
 from shiftnet.quantizers.denseshift import DenseShift
+from shiftnet.quantizers.fixed import Fixed
 from shiftnet.quantizers.floating import Float
-from shiftnet.quantizers.form import Form, LowBitWeight, Weight
+from shiftnet.quantizers.form import Form, LowBitWeight, Rounded, Weight
+from shiftnet.quantizers.integer import Int
+from shiftnet.quantizers.pot import PoT
 from shiftnet.quantizers.quantized import QuantizedWeight
 from shiftnet.quantizers.s3 import S3
 from shiftnet.quantizers.sign import Sign
+from shiftnet.quantizers.ternary import Ternary
 
 __all__ = [
     "FORMS",
     "S3",
+    "APoT",
     "DenseShift",
+    "Fixed",
     "Float",
     "Form",
+    "Int",
     "LowBitWeight",
+    "PoT",
     "QuantizedWeight",
+    "Rounded",
     "Sign",
+    "Ternary",
     "Weight",
     "make",
     "of_layers",
+    "parse",
     "regularizer",
 ]
 
@@ -39,15 +51,20 @@ FORMS: dict[str, tuple[Callable[..., Weight], tuple[int, ...]]] = {
     "sign": (Sign, ()),
     "s3": (S3, (2, 3, 4)),
     "denseshift": (DenseShift, (2, 3, 4)),
+    "ternary": (Ternary, ()),
+    "apot": (APoT, (2, 3, 4)),
+    "pot": (PoT, (2, 3, 4, 5)),
+    "int": (Int, (2, 3, 4, 5, 6, 7, 8)),
 }
 
 
-def make(name: str, bits: int = 0) -> Form:
+def make(name: str, bits: int = 0, field: str = "model.weight_bits") -> Form:
     """Finds a form by name: `make("s3", 2)(shape, rngs=rngs)` is a 2-bit weight of that shape.
 
     Args:
       name: one of `FORMS`.
-      bits: bits per weight; 0 for the form's own number (32, 1, 3 and 3).
+      bits: bits per weight; 0 for the form's own number (32, 1, 3, 3, 2, 4, 5 and 8).
+      field: the setting that `bits` comes from, named in errors.
 
     Raises:
       UserError: for a form or a width that does not exist.
@@ -59,8 +76,18 @@ def make(name: str, bits: int = 0) -> Form:
         return form
     if bits not in choices:
         known = f"0 or one of {', '.join(map(str, choices))}" if choices else "0"
-        raise UserError(f"model.weight_bits must be {known} for {name} weights, found {bits}")
+        raise UserError(f"{field} must be {known} for {name} weights, found {bits}")
     return functools.partial(form, bits=bits)
+
+
+def parse(text: str, field: str) -> Form:
+    """Finds a form by name and bits: `parse("s3/2", ...)` is `make("s3", 2)`, `"s3"` its default.
+
+    Raises:
+      UserError: as `make`; it names `field`, the setting.
+    """
+    name, _, bits = text.partition("/")
+    return make(name, int(bits or 0), f"the bits in {field}")
 
 
 def of_layers(model: nnx.Module) -> dict[str, Weight]:

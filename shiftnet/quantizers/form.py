@@ -76,7 +76,7 @@ class LowBitWeight(Weight):
     Attributes:
       levels: the integers that a weight can be before it is scaled, rising.
       scale: what levels are multiplied by, as in `QuantizedWeight`. A form whose scale depends on
-        its latents makes this a property and sets `scale_shape`.
+        its latents makes this a property and sets `scale_shape`; see `Rounded`.
       scale_shape: the shape of a scale that packed files must hold; None for a constant, which
         follows from the shape of the weight.
     """
@@ -124,10 +124,19 @@ class LowBitWeight(Weight):
           scale: float32 `scale_shape`; None where that is None.
         """
         del scale  # of a form whose scale depends on its latents, which overrides this
-        deviation = np.float32(math.sqrt(2 / (self.size / self.shape[-2])))
+        size = self.deviation
         signs = self.signs_of_latents(np.asarray(self.levels)[codes])
         for name, sign_of in signs.items():
-            getattr(self, name).set_value(jnp.asarray(np.where(sign_of, deviation, -deviation)))
+            getattr(self, name).set_value(jnp.asarray(np.where(sign_of, size, -size)))
+
+    def start_from(self, weight: np.ndarray) -> None:
+        """Sets the latents so that this weight is nearest to a float weight, up to a factor.
+
+        Args:
+          weight: floating, of the weight's shape.
+        """
+        codes, _ = self.nearest(weight)
+        self.set_quantized(codes)
 
     def nearest(self, weight: np.ndarray) -> tuple[np.ndarray, float]:
         """Finds the codes whose weights are nearest to a float weight, up to a factor.
@@ -136,11 +145,13 @@ class LowBitWeight(Weight):
           weight: floating, of the weight's shape.
 
         Returns:
-          Codes for `set_quantized`, and the factor by which their weights are multiplied to come
-          nearest to `weight`, in the sum of squares. Of factors, 64 are tried, from that which
-          takes the largest weight to the highest level to one that takes the mean a step beyond it.
+          Codes for `set_quantized`, and the factor by which their weights (where the scale depends
+          on latents: their levels) are multiplied to come nearest to `weight`, in the sum of
+          squares. Of factors, 64 are tried, from that which takes the largest weight to the highest
+          level to one that takes the mean a step beyond it.
         """
-        flat = np.asarray(weight, np.float64).ravel() / float(self.scale)
+        unit = 1.0 if self.scale_shape is not None else float(self.scale)
+        flat = np.asarray(weight, np.float64).ravel() / unit
         levels = np.asarray(self.levels, np.float64)
         middles = (levels[1:] + levels[:-1]) / 2
         magnitude = np.abs(flat)
@@ -165,6 +176,11 @@ class LowBitWeight(Weight):
             fitted = (flat @ chosen) / (chosen @ chosen)
         return codes.astype(np.uint8).reshape(self.shape), float(fitted)
 
+    @property
+    def deviation(self) -> np.float32:
+        """Standard deviation of `he_normal_fan_out` for this shape."""
+        return np.float32(math.sqrt(2 / (self.size / self.shape[-2])))
+
     def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns, for weights at these levels, whether each latent is above zero, by its name."""
         raise NotImplementedError
@@ -177,6 +193,55 @@ class LowBitWeight(Weight):
     def packed_bytes(self) -> int:
         scale_bytes = 0 if self.scale_shape is None else 4 * math.prod(self.scale_shape)
         return super().packed_bytes + scale_bytes
+
+
+class Rounded(LowBitWeight):
+    """A weight whose one latent, `latent`, is a float weight that a form rounds.
+
+    The scale depends on the latent or is learned, and packed files hold it: one float32 number per
+    layer. One per output channel would take 32 / inputs bits per weight, 2 for 16 inputs, for what
+    the batch norm behind a layer does anyway.
+    """
+
+    scale_shape = ()
+    latent: nnx.Param
+
+    def __init__(self, shape: Sequence[int], *, init: Init = he_normal_fan_out, rngs: nnx.Rngs):
+        super().__init__(shape, ["latent"], init=init, rngs=rngs)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Between two levels, the number where rounding changes from one to the next."""
+        levels = np.asarray(self.levels, np.float64)
+        return (levels[1:] + levels[:-1]) / 2
+
+    def start_from(self, weight: np.ndarray) -> None:
+        self.latent.set_value(jnp.asarray(weight, jnp.float32))
+
+    def settled(self, latent: np.ndarray, scale: float) -> np.ndarray:
+        """Returns a latent like the given one that gives this scale; float64 `shape`."""
+        del scale  # of a form that learns it
+        return latent
+
+    def set_quantized(self, codes: np.ndarray, scale: np.ndarray | None = None) -> None:
+        """Sets the latent so that the weights have these codes, and this scale.
+
+        The latent lies at the levels, or as far from them as the scale asks for, between the edges.
+        Where codes and scale are those of some latent, the codes come back, and the scale up to
+        rounding.
+        """
+        assert scale is not None
+        unit = float(scale)
+        edges = unit * np.concatenate([[-np.inf], self.edges, [np.inf]])
+        low, high = edges[codes], edges[codes.astype(np.int64) + 1]
+        margin = 1e-3 * unit * np.diff(self.edges, prepend=-np.inf, append=np.inf).min()
+        latent = unit * np.asarray(self.levels, np.float64)[codes]
+        for _ in range(200):
+            latent = self.settled(latent, unit)
+            if ((low < latent) & (latent < high)).all():
+                break
+            latent = np.clip(latent, low + margin, high - margin)
+        self.latent.set_value(jnp.asarray(latent, jnp.float32))
 
 
 @jax.custom_jvp

@@ -17,6 +17,10 @@ from shiftnet.quantizers import LowBitWeight
 from shiftnet.training.mesh import replicated
 from shiftnet.training.step import Program
 
+# With more levels than these, neighbours are counted together: 256 numbers of every layer of 8 bits
+# would be most of a run's log.
+MOST_LEVELS = 32
+
 Codes = dict[str, jax.Array]  # uint8 of each weight's shape, by layer; see `QuantizedWeight`
 
 
@@ -57,8 +61,8 @@ class LevelWatch:
 
         Returns:
           For each layer, and for `"all"` of them together, fractions of its weights: `"zeros"`,
-          `"levels"` (by level, as text), `"level_changed"`, and `"sign_changed"`, from plus to
-          minus or back.
+          `"levels"` (by level, as text; of more than `MOST_LEVELS`, by the highest of neighbours),
+          `"level_changed"`, and `"sign_changed"`, from plus to minus or back.
         """
         counts = jax.device_get(self._compare(before, now))
         result = {}
@@ -85,9 +89,15 @@ class LevelWatch:
 
 def _fractions(levels, histogram, level_changed, sign_changed) -> dict[str, Any]:
     size = int(histogram.sum())
-    shares = {str(level): int(count) / size for level, count in zip(levels, histogram, strict=True)}
+    zeros = sum(int(count) for level, count in zip(levels, histogram, strict=True) if level == 0)
+    width = -(-len(levels) // MOST_LEVELS)
+    groups = range(0, len(levels), width)
+    shares = {
+        str(levels[start : start + width][-1]): int(histogram[start : start + width].sum()) / size
+        for start in groups
+    }
     return {
-        "zeros": shares.get("0", 0.0),
+        "zeros": zeros / size,
         "level_changed": int(level_changed) / size,
         "sign_changed": int(sign_changed) / size,
         "levels": shares,

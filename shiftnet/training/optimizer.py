@@ -1,6 +1,5 @@
 """The optimizers that a recipe can name, composed from optax's parts."""
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from shiftnet.config import Config, OptimizerConfig
+from shiftnet.config import Config, OptimizerConfig, matches, split_patterns
 from shiftnet.errors import UserError
 from shiftnet.training.schedules import learning_rate
 
@@ -159,19 +158,6 @@ def parse_groups(text: str) -> dict[str, float]:
             )
         groups[pattern] = multiplier
     return groups
-
-
-def split_patterns(text: str) -> list[str]:
-    """The comma-separated entries of a setting."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether a parameter's dotted path is of a pattern: a glob over it or over its layer's path.
-
-    `"linear"` is every array of that layer, `"layer1.*"` all of that stage's.
-    """
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def _scaled_by_path(groups: Mapping[str, float]) -> optax.GradientTransformation:

@@ -226,9 +226,10 @@ def requantize(
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
     """Converts the weights of a checkpoint whose layers have other forms than a network's.
 
-    A low-bit weight becomes the nearest one of its form up to a factor. The factor goes into the
-    running statistics of the batch norm behind the layer, which then normalizes to the same; where
-    there is none it is lost, and a message says so.
+    A low-bit weight becomes the nearest one of its form up to a factor, see
+    `LowBitWeight.start_from`. The factor goes into the running statistics of the batch norm behind
+    the layer, which then normalizes to the same; where there is none it is lost, and a message says
+    so if it is not 1.
 
     Returns:
       The starts of the names of arrays that are not to be taken from the checkpoint, the arrays in
@@ -248,6 +249,7 @@ def requantize(
     norms = norms_after(network)
     starts, lost, errors = [], [], []
     changes: dict[str, np.ndarray] = {}
+    kinds: dict[str, None] = {}
     for layer, weight in weights.items():
         other = given.get(layer)
         if other is None or other.shape != weight.shape or _form(other) == _form(weight):
@@ -257,17 +259,18 @@ def requantize(
         if not isinstance(weight, quantizers.LowBitWeight):
             changes[f"{layer}.weight.value"] = value.astype(np.float32)
             continue
-        codes, factor = weight.nearest(value)
-        weight.set_quantized(codes)
+        weight.start_from(value)
+        nearest = np.asarray(weight(), np.float64)
+        factor = (value * nearest).sum() / max(np.square(nearest).sum(), 1e-30) or 1.0
         for keys, latent in nnx.to_flat_state(nnx.state(weight, nnx.Param)):
             path = ".".join(map(str, keys))
             changes[f"{layer}.weight.{path}"] = np.asarray(latent.get_value())
-        errors.append(
-            (np.square(value - factor * np.asarray(weight())).sum(), np.square(value).sum())
-        )
+        errors.append((np.square(value - factor * nearest).sum(), np.square(value).sum()))
+        kinds[f"{_form(other)} -> {_form(weight)}"] = None
         norm = norms.get(layer)
         if norm is None or f"{norm}.mean" not in saved.arrays:
-            lost.append(f"{layer} ({factor:.3g})")
+            if abs(factor - 1) > 1e-3:
+                lost.append(f"{layer} ({factor:.3g})")
             continue
         for name, divisor in ((f"{norm}.mean", factor), (f"{norm}.var", factor**2)):
             changes[name] = np.asarray(saved.arrays[name], np.float32) / np.float32(divisor)
@@ -275,9 +278,8 @@ def requantize(
     if errors:
         distance, power = map(sum, zip(*errors, strict=True))
         notes.append(
-            f"the weights of {len(errors)} layers became the nearest {config.model.weights} -> "
-            f"{_form(next(w for w in weights.values() if isinstance(w, quantizers.LowBitWeight)))} "
-            f"ones, {distance / max(power, 1e-30):.1%} of their power apart"
+            f"the weights of {len(errors)} layers became the nearest {', '.join(kinds)} ones, "
+            f"{distance / max(power, 1e-30):.1%} of their power apart"
         )
     if lost:
         notes.append(f"no batch norm takes up the factor of {', '.join(lost)}: it is lost")
@@ -285,5 +287,6 @@ def requantize(
 
 
 def _form(weight: quantizers.Weight) -> str:
-    """The form of a weight: its class, and its bits."""
-    return f"{type(weight).__name__.lower()} {weight.bits}-bit"
+    """The form of a weight: its class, and its bits where it is a low-bit one."""
+    name = type(weight).__name__.lower()
+    return f"{name} {weight.bits}-bit" if isinstance(weight, quantizers.LowBitWeight) else name

@@ -220,6 +220,23 @@ def test_json_holds_everything(capsys):
     assert depth["output"] == [32, 32, 84]
 
 
+def test_layers_of_different_forms_are_counted_by_their_own_bits(capsys):
+    argv = ["--arch", "shiftresnet8", "--weights", "s3", "--weights-of", "layer3.*:int/2"]
+    argv += ["--weights-first-last", "int/8"]
+    assert main(argv) == 0
+    assert "\nBits: (each) 2, 3, 8 (layers) 10 (share" in capsys.readouterr().out
+    assert main([*argv, "--json"]) == 0
+    layers = {
+        layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["true"]["layers"]
+    }
+    found = {name: (layers[name]["bits"], layers[name]["weight_bytes"]) for name in layers}
+    # A learned step takes 4 bytes, a bias 4 per class.
+    assert found["conv1"] == (8, 432 + 4)
+    assert found["layer2.0.conv1"] == (3, 16 * 32 * 3 // 8)
+    assert found["layer3.0.conv1"] == (2, 32 * 64 * 2 // 8 + 4)
+    assert found["linear"] == (8, 640 + 4 + 40)
+
+
 def xla_flops(module: nnx.Module, shape: tuple[int, ...]) -> float:
     """What XLA's cost analysis says of the module."""
     graphdef, state = nnx.split(module)

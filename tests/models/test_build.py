@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from shiftnet import models, quantizers
 from shiftnet.config import default_config
 from shiftnet.errors import UserError
 from shiftnet.interchange import torch_names
@@ -159,6 +160,25 @@ def test_reduction_of_the_blocks_narrows_their_middle_alone():
             {"arch": "resnet8", "weights": "sign", "weight_bits": 2},
             "weight_bits must be 0 for sign weights, found 2",
         ),
+        (
+            {"arch": "resnet8", "weights_of": "layer1.*:s3,layer4.*:float"},
+            r"model\.weights_of: no layer's path matches 'layer4\.\*'; the network has conv1, "
+            r"layer1\.\*\.conv1, layer1\.\*\.conv2, layer2",
+        ),
+        ({"arch": "resnet8", "weights_of": "conv1:s4"}, "unknown weight form 's4'; did you mean"),
+        (
+            {"arch": "resnet8", "weights_of": "conv1:int/9"},
+            r"the bits in model\.weights_of must be 0 or one of 2, .* 8 for int weights, found 9",
+        ),
+        (
+            {
+                "arch": "resnet8",
+                "weights": "s3",
+                "quantize_first_last": True,
+                "weights_first_last": "int/8",
+            },
+            "weights_first_last=int/8 and model.quantize_first_last=true exclude each other",
+        ),
         ({"arch": "resnet20", "expansion": 3.0}, "expansion must be 1 for resnet.*got 3.0"),
         ({"arch": "depthwiseresnet20", "expansion": 3.0}, "must be 1 for depthwiseresnet"),
         ({"arch": "resnet20", "reduction": 257.0}, "reduction 257.0 leaves a layer without chan"),
@@ -208,3 +228,60 @@ def test_logits_come_from_the_mean_over_the_last_maps_windows(size, windows):
     weights = torch_names.to_torch(model)
     expected = pooled @ weights["linear.weight"].T + weights["linear.bias"]
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# Precision layer by layer
+
+
+def forms_of(model: nnx.Module) -> dict[str, str]:
+    return {
+        name: f"{type(weight).__name__}/{weight.bits}"
+        for name, weight in quantizers.of_layers(model).items()
+    }
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("arch", ["resnet8", "wrn8", "shiftnet_b"])
+def test_the_first_and_last_layer_can_have_8_bits_in_any_network(arch):
+    model = networks.abstract(config(arch, weights="s3", weights_first_last="int/8"), 10)
+    forms = forms_of(model)
+    first_and_last = {forms.pop(name) for name in model.first_and_last}
+    assert first_and_last == {"Int/8"}
+    assert set(forms.values()) == {"S3/3"}
+
+
+@pytest.mark.core
+def test_the_last_pattern_that_matches_a_layer_chooses_its_form():
+    patterns = ["layer*:ternary", " layer1.*:float", "layer3.0:s3/2", "*.projection.0:int/4"]
+    fields = {
+        "weights": "sign",
+        "weights_first_last": "int/8",
+        "weights_of": ",".join([*patterns, "linear:pot"]),
+    }
+    forms = forms_of(networks.abstract(config("shiftresnet8", **fields), 10))
+    assert forms == {
+        "conv1": "Int/8",
+        "layer1.0.conv1": "Float/32",
+        "layer1.0.conv2": "Float/32",
+        "layer2.0.conv1": "Ternary/2",
+        "layer2.0.conv2": "Ternary/2",
+        "layer2.0.shortcut.projection.0": "Int/4",
+        "layer3.0.conv1": "S3/2",
+        "layer3.0.conv2": "S3/2",
+        "layer3.0.shortcut.projection.0": "Int/4",
+        "linear": "PoT/5",
+    }
+
+
+def test_layers_keep_their_numbers_when_others_get_another_form():
+    key = jax.random.key(3, impl="rbg")  # which compiles fast
+    plain, chosen = (
+        jax.jit(lambda fields=fields: nnx.state(models.build(fields, 10, rngs=nnx.Rngs(key))))()
+        for fields in (config("resnet8"), config("resnet8", weights_of="layer2.*:s3,linear:int"))
+    )
+    plain, chosen = (dict(nnx.to_flat_state(state)) for state in (plain, chosen))
+    changed = {path for path in plain if path[0] == "layer2" or path[:2] == ("linear", "weight")}
+    kept = {path for path in plain.keys() & chosen if path not in changed}
+    assert {("conv1", "weight", "value"), ("linear", "bias")} <= kept
+    for path in kept:
+        np.testing.assert_array_equal(plain[path][...], chosen[path][...], err_msg=str(path))

@@ -23,6 +23,9 @@ LOW_BIT = [
     if name != "float"
     for bits in (0, *widths)
 ]
+MORE = ("denseshift", "ternary", "pot")
+# Those whose latents are signs and gates; `test_rounded.py` has the others.
+GATED = [(name, bits) for name, bits in LOW_BIT if name in ("sign", "s3", "denseshift")]
 
 
 def with_latents(weight: quantizers.Weight, latents: dict[str, np.ndarray]) -> quantizers.Weight:
@@ -151,7 +154,7 @@ def value_and_slopes(name: str, bits: int, latents: list[np.ndarray], fan_in: in
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("name", "bits"), LOW_BIT)
+@pytest.mark.parametrize(("name", "bits"), GATED)
 @pytest.mark.usefixtures("float64")
 def test_weights_and_slopes_at_every_combination_of_signs_and_zeros(name, bits):
     weight = quantizers.make(name, bits)((1, 1, 1, 1), rngs=nnx.Rngs(0))
@@ -203,7 +206,7 @@ def test_levels_and_bits(name, bits, levels, width):
 
 @pytest.mark.core
 def test_bfloat16_and_float32_hold_every_level_exactly():
-    for name, bits in LOW_BIT[1:]:  # 1-bit weights have a scale
+    for name, bits in GATED[1:]:  # 1-bit weights have a scale
         weight = quantizers.make(name, bits)((64, 64), rngs=nnx.Rngs(0))
         np.testing.assert_array_equal(weight(), weight().astype(jnp.bfloat16).astype(jnp.float32))
 
@@ -248,7 +251,7 @@ def test_float_layers_of_a_low_bit_network_start_as_those_of_the_float_network_o
         np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("form", ["sign", "s3", "denseshift"])
+@pytest.mark.parametrize("form", [name for name in quantizers.FORMS if name != "float"])
 @pytest.mark.parametrize(
     "arch",
     ["resnet8", "shiftresnet8", "depthwiseresnet8", "wrn8", "imagenet_resnet50", "shiftnet_a"],
@@ -267,7 +270,7 @@ def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(a
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        pytest.param(name, bits, marks=pytest.mark.slow if bits or name == "denseshift" else ())
+        pytest.param(name, bits, marks=pytest.mark.slow if bits or name in MORE else ())
         for name, bits in LOW_BIT
     ],
 )
@@ -297,7 +300,7 @@ def test_the_regulariser_sums_over_all_layers():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("name", "bits"), LOW_BIT)
+@pytest.mark.parametrize(("name", "bits"), GATED)
 def test_weights_can_be_set_from_their_codes(name, bits):
     weight = quantizers.make(name, bits)((3, 3, 8, 16), rngs=nnx.Rngs(0))
     assert isinstance(weight, LowBitWeight)

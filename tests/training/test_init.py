@@ -88,11 +88,29 @@ def test_low_bit_weights_start_at_the_nearest_levels_of_the_float_ones(tmp_path,
     assert "fresh" not in message
 
 
+def test_rounded_weights_start_from_the_float_ones_with_a_step_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    given = saved(tmp_path / "ckpt")
+    settings = recipe(model__weights="int", model__weight_bits=4, model__weights_first_last="int")
+    found = first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
+    for layer in ("conv1", "layer2.0.conv1", "linear"):
+        value = given[f"{layer}.weight.value"]
+        np.testing.assert_array_equal(found[f"{layer}.weight.latent"], value, err_msg=layer)
+        reach = 127 if layer in ("conv1", "linear") else 7
+        assert 0.3 < found[f"{layer}.weight.step"] * reach / np.abs(value).max() < 1.01
+    printed = capsys.readouterr().out
+    assert "the weights of 10 layers became the nearest float -> int 8-bit, float -> int 4-bit" in (
+        printed
+    )
+    assert "is lost" not in printed
+
+
 def test_fewer_bits_start_at_the_nearest_levels_of_more(tmp_path, monkeypatch, capsys):
     saved(tmp_path / "ckpt", weights="s3", weight_bits=4)
     settings = recipe(model__weights="s3", model__weight_bits=2)
     first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
-    assert "became the nearest s3 -> s3 2-bit ones" in capsys.readouterr().out
+    assert "became the nearest s3 4-bit -> s3 2-bit ones" in capsys.readouterr().out
 
 
 def test_a_factor_that_no_batch_norm_takes_up_is_said(tmp_path, monkeypatch, capsys):

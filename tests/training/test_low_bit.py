@@ -53,6 +53,22 @@ def test_fractions_count_weights_by_hand():
         assert found[name]["levels"] == pytest.approx(shares, rel=1e-12)
 
 
+def test_neighbouring_levels_of_8_bit_weights_are_counted_together():
+    watched = program(model__weights="int", model__weights_of="layer3.*:ternary")
+    watch = LevelWatch(watched)
+    state = watched.init(np.uint32(0))
+    codes = watch.codes(state.params, state.stats)
+    found = watch.metrics(codes, codes)
+    levels = np.asarray(codes["layer1.0.conv1"]).ravel().astype(int) - 128
+    one = found["layer1.0.conv1"]
+    assert one["zeros"] == (levels == 0).mean() > 0
+    assert list(one["levels"]) == [str(level) for level in range(-121, 128, 8)]
+    assert one["levels"]["-9"] == ((levels >= -16) & (levels <= -9)).mean()
+    assert sum(one["levels"].values()) == pytest.approx(1)
+    assert list(found["layer3.0.conv1"]["levels"]) == ["-1", "0", "1"]
+    assert sum(found["all"]["levels"].values()) == pytest.approx(1)
+
+
 @pytest.mark.core
 def test_a_network_of_float_weights_is_not_watched():
     watch = LevelWatch(program())

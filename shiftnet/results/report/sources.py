@@ -159,7 +159,7 @@ def family(row: str) -> str:
     match = re.match(r"((?:s3_)?[a-z_]+)\d", row)
     if match is None:
         return row
-    forms = re.findall(r"_(\dbit|s3|denseshift)(?=_|$)", row[match.end() :])
+    forms = re.findall(r"_(\dbit|s3|denseshift|ternary|apot|pot|int)(?=_|$)", row[match.end() :])
     return "_".join([match[1], *forms])
 
 

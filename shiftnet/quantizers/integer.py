@@ -1,0 +1,65 @@
+"""Integer weights with a learned step: Esser et al., "Learned Step Size Quantization" (LSQ),
+ICLR 2020, arXiv:1902.08153.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from shiftnet.quantizers import form
+
+
+class Int(form.Rounded):
+    """s · round(clip(W / s, -Qn, Qp)) with Qn = 2^(bits - 1) and Qp = 2^(bits - 1) - 1.
+
+    Halves round to even. The gradient is 1 to W where -Qn < W / s < Qp, else 0. That of s is
+    round(W / s) - W / s there, else -Qn below and Qp above, times 1 / √(N Qp) for N weights. s
+    starts at 2 mean |W| / √Qp.
+
+    Latents: `latent` (W), and `step` (s), float32 `[]`.
+    """
+
+    step: nnx.Param
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        bits: int = 8,
+        init: form.Init = form.he_normal_fan_out,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(shape, init=init, rngs=rngs)
+        self.levels = tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+        self.step = nnx.Param(2 * abs(self.latent[...]).mean() / math.sqrt(self.levels[-1]))
+
+    @property
+    def scale(self) -> jax.Array:  # type: ignore[override]
+        step = self.step[...]
+        return jnp.maximum(step, jnp.finfo(step.dtype).tiny)
+
+    def level(self) -> jax.Array:
+        steps = self.latent[...] / self.scale
+        return jnp.round(jnp.clip(steps, self.levels[0], self.levels[-1]))
+
+    def __call__(self) -> jax.Array:
+        level, latent = self.level(), self.latent[...]
+        steps = latent / self.scale
+        inside = (self.levels[0] < steps) & (steps < self.levels[-1])
+        slope = jax.lax.stop_gradient(level - jnp.where(inside, steps, 0))
+        factor = 1 / math.sqrt(self.size * self.levels[-1])
+        through = jnp.where(inside, latent, 0) + factor * slope * self.step[...]
+        return form.straight_through(level * self.scale, through)
+
+    def start_from(self, weight: np.ndarray) -> None:
+        _, step = self.nearest(weight)
+        super().start_from(weight)
+        self.step.set_value(jnp.asarray(step, jnp.float32))
+
+    def set_quantized(self, codes: np.ndarray, scale: np.ndarray | None = None) -> None:
+        super().set_quantized(codes, scale)
+        self.step.set_value(jnp.asarray(scale, jnp.float32))

@@ -1,0 +1,34 @@
+"""Ternary weights: Ma et al., "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits",
+arXiv:2402.17764 (BitNet b1.58).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shiftnet.quantizers import form
+
+
+class Ternary(form.Rounded):
+    """γ · clip(round(W / γ), -1, 1) with γ = mean |W| of the layer; gradient 1 to W.
+
+    Halves round to even, so to zero here. γ is at least 1e-5, as in the code that the authors
+    published with "The Era of 1-bit LLMs: Training Tips, Code and FAQ".
+
+    Latents: `latent` (W).
+    """
+
+    levels = (-1, 0, 1)
+
+    @property
+    def scale(self) -> jax.Array:  # type: ignore[override]
+        return jnp.maximum(abs(self.latent[...]).mean(), 1e-5)
+
+    def level(self) -> jax.Array:
+        return jnp.clip(jnp.round(self.latent[...] / self.scale), -1, 1)
+
+    def __call__(self) -> jax.Array:
+        return form.straight_through(super().__call__(), self.latent[...])
+
+    def settled(self, latent: np.ndarray, scale: float) -> np.ndarray:
+        return latent * (scale / max(np.abs(latent).mean(), 1e-30))
