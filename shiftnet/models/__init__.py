@@ -13,6 +13,7 @@ from flax import nnx
 from shiftnet import quantizers
 from shiftnet.config import matches, split_patterns
 from shiftnet.errors import UserError, unknown
+from shiftnet.layers import Conv, Linear
 from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
 from shiftnet.models.network import Network
 
@@ -195,6 +196,6 @@ def _choose(network: Network, forms: str, draws: Mapping[int, _Draw]) -> None:
         chosen.update(dict.fromkeys(matched, form))
     for path, layer in list(nnx.iter_modules(network)):
         name = ".".join(map(str, path))
-        if name in chosen:
+        if isinstance(layer, Conv | Linear) and name in chosen:
             key, init = draws[id(layer.weight)]
             layer.weight = chosen[name](layer.weight.shape, init=init, rngs=_stream(key))
