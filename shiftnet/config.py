@@ -51,6 +51,10 @@ class Scope(NamedTuple):
 AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+COUNT_OR_SHARE = Rule(
+    lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
+    "a whole number, or a share at least 0 and below 1",
+)
 SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 # Multiplying or dividing any number of channels by it gives a possible number of channels.
@@ -77,13 +81,26 @@ WORKERS = Rule(lambda value: value >= -1, "at least -1")
 
 
 def _reads_files(config: "Config") -> bool:
-    return config.data.source == "folder" or config.data.name.startswith("imagenet")
+    data = config.data
+    return data.source == "folder" or data.name not in ("cifar10", "cifar100", "digits")
 
 
 IMAGE_FILES = Scope(_reads_files, "image files, from data.source=folder or data.name=imagenet2012")
 FOLDER = Scope(lambda config: config.data.source == "folder", "data.source=folder")
+# Pixels on a side up to which image files are treated as a CIFAR's: read once, held in memory and
+# cropped by `data.pad`. 80,000 images of this size are 1 GB, and the data sets of small images that
+# are in use are not above it (CIFAR 32, Tiny ImageNet 64). ImageNet itself stays in its files.
+SMALL = 64
+# The size may be left to the network's family, which is not known here; then it counts as small.
 IN_MEMORY = Scope(
-    lambda config: not _reads_files(config), "data sets held in memory, such as cifar10"
+    lambda config: (
+        not _reads_files(config)
+        or (
+            (config.data.source == "folder" or config.data.name != "imagenet2012")
+            and config.data.size <= SMALL
+        )
+    ),
+    f"images held in memory, which are cifar10's and others of at most {SMALL} pixels a side",
 )
 CIFAR = Scope(
     lambda config: config.data.source == "tfds" and config.data.name.startswith("cifar"),
@@ -219,11 +236,15 @@ class ModelConfig(Settings, group="model"):
 class DataConfig(Settings, group="data"):
     """The data set and its augmentation."""
 
-    name: str = setting("cifar100", "data set: cifar10, cifar100, digits or imagenet2012")
+    name: str = setting(
+        "cifar100",
+        "data set: cifar10, cifar100, digits, imagenet2012, or another that `tfds build` prepared "
+        "in data.dir as array_record",
+    )
     source: Literal["tfds", "folder"] = setting(
         "tfds",
         "tfds: the data set of that name; folder: the image files in train/<class>/ and "
-        "val/<class>/ of data.dir",
+        "val/<class>/ of data.dir, or in <class>/ of it, of which a tenth is held out as test set",
     )
     dir: str = setting(
         "",
@@ -236,14 +257,17 @@ class DataConfig(Settings, group="data"):
     sha256: str = setting(
         "", "SHA-256 of the download; empty: the official one", SHA256, scope=CIFAR
     )
-    validation: int = setting(
-        0,
-        "training images held out to choose the best checkpoint; 0: the test set chooses it "
-        "(original)",
-        AT_LEAST_0,
+    validation: float = setting(
+        0.0,
+        "training images held out to choose the best checkpoint, a number such as 5000 or a share "
+        "such as 0.1; 0: the test set chooses it (original)",
+        COUNT_OR_SHARE,
     )
     mean: tuple[float, ...] = setting(
-        (), "mean per channel (RGB) of pixels in [0, 1]; (): the data set's own", CHANNELS
+        (),
+        "mean per channel (RGB) of pixels in [0, 1]; (): the data set's own, for image files "
+        "CIFAR's up to 64 pixels a side, and ImageNet's above",
+        CHANNELS,
     )
     std: tuple[float, ...] = setting(
         (),
@@ -266,15 +290,17 @@ class DataConfig(Settings, group="data"):
         SIDE,
     )
     size: int = setting(
-        224,
-        "side in pixels that image files are cropped to (S3's code)",
-        AT_LEAST_1,
+        0,
+        "side in pixels of the images that image files are made into; 0: what the network was made "
+        "for, 32 or 224. A folder's images of at most 64 are resized once, held in memory and "
+        "cropped by data.pad; larger ones are cropped at random in size and place",
+        SIDE,
         scope=IMAGE_FILES,
     )
     resize: int = setting(
         0,
-        "shorter side in pixels that image files are resized to in evaluation, before the center "
-        "crop; 0: 8/7 of data.size, so 256 for 224 (S3's code)",
+        "shorter side in pixels that image files are resized to before the center crop; 0: 8/7 of "
+        "data.size, so 256 for 224 (S3's code), and data.size up to 64",
         SIDE,
         scope=IMAGE_FILES,
     )
@@ -294,6 +320,9 @@ class DataConfig(Settings, group="data"):
         "rotate the images of a folder by their EXIF orientation; those of imagenet2012 never are, "
         "as in its published results",
         scope=FOLDER,
+    )
+    balance: bool = setting(
+        False, "take images of every class equally often, those of small classes repeatedly"
     )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
     policy: Literal["none", "trivial", "rand"] = setting(
@@ -664,7 +693,7 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
                 f"leave it at {_written(field.default)}"
             )
     data = config.data
-    if 0 < data.resize < data.size:
+    if data.size and 0 < data.resize < data.size:
         raise UserError(
             f"data.resize must be at least data.size, {data.size}, or 0; found {data.resize}"
         )

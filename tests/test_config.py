@@ -166,10 +166,13 @@ def test_settings_read_and_change_as_mappings_too():
             "data.name=imagenet2012 data.exif=false",
             "data.exif=false would be ignored: it applies to data.source=folder; leave it at true",
         ),
-        ("data.source=folder data.pad=2", "data.pad=2 would be ignored: it applies to data sets"),
+        (
+            "data.source=folder data.size=65 data.pad=2",
+            "data.pad=2 would be ignored: it applies to images held in memory",
+        ),
         (
             "data.name=imagenet2012 data.pad_mode=reflect",
-            "data.pad_mode=reflect would be ignored: it applies to data sets held in memory",
+            "data.pad_mode=reflect would be ignored: it applies to images held in memory",
         ),
         (
             "data.name=digits data.url=x",
@@ -239,7 +242,7 @@ def test_a_setting_where_it_applies_is_taken(recipe, given):
 def test_a_recipes_own_settings_may_lose_their_effect_by_an_override(tmp_path):
     path = tmp_path / "padded.py"
     path.write_text(RECIPE.replace("config.epochs = 7", "config.data.pad = 2"))
-    files = ["--config", str(path), "--config.data.source=folder"]
+    files = ["--config", str(path), "--config.data.source=folder", "--config.data.size=128"]
     assert parse(*files).data.pad == 2
     with pytest.raises(UserError, match=r"data\.pad=3 would be ignored"):
         parse(*files, "--config.data.pad=3")

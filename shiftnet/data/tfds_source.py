@@ -1,7 +1,11 @@
-"""ImageNet from a TensorFlow Datasets directory, read without TensorFlow.
+"""ImageNet, and any other set of labelled images, from a TensorFlow Datasets directory.
 
-Preparing it needs TensorFlow, once, on any machine, and the two archives of the challenge as they
-are downloaded from https://image-net.org/download-images, in one folder ARCHIVES:
+They are read without TensorFlow. Preparing them needs it, once, on any machine:
+
+    tfds build oxford_flowers102 --file_format=array_record --data_dir=DIRECTORY
+
+For ImageNet the two archives of the challenge must lie in one folder ARCHIVES as they are
+downloaded from https://image-net.org/download-images:
 
     pip install tensorflow tensorflow-datasets array_record
     tfds build imagenet2012 --file_format=array_record --manual_dir=ARCHIVES --data_dir=DIRECTORY
@@ -19,40 +23,48 @@ import tensorflow_datasets as tfds
 from shiftnet.data.images import Encoded
 from shiftnet.errors import UserError
 
-NAME = "imagenet2012"
-MAJOR_VERSION = 5  # what the installed TFDS prepares; 3.0.0 was the last with other images
-SPLITS = {"train": "train", "val": "validation"}  # ours -> TFDS's
-COMMAND = f"tfds build {NAME} --file_format=array_record --manual_dir=ARCHIVES --data_dir=DIRECTORY"
+IMAGENET = "imagenet2012"
+# What the installed TFDS prepares; 3.0.0 was the last with other images.
+MAJOR_VERSION = {IMAGENET: "5"}
+# The names of a split in TFDS, the first of which that a data set has is read.
+SPLITS = {"train": ("train",), "test": ("test", "validation")}
 
 
 class TfdsSource:
-    """The images of a split of a prepared `imagenet2012`, read when asked for.
+    """The images of a split of a prepared data set, read when asked for.
 
-    Pickled, it is its two arguments; a worker process opens the files for itself.
+    Pickled, it is its arguments; a worker process opens the files for itself.
 
     Args:
-      directory: TFDS's, which holds `imagenet2012/5.*.*`; the newest of these is read.
-      split: `"train"` or `"val"`.
+      directory: TFDS's, which holds for example `imagenet2012/5.1.0`.
+      name: of the data set; of its versions the newest is read.
+      split: `"train"` or `"test"`; ImageNet's test images are those that it calls validation.
 
     Attributes:
-      class_names: the names in the prepared directory, indexed by label (WordNet ids such as
-        n01440764).
+      class_names: the names in the prepared directory, indexed by label (of ImageNet WordNet ids
+        such as n01440764).
 
     Raises:
-      UserError: when there is no such directory, or it is damaged, has no such split, or is in a
-        form that needs TensorFlow.
+      UserError: when there is no such directory, or it is damaged, has no such split, has no
+        labelled images, or is in a form that needs TensorFlow.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], split: str) -> None:
-        self._arguments = (os.fspath(directory), split)
-        self._folder = _newest(Path(directory).expanduser() / NAME)
+    def __init__(self, directory: str | os.PathLike[str], name: str, split: str) -> None:
+        self._arguments = (os.fspath(directory), name, split)
+        self._folder = _newest(Path(directory).expanduser() / name, name)
         try:
             builder = tfds.builder_from_directory(self._folder)
-            if SPLITS[split] not in builder.info.splits:
-                raise UserError(f"{self._folder} has no split {SPLITS[split]}")
-            self.class_names = tuple(builder.info.features["label"].names)
+            there = [one for one in SPLITS[split] if one in builder.info.splits]
+            if not there:
+                raise UserError(f"{self._folder} has no split {' or '.join(SPLITS[split])}")
+            features = dict(builder.info.features.items())
+            if not hasattr(features.get("label"), "names") or "image" not in features:
+                raise UserError(
+                    f"{self._folder} has {', '.join(features)}; expected an image and a label"
+                )
+            self.class_names = tuple(features["label"].names)
             self._examples: Any = builder.as_data_source(
-                SPLITS[split], decoders={"image": tfds.decode.SkipDecoding()}
+                there[0], decoders={"image": tfds.decode.SkipDecoding()}
             )
             self._length = len(self._examples)
         except UserError:
@@ -60,7 +72,7 @@ class TfdsSource:
         except NotImplementedError as error:
             raise UserError(
                 f"{self._folder} is prepared as {builder.info.file_format.value}, which only "
-                f"TensorFlow reads; expected array_record, as {COMMAND!r} prepares it"
+                f"TensorFlow reads; expected array_record, as {_command(name)!r} prepares it"
             ) from error
         except Exception as error:  # TFDS, protobuf and array_record each have their own
             raise _damaged(self._folder, error) from error
@@ -70,6 +82,10 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return self._length
+
+    def name(self, index: int) -> str:
+        """Returns what an example is called: its number; to read its file name is to read it."""
+        return str(index)
 
     def __getitem__(self, index: int) -> Encoded:
         """Reads an example.
@@ -82,22 +98,26 @@ class TfdsSource:
             raise IndexError(f"image {index} of {len(self)}")
         try:
             example = self._examples[index]
-            name = example["file_name"].decode()
+            name = example["file_name"].decode() if "file_name" in example else f"image {index}"
             return Encoded(example["image"], int(example["label"]), name)
         except Exception as error:
             raise _damaged(self._folder, error) from error
 
 
-def _newest(folder: Path) -> Path:
+def _command(name: str) -> str:
+    archives = "--manual_dir=ARCHIVES " if name == IMAGENET else ""
+    return f"tfds build {name} --file_format=array_record {archives}--data_dir=DIRECTORY"
+
+
+def _newest(folder: Path, name: str) -> Path:
     """Returns the directory of the newest version in `folder`."""
     versions = {}
-    for path in folder.glob(f"{MAJOR_VERSION}.*.*"):
+    major = MAJOR_VERSION.get(name, "*")
+    for path in folder.glob(f"{major}.*.*"):
         if tfds.core.Version.is_valid(path.name) and path.is_dir():
             versions[tfds.core.Version(path.name)] = path
     if not versions:
-        raise UserError(
-            f"{folder} holds no {MAJOR_VERSION}.*.*; expected what {COMMAND!r} prepares"
-        )
+        raise UserError(f"{folder} holds no {major}.*.*; expected what {_command(name)!r} prepares")
     return versions[max(versions)]
 
 

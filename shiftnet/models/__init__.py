@@ -13,7 +13,7 @@ from shiftnet.errors import UserError, unknown
 from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
 from shiftnet.models.network import Network
 
-__all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
+__all__ = ["FAMILIES", "Family", "build", "check", "image_size", "parse_arch"]
 
 
 class Family(NamedTuple):
@@ -74,6 +74,11 @@ def parse_arch(arch: str) -> tuple[str, int | None]:
         known = ", ".join(f"{match[1]}{depth}" for depth in family.depths)
         raise UserError(f"architecture {arch!r} does not exist; there are {known}")
     return match[1], depth
+
+
+def image_size(arch: str) -> int:
+    """Returns the height and width of the images that an architecture was made for, in pixels."""
+    return FAMILIES[parse_arch(arch)[0]].image_size
 
 
 def _meant(arch: str) -> str | None:

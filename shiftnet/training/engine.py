@@ -127,6 +127,8 @@ def train(
             folders = [workdir / f"seed{seed}" for seed in seeds]
             may_differ = ("seed", *shiftnet.config.IMMATERIAL)
         configs = [_with_seed(config, seed) for seed in seeds or [config.seed]]
+        for one in configs:
+            shiftnet.data.fit(one.data, shiftnet.models.image_size(one.model.arch))
         config, runs = configs[0], len(configs)
         dataset = dataset or shiftnet.data.of_recipe(config.data)
         if runs > 1:
