@@ -9,6 +9,7 @@ images that are made small are read once and held in memory too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -301,7 +302,7 @@ def _read(dataset: Dataset, size: int, resize: int, workers: int, on_corrupt: st
     """Reads all images of a data set in files."""
     from shiftnet.data.stream import read_all  # Grain takes seconds to import
 
-    parts: dict[str, Split] = {}
+    parts: dict[str, Any] = {}
     found = f"{dataset.found}; resized to {size}x{size} and held in memory"
     for which in ("train", "test", "validation"):
         source = getattr(dataset, which)

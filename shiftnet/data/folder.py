@@ -131,8 +131,8 @@ class ListedSource:
     ) -> None:
         self.folder, self.exif = Path(folder), exif
         try:
-            with open(listing, newline="", encoding="utf-8-sig") as file:
-                rows = [row for row in csv.reader(file) if row]
+            with open(listing, newline="", encoding="utf-8-sig") as opened:
+                rows = [row for row in csv.reader(opened) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{listing} cannot be read as CSV ({error})") from error
         classes = {row[1].strip() for row in rows[1:] if len(row) > 1}
