@@ -76,7 +76,10 @@ SHA256 = Rule(
     lambda value: re.fullmatch("([0-9a-fA-F]{64})?", value) is not None,
     'empty ("") or 64 hexadecimal digits',
 )
-ARCH = Rule(lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth")
+ARCH = Rule(
+    lambda value: not re.search(r"\d{5}", value) or ".py:" in value,
+    "a family and at most 4 digits of depth, or FILE.py:CLASS",
+)
 WORKERS = Rule(lambda value: value >= -1, "at least -1")
 
 
@@ -200,7 +203,11 @@ class Settings(Mapping[str, Any]):
 class ModelConfig(Settings, group="model"):
     """The network."""
 
-    arch: str = setting("shiftresnet20", "architecture: a family and its depth, 6n+2", ARCH)
+    arch: str = setting(
+        "shiftresnet20",
+        "architecture: a family and its depth, 6n+2, or FILE.py:CLASS of your own",
+        ARCH,
+    )
     expansion: float = setting(
         1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
     )

@@ -167,10 +167,11 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
 
 
 def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.Variable]]:
-    """Returns the parameters other than weights, by dotted name."""
+    """Returns the parameters other than weights, and batch statistics, by dotted name."""
     found = [
         (".".join(map(str, path)), leaf)
-        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+        # After folding only own networks have batch statistics.
+        for path, leaf in nnx.to_flat_state(nnx.state(network, (nnx.Param, nnx.BatchStat)))
     ]
     inside = tuple(f"{layer}.weight." for layer in forms)
     return [(name, leaf) for name, leaf in found if not name.startswith(inside)]

@@ -12,7 +12,7 @@ import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import models
-from shiftnet.cli import prog
+from shiftnet.cli import add_network, allow_network, prog
 from shiftnet.data import Source, Split, cifar, classes
 from shiftnet.errors import UserError, reported
 from shiftnet.files import expand_pattern, path_of, write_atomically
@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write every image's name, class, prediction and confidence; one checkpoint only",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
 
     patterns = [*arguments.checkpoints, *arguments.ckpt]
     if not patterns:

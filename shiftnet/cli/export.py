@@ -31,6 +31,7 @@ import numpy as np
 import shiftnet
 from shiftnet import config as config_lib
 from shiftnet import models
+from shiftnet.cli import add_network, allow_network
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="write low-bit weights as integers and scales, see above",
     )
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
     out = path_of(arguments.out, "OUT")
     if out.suffix not in ENDINGS:
         raise UserError(f"{out} must end in one of {', '.join(ENDINGS)}")

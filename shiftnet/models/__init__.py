@@ -10,7 +10,15 @@ from flax import nnx
 
 from shiftnet import quantizers
 from shiftnet.errors import UserError, unknown
-from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
+from shiftnet.models import (
+    depthwiseresnet,
+    imagenet_resnet,
+    own,
+    resnet,
+    shiftnet,
+    shiftresnet,
+    wrn,
+)
 from shiftnet.models.network import Network
 
 __all__ = ["FAMILIES", "Family", "build", "check", "image_size", "parse_arch"]
@@ -77,7 +85,12 @@ def parse_arch(arch: str) -> tuple[str, int | None]:
 
 
 def image_size(arch: str) -> int:
-    """Returns the height and width of the images that an architecture was made for, in pixels."""
+    """Returns the height and width of the images that an architecture was made for, in pixels.
+
+    Of a user's own network that is not known; then it is ImageNet's 224.
+    """
+    if own.is_own(arch):
+        return 224
     return FAMILIES[parse_arch(arch)[0]].image_size
 
 
@@ -101,7 +114,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
     """Builds the network that a recipe's `config.model` describes.
 
     Args:
-      model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
+      model: `arch` (a family and its depth, for example `"shiftresnet20"`, or the file and class of
+        an own network, see `own`); what the family takes
         of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
         `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`; and
@@ -119,6 +133,15 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       UserError: for an architecture or a weight form that does not exist, or a field that does not
         apply to it.
     """
+    if own.is_own(model["arch"]):
+        return own.build(
+            model["arch"],
+            num_classes,
+            weights=model["weights"],
+            bits=model["weight_bits"],
+            dtype=model["dtype"],
+            rngs=rngs,
+        )
     name, depth = parse_arch(model["arch"])
     family = FAMILIES[name]
     for field, neutral in NEUTRAL.items():
