@@ -210,6 +210,12 @@ class ModelConfig(Settings, group="model"):
     quantize_first_last: bool = setting(
         False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT
     )
+    activations: str = setting(
+        "float",
+        "form of the inputs of all convolutions but the first and last layer: float; int8, int4 or "
+        "int2, with a learned step (LSQ); sign; rsign, with learned thresholds and RPReLU "
+        "(ReActNet)",
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the computation; parameters and batch statistics stay float32"
     )

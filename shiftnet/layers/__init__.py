@@ -7,6 +7,7 @@ from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
 from shiftnet.layers.folding import fold_batch_norm
 from shiftnet.layers.linear import Linear
+from shiftnet.layers.rectifier import RPReLU, rectifier
 from shiftnet.layers.shift import Shift
 
-__all__ = ["BatchNorm", "Conv", "Linear", "Shift", "fold_batch_norm"]
+__all__ = ["BatchNorm", "Conv", "Linear", "RPReLU", "Shift", "fold_batch_norm", "rectifier"]

@@ -12,7 +12,7 @@ from shiftnet.layers import moments
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
 from shiftnet.layers.linear import Linear
-from shiftnet.quantizers import Float, LowBitWeight, QuantizedWeight, Weight
+from shiftnet.quantizers import Activation, Float, LowBitWeight, QuantizedWeight, Weight
 
 
 def fold_batch_norm(
@@ -66,9 +66,9 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 
 def fold_batch_norms(network: nnx.Module) -> None:
-    """Folds the running statistics of every batch norm; the network can no longer be trained."""
+    """Folds all running statistics, those of activation forms too; training is over then."""
     for _, module in nnx.iter_modules(network):
-        if isinstance(module, BatchNorm):
+        if isinstance(module, BatchNorm | Activation):
             module.fold()
 
 

@@ -20,7 +20,8 @@ class Family(NamedTuple):
     """A kind of networks.
 
     Attributes:
-      build: `build(depth, num_classes, weights=..., ends=..., dtype=..., rngs=..., **fields)`.
+      build: `build(depth, num_classes, weights=..., ends=..., activations=..., dtype=...,
+        rngs=..., **fields)`.
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
@@ -99,7 +100,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
         of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
-        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`; and
+        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
+        `activations`, the form of the inputs of all but these two; and
         `dtype` (`"float32"`: compute in the precision of the input; `"bfloat16"`: compute in
         bfloat16 whatever the input, with float32 parameters and batch statistics).
       num_classes: length of the logits.
@@ -111,8 +113,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       the batch's.
 
     Raises:
-      UserError: for an architecture or a weight form that does not exist, or a field that does not
-        apply to it.
+      UserError: for an architecture, a weight form or an activation form that does not exist, or
+        a field that does not apply to it.
     """
     name, depth = parse_arch(model["arch"])
     family = FAMILIES[name]
@@ -130,6 +132,7 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
         num_classes,
         weights=form,
         ends=ends,
+        activations=model["activations"],
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},

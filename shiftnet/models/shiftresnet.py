@@ -12,7 +12,8 @@ from flax import nnx
 
 from shiftnet.errors import UserError
 from shiftnet.kernels.shift_block import shift_block
-from shiftnet.layers import BatchNorm, Conv, Shift, fold_batch_norm
+from shiftnet.kernels.shift_pointwise import shift_pointwise
+from shiftnet.layers import BatchNorm, Conv, Shift, fold_batch_norm, rectifier
 from shiftnet.layers.folding import computed_once
 from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
 
@@ -22,7 +23,9 @@ class ShiftConvBlock(nnx.Module):
 
     All of it up to the second convolution is one operation, `shift_block`: the first batch norm is
     folded into the first convolution, in training too, so the expanded tensor is never normalised,
-    and exists only inside the operation. In evaluation the rest is part of it as well.
+    and exists only inside the operation. In evaluation the rest is part of it as well. With
+    quantized inputs of the convolutions the layers run one by one; those of the second one are
+    quantized before the shift, which brings in zeros.
     """
 
     normalized_by: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
@@ -38,12 +41,18 @@ class ShiftConvBlock(nnx.Module):
     ):
         self.conv1 = Conv(in_features, middle_features, 1, **layer)
         self.bn1 = BatchNorm(middle_features)
+        self.relu1 = rectifier(middle_features, **layer)
         self.shift = Shift(3)
-        self.conv2 = Conv(middle_features, out_features, 1, stride=stride, **layer)
+        self.conv2 = Conv(
+            middle_features, out_features, 1, stride=stride, rectified=True, **layer
+        )
         self.bn2 = BatchNorm(out_features)
+        self.relu2 = rectifier(out_features, **layer)
         self.shortcut = Shortcut(in_features, out_features, stride, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        if self.conv1.activation is not None:
+            return self._apart(x, train)
         block = functools.partial(shift_block, stride=self.conv2.stride)
         if train:
             x = computed_once(x)
@@ -54,6 +63,14 @@ class ShiftConvBlock(nnx.Module):
         w2, b2 = fold_batch_norm(self.conv2, self.bn2, x)
         shortcut = self.shortcut(x, train=False)
         return block(x, w1, b1, w2, out_bias=b2, out_relu=True, residual=shortcut)
+
+    def _apart(self, x: jax.Array, train: bool) -> jax.Array:
+        """Layer by layer, as quantized inputs need it."""
+        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
+        y = self.conv2.read(y, train=train)
+        w2 = self.conv2.matrix.astype(y.dtype)
+        y = shift_pointwise(y, w2, self.shift.kernel_size, stride=self.conv2.stride)
+        return self.relu2(self.bn2(y, train=train)) + self.shortcut(x, train=train)
 
 
 def build(

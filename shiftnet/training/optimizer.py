@@ -94,13 +94,18 @@ def _rule(
 
 
 def keep_frozen(old: Params, new: Params, freeze: str) -> Params:
-    """New running statistics, but the old ones of what `optimizer.freeze` names."""
+    """New running statistics, but the old ones of what `optimizer.freeze` names.
+
+    What the first batch alone sets, `LearnedStep.unit`, is set in frozen layers too.
+    """
     patterns = split_patterns(freeze)
     if not patterns:
         return new
 
     def chosen(path: Sequence[Any], before: jax.Array, after: jax.Array) -> jax.Array:
-        return before if any(matches(_dotted(path), p) for p in patterns) else after
+        name = _dotted(path)
+        is_frozen = any(matches(name, p) for p in patterns) and not name.endswith(".unit")
+        return before if is_frozen else after
 
     return jax.tree_util.tree_map_with_path(chosen, old, new)
 
