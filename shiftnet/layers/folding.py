@@ -11,6 +11,7 @@ from shiftnet.kernels.layouts import wide_dtype
 from shiftnet.layers import moments
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
+from shiftnet.layers.learned_shift import LearnedShift
 from shiftnet.layers.linear import Linear
 from shiftnet.quantizers import Activation, Float, LowBitWeight, QuantizedWeight, Weight
 
@@ -66,9 +67,12 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 
 def fold_batch_norms(network: nnx.Module) -> None:
-    """Folds all running statistics, those of activation forms too; training is over then."""
+    """Folds all that training changes beside weights into constants; training is over then.
+
+    These are the statistics of batch norms and of activation forms, and rounded offsets of shifts.
+    """
     for _, module in nnx.iter_modules(network):
-        if isinstance(module, BatchNorm | Activation):
+        if isinstance(module, BatchNorm | Activation | LearnedShift):
             module.fold()
 
 

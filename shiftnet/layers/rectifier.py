@@ -50,7 +50,14 @@ def rectifier(
     """
     if activations == "sign":
         return _identity
-    return RPReLU(features) if activations == "rsign" else nnx.relu
+    return RPReLU(features) if activations == "rsign" else _relu
+
+
+# Functions of this module, so that networks can be pickled.
+
+
+def _relu(x: jax.Array) -> jax.Array:
+    return nnx.relu(x)
 
 
 def _identity(x: jax.Array) -> jax.Array:

@@ -37,16 +37,16 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "resnet": Family(resnet.build, ("reduction", "reduction_mode")),
-    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode")),
+    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode", "shift")),
     "depthwiseresnet": Family(depthwiseresnet.build, ("reduction", "reduction_mode")),
     "wrn": Family(wrn.build, ("width",)),
     "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS, 224),
-    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), (), None, (), 224),
-    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, (), 224),
+    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), ("shift",), None, (), 224),
+    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), ("shift",), None, (), 224),
 }
 
 # The value of each field that changes nothing; the mode of a reduction needs none.
-NEUTRAL = {"expansion": 1, "reduction": 1, "width": 1}
+NEUTRAL: dict[str, Any] = {"expansion": 1, "reduction": 1, "width": 1, "shift": "fixed"}
 
 
 def parse_arch(arch: str) -> tuple[str, int | None]:
@@ -98,7 +98,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
 
     Args:
       model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
-        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
+        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`), `width` and `shift`
+        (`"fixed"`, or learned: `"active"`, `"sparse"`); `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
         `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
         `activations`, the form of the inputs of all but these two; and

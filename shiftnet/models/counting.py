@@ -231,9 +231,7 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
     modules: dict[str, tuple[int, ...] | None] = {
         ".".join(map(str, path)): None
         for path, module in nnx.iter_modules(model)
-        if not isinstance(
-            module, nnx.List | nnx.Dict | quantizers.Weight | quantizers.Activation
-        )
+        if not isinstance(module, nnx.List | nnx.Dict | quantizers.Weight | quantizers.Activation)
     }
     for (name, output), value in zip(outputs.items(), results, strict=True):
         if not value.is_activation:

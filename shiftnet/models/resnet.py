@@ -138,9 +138,7 @@ class BasicBlock(nnx.Module):
         middle_features: int,
         **layer: Any,
     ):
-        self.conv1 = Conv(
-            in_features, middle_features, 3, stride=stride, rectified=True, **layer
-        )
+        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, rectified=True, **layer)
         self.bn1 = BatchNorm(middle_features)
         self.relu1 = rectifier(middle_features, **layer)
         self.conv2 = Conv(middle_features, out_features, 3, rectified=True, **layer)

@@ -44,9 +44,9 @@ class Activation(nnx.Module):
         raise NotImplementedError
 
     def integers(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the codes of `x`, int32 of its shape, and the step []: their product is `self(x)`.
+        """Returns the codes of `x`, int32 of its shape, and the step, [].
 
-        That holds to the bit in float32 and float64.
+        Their product is `self(x)`, to the bit in float32 and float64.
         """
         raise NotImplementedError
 

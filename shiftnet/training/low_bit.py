@@ -55,6 +55,8 @@ class LevelWatch:
             found = quantizers.activations_of_layers(network)
             return {name: (form.clipped[...], form.dead()) for name, form in found.items()}
 
+        network = nnx.merge(program.graphdef, abstract.params, abstract.stats)
+        self._has_activations = bool(quantizers.activations_of_layers(network))
         self._shares = jax.jit(shares, out_shardings=everywhere)
 
     def __bool__(self) -> bool:
@@ -89,9 +91,9 @@ class LevelWatch:
           the form's range (the mean over layers), and `"dead"`, the share of channels that hardly
           ever change their code. Nothing where no layer quantizes its input.
         """
-        shares = jax.device_get(self._shares(params, stats))
-        if not shares:
+        if not self._has_activations:
             return {}
+        shares = jax.device_get(self._shares(params, stats))
         clipped, dead = zip(*shares.values(), strict=True)
         every = {"clipped": float(np.mean(clipped)), "dead": float(np.concatenate(dead).mean())}
         return {"all": every} | {

@@ -181,8 +181,9 @@ def start_from(
     """Puts the numbers of a checkpoint into a fresh state.
 
     Where a layer has another form of weights in the checkpoint, it gets the weights nearest to what
-    it computes with there, see `requantize`; another form of activations starts afresh. Other arrays that the checkpoint lacks stay as they
-    were drawn; so do those of the last layer where the classes differ in number.
+    it computes with there, see `requantize`; another form of activations starts afresh. Other
+    arrays that the checkpoint lacks stay as they were drawn; so do those of the last layer where
+    the classes differ in number.
 
     Returns:
       The state, and a message on what was taken.
@@ -291,8 +292,7 @@ def _other_activations(network: nnx.Module, given: nnx.Module) -> list[str]:
     return [
         f"{layer}.activation."
         for layer, form in own.items()
-        if layer in others
-        and (type(form), form.bits) != (type(others[layer]), others[layer].bits)
+        if layer in others and (type(form), form.bits) != (type(others[layer]), others[layer].bits)
     ]
 
 
