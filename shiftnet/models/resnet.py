@@ -65,8 +65,14 @@ class ResNet(Network):
     ):
         super().__init__(dtype)
         count = (depth - 2) // 6
-        layer = {"weights": weights, "activations": activations, "rngs": rngs}
-        stage = functools.partial(_stage, block, count=count, **layer)
+        stage = functools.partial(
+            _stage,
+            block,
+            count=count,
+            weights=weights,
+            activations=activations,
+            rngs=rngs,
+        )
         self.conv1 = Conv(3, widths[0], 3, weights=ends, rngs=rngs)
         self.bn1 = BatchNorm(widths[0])
         self.relu = rectifier(widths[0], activations=activations)

@@ -5,6 +5,7 @@ arXiv:1711.08141, in the form of its published code.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -54,7 +55,9 @@ class ShiftConvBlock(nnx.Module):
         offsets = constants(self.shift)
         if self.conv1.activation is not None or offsets is None:
             return self._apart(x, train)
-        block = functools.partial(shift_block, stride=self.conv2.stride, **offsets)
+        block: Callable[..., jax.Array] = functools.partial(
+            shift_block, stride=self.conv2.stride, **offsets
+        )
         if train:
             x = computed_once(x)
             w1, b1 = fold_batch_norm(self.conv1, self.bn1, x, train=True)
