@@ -110,6 +110,7 @@ CIFAR = Scope(
     "data.name=cifar10 and cifar100",
 )
 LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
+SPARSE = Scope(lambda config: config.model.shift == "sparse", "model.shift=sparse")
 S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
 
 
@@ -233,6 +234,17 @@ class ModelConfig(Settings, group="model"):
     )
     quantize_first_last: bool = setting(
         False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT
+    )
+    activations: str = setting(
+        "float",
+        "form of the inputs of all convolutions but the first and last layer: float; int8, int4 or "
+        "int2, with a learned step (LSQ); sign; rsign, with learned thresholds and RPReLU "
+        "(ReActNet)",
+    )
+    shift: Literal["fixed", "active", "sparse"] = setting(
+        "fixed",
+        "offsets of the shifts: fixed (original); learned: active, real numbers, bilinear "
+        "(arXiv:1806.07370); sparse, rounded and few (arXiv:1903.05285)",
     )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the computation; parameters and batch statistics stay float32"
@@ -427,6 +439,19 @@ class OptimizerConfig(Settings, group="optimizer"):
         "the logged loss (S3's code)",
         AT_LEAST_0,
         scope=S3,
+    )
+    shift_penalty: float = setting(
+        1e-4,
+        "coefficient of the sum of the shifts' offsets, without sign, which is in the gradient and "
+        "not in the logged loss",
+        AT_LEAST_0,
+        scope=SPARSE,
+    )
+    shift_share: float = setting(
+        0.5,
+        "share of the run after which the shifts' offsets no longer change",
+        SHARE,
+        scope=SPARSE,
     )
 
 

@@ -6,6 +6,7 @@ Such a file holds, by the names that the arrays have in the network,
   `[bytes]`; float weights as they are;
 - `<layer>.weight_scale`: float32, for low-bit weights whose scale does not follow from their shape
   (`LowBitWeight.scale_shape`);
+- `<layer>.activation.step` or `.threshold`, for layers that quantize their input;
 - `<layer>.bias`, and the `scale` and `bias` of every batch norm, folded (`BatchNorm.fold`);
 - in the metadata: the recipe, the names of the classes, the normalisation, and a SHA-256 of each
   tensor and of the other metadata.
@@ -29,7 +30,7 @@ from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 from shiftnet.layers import BatchNorm
 from shiftnet.layers.folding import fold_batch_norms
-from shiftnet.quantizers import Float, LowBitWeight, bits
+from shiftnet.quantizers import Activation, Float, LowBitWeight, bits
 
 FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
@@ -98,7 +99,7 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
 
 
 def _narrowed(name: str, array: np.ndarray, rest: str) -> np.ndarray:
-    if array.dtype != np.float32 or name.endswith(".weight_scale"):
+    if array.dtype != np.float32 or name.endswith((".weight_scale", ".activation.step")):
         return array
     with np.errstate(over="ignore"):
         narrowed = array.astype(rest)
@@ -116,6 +117,8 @@ def _abstract(model: Mapping[str, Any], num_classes: int) -> nnx.Module:
         for _, module in nnx.iter_modules(network):
             if isinstance(module, BatchNorm):
                 module.set_folded(jnp.ones(module.features), jnp.zeros(module.features))
+            elif isinstance(module, Activation):
+                module.fold()
         return network
 
     return nnx.eval_shape(build)

@@ -692,7 +692,7 @@ def test_no_other_field_may_change_when_a_run_resumes():
         {"optimizer__name": "muon"},
         {"optimizer__name": "adamw"},
     )
-    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw)
+    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw, {"model__shift": "sparse"})
     for name, entry in config.FIELDS.items():
         if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
             continue

@@ -12,6 +12,7 @@ COMMANDS = {
     "convert": "convert a checkpoint of the original PyTorch codes",
     "pack": "write a network with its low-bit weights at their true width",
     "export": "write StableHLO, ONNX, or arrays under the original's names",
+    "shifts": "draw where the channels of learned shifts went",
     "reproduce": "train rows of the results table",
     "report": "draw runs and results as a page or as tables",
 }

@@ -19,7 +19,16 @@ from shiftnet.models import build, image_size, own, parse_arch
 from shiftnet.models.counting import Counts, count
 
 # The fields of `config.model` that are options, and the families whose counts were published.
-OPTIONS = ("expansion", "reduction", "reduction_mode", "width", "weights", "weight_bits")
+OPTIONS = (
+    "expansion",
+    "reduction",
+    "reduction_mode",
+    "width",
+    "weights",
+    "weight_bits",
+    "activations",
+    "shift",
+)
 PUBLISHED = ("shiftresnet", "resnet", "depthwiseresnet")
 
 # The largest tensor that is counted, in channels times pixels. Tracing a shift builds a table of

@@ -28,7 +28,8 @@ class Family(NamedTuple):
     """A kind of networks.
 
     Attributes:
-      build: `build(depth, num_classes, weights=..., ends=..., dtype=..., rngs=..., **fields)`.
+      build: `build(depth, num_classes, weights=..., ends=..., activations=..., dtype=...,
+        rngs=..., **fields)`.
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
@@ -44,16 +45,16 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "resnet": Family(resnet.build, ("reduction", "reduction_mode")),
-    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode")),
+    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode", "shift")),
     "depthwiseresnet": Family(depthwiseresnet.build, ("reduction", "reduction_mode")),
     "wrn": Family(wrn.build, ("width",)),
     "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS, 224),
-    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), (), None, (), 224),
-    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, (), 224),
+    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), ("shift",), None, (), 224),
+    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), ("shift",), None, (), 224),
 }
 
 # The value of each field that changes nothing; the mode of a reduction needs none.
-NEUTRAL = {"expansion": 1, "reduction": 1, "width": 1}
+NEUTRAL: dict[str, Any] = {"expansion": 1, "reduction": 1, "width": 1, "shift": "fixed"}
 
 
 def parse_arch(arch: str) -> tuple[str, int | None]:
@@ -116,9 +117,11 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
     Args:
       model: `arch` (a family and its depth, for example `"shiftresnet20"`, or the file and class of
         an own network, see `own`); what the family takes
-        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
+        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`), `width` and `shift`
+        (`"fixed"`, or learned: `"active"`, `"sparse"`); `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
-        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`; and
+        `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
+        `activations`, the form of the inputs of all but these two; and
         `dtype` (`"float32"`: compute in the precision of the input; `"bfloat16"`: compute in
         bfloat16 whatever the input, with float32 parameters and batch statistics).
       num_classes: length of the logits.
@@ -130,8 +133,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       the batch's.
 
     Raises:
-      UserError: for an architecture or a weight form that does not exist, or a field that does not
-        apply to it.
+      UserError: for an architecture, a weight form or an activation form that does not exist, or
+        a field that does not apply to it.
     """
     if own.is_own(model["arch"]):
         return own.build(
@@ -158,6 +161,7 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
         num_classes,
         weights=form,
         ends=ends,
+        activations=model["activations"],
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},

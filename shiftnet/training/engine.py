@@ -388,6 +388,10 @@ def train(
                     for run, line in enumerate(lines):
                         both = program.of((codes_before, codes), run)
                         line["weights"] = watch.metrics(*both)
+                for run, line in enumerate(lines):
+                    own = program.of((state.params, state.stats), run)
+                    if shares := watch.activations(*own):
+                        line["activations"] = shares
 
                 # Evaluate
                 if epoch % config.eval.every_epochs == 0 or step == total_steps:
