@@ -37,7 +37,7 @@ quickstart: $(VENV)/base
 	@echo "  . $(BIN)/activate"
 	@echo "  python train.py --config configs/shiftresnet20_c100.py:expansion=3   # downloads CIFAR-100"
 	@echo "  tensorboard --logdir runs                                            # pip install tensorboard"
-	@echo "  README.md: your own recipe, GPUs and TPUs, use from Python"
+	@echo "  README.md: your own images, low-bit weights, GPUs and TPUs, use from Python"
 
 test: $(VENV)/dev
 	$(BIN)/ruff format --check .

@@ -51,6 +51,10 @@ class Scope(NamedTuple):
 AT_LEAST_0 = Rule(lambda value: value >= 0, "at least 0")
 AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
 ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+COUNT_OR_SHARE = Rule(
+    lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
+    "a whole number, or a share at least 0 and below 1",
+)
 SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 # Multiplying or dividing any number of channels by it gives a possible number of channels.
@@ -72,7 +76,10 @@ SHA256 = Rule(
     lambda value: re.fullmatch("([0-9a-fA-F]{64})?", value) is not None,
     'empty ("") or 64 hexadecimal digits',
 )
-ARCH = Rule(lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth")
+ARCH = Rule(
+    lambda value: not re.search(r"\d{5}", value) or ".py:" in value,
+    "a family and at most 4 digits of depth, or FILE.py:CLASS",
+)
 WORKERS = Rule(lambda value: value >= -1, "at least -1")
 _FORM = r"[a-z0-9]+(/\d{1,3})?"
 FORM = Rule(
@@ -100,19 +107,33 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def _reads_files(config: "Config") -> bool:
-    return config.data.source == "folder" or config.data.name.startswith("imagenet")
+    data = config.data
+    return data.source == "folder" or data.name not in ("cifar10", "cifar100", "digits")
 
 
 IMAGE_FILES = Scope(_reads_files, "image files, from data.source=folder or data.name=imagenet2012")
 FOLDER = Scope(lambda config: config.data.source == "folder", "data.source=folder")
+# Pixels on a side up to which image files are treated as a CIFAR's: read once, held in memory and
+# cropped by `data.pad`. 80,000 images of this size are 1 GB, and the data sets of small images that
+# are in use are not above it (CIFAR 32, Tiny ImageNet 64). ImageNet itself stays in its files.
+SMALL = 64
+# The size may be left to the network's family, which is not known here; then it counts as small.
 IN_MEMORY = Scope(
-    lambda config: not _reads_files(config), "data sets held in memory, such as cifar10"
+    lambda config: (
+        not _reads_files(config)
+        or (
+            (config.data.source == "folder" or config.data.name != "imagenet2012")
+            and config.data.size <= SMALL
+        )
+    ),
+    f"images held in memory, which are cifar10's and others of at most {SMALL} pixels a side",
 )
 CIFAR = Scope(
     lambda config: config.data.source == "tfds" and config.data.name.startswith("cifar"),
     "data.name=cifar10 and cifar100",
 )
 LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
+SPARSE = Scope(lambda config: config.model.shift == "sparse", "model.shift=sparse")
 S3 = Scope(
     lambda config: config.model.weights == "s3" or ":s3" in config.model.weights_of,
     "model.weights=s3",
@@ -209,7 +230,11 @@ class Settings(Mapping[str, Any]):
 class ModelConfig(Settings, group="model"):
     """The network."""
 
-    arch: str = setting("shiftresnet20", "architecture: a family and its depth, 6n+2", ARCH)
+    arch: str = setting(
+        "shiftresnet20",
+        "architecture: a family and its depth, 6n+2, or FILE.py:CLASS of your own",
+        ARCH,
+    )
     expansion: float = setting(
         1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
     )
@@ -250,6 +275,17 @@ class ModelConfig(Settings, group="model"):
     quantize_first_last: bool = setting(
         False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT
     )
+    activations: str = setting(
+        "float",
+        "form of the inputs of all convolutions but the first and last layer: float; int8, int4 or "
+        "int2, with a learned step (LSQ); sign; rsign, with learned thresholds and RPReLU "
+        "(ReActNet)",
+    )
+    shift: Literal["fixed", "active", "sparse"] = setting(
+        "fixed",
+        "offsets of the shifts: fixed (original); learned: active, real numbers, bilinear "
+        "(arXiv:1806.07370); sparse, rounded and few (arXiv:1903.05285)",
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the computation; parameters and batch statistics stay float32"
     )
@@ -259,11 +295,15 @@ class ModelConfig(Settings, group="model"):
 class DataConfig(Settings, group="data"):
     """The data set and its augmentation."""
 
-    name: str = setting("cifar100", "data set: cifar10, cifar100, digits or imagenet2012")
+    name: str = setting(
+        "cifar100",
+        "data set: cifar10, cifar100, digits, imagenet2012, or another that `tfds build` prepared "
+        "in data.dir as array_record",
+    )
     source: Literal["tfds", "folder"] = setting(
         "tfds",
         "tfds: the data set of that name; folder: the image files in train/<class>/ and "
-        "val/<class>/ of data.dir",
+        "val/<class>/ of data.dir, or in <class>/ of it, of which a tenth is held out as test set",
     )
     dir: str = setting(
         "",
@@ -276,14 +316,17 @@ class DataConfig(Settings, group="data"):
     sha256: str = setting(
         "", "SHA-256 of the download; empty: the official one", SHA256, scope=CIFAR
     )
-    validation: int = setting(
-        0,
-        "training images held out to choose the best checkpoint; 0: the test set chooses it "
-        "(original)",
-        AT_LEAST_0,
+    validation: float = setting(
+        0.0,
+        "training images held out to choose the best checkpoint, a number such as 5000 or a share "
+        "such as 0.1; 0: the test set chooses it (original)",
+        COUNT_OR_SHARE,
     )
     mean: tuple[float, ...] = setting(
-        (), "mean per channel (RGB) of pixels in [0, 1]; (): the data set's own", CHANNELS
+        (),
+        "mean per channel (RGB) of pixels in [0, 1]; (): the data set's own, for image files "
+        "CIFAR's up to 64 pixels a side, and ImageNet's above",
+        CHANNELS,
     )
     std: tuple[float, ...] = setting(
         (),
@@ -306,15 +349,17 @@ class DataConfig(Settings, group="data"):
         SIDE,
     )
     size: int = setting(
-        224,
-        "side in pixels that image files are cropped to (S3's code)",
-        AT_LEAST_1,
+        0,
+        "side in pixels of the images that image files are made into; 0: what the network was made "
+        "for, 32 or 224. A folder's images of at most 64 are resized once, held in memory and "
+        "cropped by data.pad; larger ones are cropped at random in size and place",
+        SIDE,
         scope=IMAGE_FILES,
     )
     resize: int = setting(
         0,
-        "shorter side in pixels that image files are resized to in evaluation, before the center "
-        "crop; 0: 8/7 of data.size, so 256 for 224 (S3's code)",
+        "shorter side in pixels that image files are resized to before the center crop; 0: 8/7 of "
+        "data.size, so 256 for 224 (S3's code), and data.size up to 64",
         SIDE,
         scope=IMAGE_FILES,
     )
@@ -334,6 +379,9 @@ class DataConfig(Settings, group="data"):
         "rotate the images of a folder by their EXIF orientation; those of imagenet2012 never are, "
         "as in its published results",
         scope=FOLDER,
+    )
+    balance: bool = setting(
+        False, "take images of every class equally often, those of small classes repeatedly"
     )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
     policy: Literal["none", "trivial", "rand"] = setting(
@@ -431,6 +479,19 @@ class OptimizerConfig(Settings, group="optimizer"):
         "the logged loss (S3's code)",
         AT_LEAST_0,
         scope=S3,
+    )
+    shift_penalty: float = setting(
+        1e-4,
+        "coefficient of the sum of the shifts' offsets, without sign, which is in the gradient and "
+        "not in the logged loss",
+        AT_LEAST_0,
+        scope=SPARSE,
+    )
+    shift_share: float = setting(
+        0.5,
+        "share of the run after which the shifts' offsets no longer change",
+        SHARE,
+        scope=SPARSE,
     )
 
 
@@ -704,7 +765,7 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
                 f"leave it at {_written(field.default)}"
             )
     data = config.data
-    if 0 < data.resize < data.size:
+    if data.size and 0 < data.resize < data.size:
         raise UserError(
             f"data.resize must be at least data.size, {data.size}, or 0; found {data.resize}"
         )

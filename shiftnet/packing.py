@@ -6,6 +6,7 @@ Such a file holds, by the names that the arrays have in the network,
   `[bytes]`; float weights as they are;
 - `<layer>.weight_scale`: float32, for low-bit weights whose scale does not follow from their shape
   (`LowBitWeight.scale_shape`);
+- `<layer>.activation.step` or `.threshold`, for layers that quantize their input;
 - `<layer>.bias`, and the `scale` and `bias` of every batch norm, folded (`BatchNorm.fold`);
 - in the metadata: the recipe, the names of the classes, the normalisation, and a SHA-256 of each
   tensor and of the other metadata.
@@ -28,8 +29,8 @@ from shiftnet import config, models, quantizers
 from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 from shiftnet.layers import BatchNorm
-from shiftnet.layers.folding import fix_weights, fold_batch_norms
-from shiftnet.quantizers import Fixed, Float, LowBitWeight, bits
+from shiftnet.layers.folding import fold_batch_norms
+from shiftnet.quantizers import Activation, Fixed, Float, LowBitWeight, bits
 
 FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
@@ -100,7 +101,7 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
 
 
 def _narrowed(name: str, array: np.ndarray, rest: str) -> np.ndarray:
-    if array.dtype != np.float32 or name.endswith(".weight_scale"):
+    if array.dtype != np.float32 or name.endswith((".weight_scale", ".activation.step")):
         return array
     with np.errstate(over="ignore"):
         narrowed = array.astype(rest)
@@ -118,6 +119,8 @@ def _abstract(model: Mapping[str, Any], num_classes: int) -> nnx.Module:
         for _, module in nnx.iter_modules(network):
             if isinstance(module, BatchNorm):
                 module.set_folded(jnp.ones(module.features), jnp.zeros(module.features))
+            elif isinstance(module, Activation):
+                module.fold()
         return network
 
     return nnx.eval_shape(build)
@@ -161,19 +164,23 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
             raise UserError(f"{path}: the packed weights {name!r} do not fit: {error}") from None
 
     names = {id(weight): f"{layer}.weight" for layer, weight in forms.items()}
-    fix_weights(network, fixed)
-    for layer, weight in forms.items():
+    for _, layer in list(nnx.iter_modules(network)):  # of any kind in networks of people's own
+        for attribute, weight in list(vars(layer).items()):
+            if isinstance(weight, LowBitWeight):
+                setattr(layer, attribute, nnx.data(fixed(weight)))
+    for name, weight in forms.items():
         if isinstance(weight, Float):
-            weight.value.set_value(take(f"{layer}.weight", weight.shape))
+            weight.value.set_value(take(f"{name}.weight", weight.shape))
     for name, leaf in _rest(network, forms):
         leaf.set_value(take(name, leaf.shape))
 
 
 def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.Variable]]:
-    """Returns the parameters other than weights, by dotted name."""
+    """Returns the parameters other than weights, and batch statistics, by dotted name."""
     found = [
         (".".join(map(str, path)), leaf)
-        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+        # After folding only own networks have batch statistics.
+        for path, leaf in nnx.to_flat_state(nnx.state(network, (nnx.Param, nnx.BatchStat)))
     ]
     inside = tuple(f"{layer}.weight." for layer in forms)
     return [(name, leaf) for name, leaf in found if not name.startswith(inside)]

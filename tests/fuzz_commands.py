@@ -44,6 +44,7 @@ from shiftnet.cli.report import main as report
 from shiftnet.errors import UserError
 from shiftnet.layers import Linear
 from shiftnet.training.engine import Outcome
+from shiftnet.training.evaluation import Evaluation
 
 HANG = 2.0  # seconds
 REAL = 0.05  # share of the networks that are really counted, or built
@@ -456,14 +457,8 @@ class Tiny(nnx.Module):
         self.linear = Linear(2, 2, rngs=nnx.Rngs(0))
 
 
-NUMBERS = SimpleNamespace(
-    labels=[0],
-    top1=0.5,
-    top5=0.9,
-    loss=1.0,
-    skipped=(),
-    per_class=lambda length: np.full(length, 0.5),
-)
+ONE = np.zeros(1, np.int32)
+NUMBERS = Evaluation(1.0, 0.5, 0.9, ONE, ONE, np.ones(1, np.float32), ONE)
 
 
 class Stubs:

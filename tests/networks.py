@@ -76,7 +76,7 @@ def random(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
         value = draw.normal(size=leaf.shape)
         if "weight" in path:
             value *= np.prod(leaf.shape[:-1]) ** -0.5
-        elif path[-1] in ("scale", "var"):
+        elif path[-1] in ("scale", "var", "step", "unit"):
             value = np.exp(value / 10)
         leaf.set_value(jnp.asarray(value.astype(leaf.dtype)))
     for weight in quantizers.of_layers(model).values():

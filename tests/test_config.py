@@ -174,10 +174,13 @@ def test_settings_read_and_change_as_mappings_too():
             "data.name=imagenet2012 data.exif=false",
             "data.exif=false would be ignored: it applies to data.source=folder; leave it at true",
         ),
-        ("data.source=folder data.pad=2", "data.pad=2 would be ignored: it applies to data sets"),
+        (
+            "data.source=folder data.size=65 data.pad=2",
+            "data.pad=2 would be ignored: it applies to images held in memory",
+        ),
         (
             "data.name=imagenet2012 data.pad_mode=reflect",
-            "data.pad_mode=reflect would be ignored: it applies to data sets held in memory",
+            "data.pad_mode=reflect would be ignored: it applies to images held in memory",
         ),
         (
             "data.name=digits data.url=x",
@@ -248,7 +251,7 @@ def test_a_setting_where_it_applies_is_taken(recipe, given):
 def test_a_recipes_own_settings_may_lose_their_effect_by_an_override(tmp_path):
     path = tmp_path / "padded.py"
     path.write_text(RECIPE.replace("config.epochs = 7", "config.data.pad = 2"))
-    files = ["--config", str(path), "--config.data.source=folder"]
+    files = ["--config", str(path), "--config.data.source=folder", "--config.data.size=128"]
     assert parse(*files).data.pad == 2
     with pytest.raises(UserError, match=r"data\.pad=3 would be ignored"):
         parse(*files, "--config.data.pad=3")
@@ -698,7 +701,7 @@ def test_no_other_field_may_change_when_a_run_resumes():
         {"optimizer__name": "muon"},
         {"optimizer__name": "adamw"},
     )
-    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw)
+    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw, {"model__shift": "sparse"})
     for name, entry in config.FIELDS.items():
         if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
             continue
@@ -707,6 +710,8 @@ def test_no_other_field_may_change_when_a_run_resumes():
             other = next(choice for choice in entry.choices if choice != entry.default)
         if name == "data.sha256":
             other = "0" * 64
+        if name == "model.weights_of":
+            other = "linear:int/8"
         where = next(old for old in kinds if entry.applies(changed(**old)))
         new = changed(**where, **{name.replace(".", "__"): other})
         before = changed(**where)

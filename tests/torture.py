@@ -58,7 +58,7 @@ FILES = {
     "model.arch": "wrn8",
     "model.width": 0.25,
     "data.source": "folder",
-    "data.size": 24,
+    "data.size": 72,
     "data.workers": 2,
     "data.flip": "true",
     "batch_size": 8,

@@ -1,5 +1,6 @@
 """The subcommands of `shiftnet`, one file each: they parse, call and print."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ COMMANDS = {
     "convert": "convert a checkpoint of the original PyTorch codes",
     "pack": "write a network with its low-bit weights at their true width",
     "export": "write StableHLO, ONNX, or arrays under the original's names",
+    "shifts": "draw where the channels of learned shifts went",
     "reproduce": "train rows of the results table",
     "report": "draw runs and results as a page or as tables",
 }
@@ -25,3 +27,24 @@ SCRIPTS = {
 def prog(subcommand: str) -> str:
     """Returns what the running command is called: `"shiftnet train"`, or `"train.py"`."""
     return SCRIPTS.get(Path(sys.argv[0]).name, f"shiftnet {subcommand}")
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--network` of commands that read checkpoints."""
+    parser.add_argument(
+        "--network",
+        metavar="FILE.py:CLASS",
+        help="the class of a network of your own; the file is run, whatever checkpoints name",
+    )
+
+
+def allow_network(arguments: argparse.Namespace) -> None:
+    """Lets the network be built that `--network` names, if it does.
+
+    Raises:
+      UserError: where there is no such class.
+    """
+    if arguments.network:
+        from shiftnet.models import own  # imports JAX, which listing the commands should not
+
+        own.allow(arguments.network)

@@ -15,13 +15,14 @@ from flax import nnx
 from shiftnet import config as config_lib
 from shiftnet import tables
 from shiftnet.errors import UserError, reported
-from shiftnet.models import FAMILIES, build, parse_arch
+from shiftnet.models import build, image_size, own, parse_arch
 from shiftnet.models.counting import Counts, count
 
 # The fields of `config.model` that are options, and the families whose counts were published.
 OPTIONS = (
     *("expansion", "reduction", "reduction_mode", "width"),
     *("weights", "weight_bits", "weights_of", "weights_first_last"),
+    *("activations", "shift"),
 )
 PUBLISHED = ("shiftresnet", "resnet", "depthwiseresnet")
 
@@ -73,11 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     model = _model_config(arguments)
-    family, depth = parse_arch(model["arch"])
+    family, depth = "", None
+    if own.is_own(model["arch"]):
+        own.allow(model["arch"])
+    else:
+        family, depth = parse_arch(model["arch"])
     if arguments.image_size is None:
-        arguments.image_size = FAMILIES[family].image_size
+        arguments.image_size = image_size(model["arch"])
     if arguments.num_classes is None:
-        arguments.num_classes = 10 if FAMILIES[family].image_size == 32 else 1000
+        arguments.num_classes = 10 if image_size(model["arch"]) == 32 else 1000
     for option, value in (
         ("--num-classes", arguments.num_classes),
         ("--image-size", arguments.image_size),
@@ -139,8 +144,8 @@ def _model_config(arguments: Any) -> config_lib.ModelConfig:
     """Returns a recipe's `config.model` with the options of the command line."""
     config = config_lib.default_config()
     config.model.arch = arguments.arch
-    family, _ = parse_arch(arguments.arch)
-    if family == "depthwiseresnet":  # published with this mode alone
+    if not own.is_own(arguments.arch) and parse_arch(arguments.arch)[0] == "depthwiseresnet":
+        # Published with this mode alone.
         config.model.reduction_mode = "block"
     for name in OPTIONS:
         text = getattr(arguments, name)

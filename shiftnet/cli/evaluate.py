@@ -1,8 +1,10 @@
 """Evaluates trained networks."""
 
+import csv
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import models
-from shiftnet.cli import prog
-from shiftnet.data import cifar, classes
+from shiftnet.cli import add_network, allow_network, prog
+from shiftnet.data import Source, Split, cifar, classes
 from shiftnet.errors import UserError, reported
-from shiftnet.files import expand_pattern, path_of
+from shiftnet.files import expand_pattern, path_of, write_atomically
 from shiftnet.inference import Classifier
+from shiftnet.interchange.convert import UNKNOWN
 from shiftnet.training.evaluation import Evaluation, Reading, make_evaluator
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.processes import use_compilation_cache
@@ -24,10 +27,11 @@ from shiftnet.training.processes import use_compilation_cache
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates what the command line names; returns the exit code."""
     parser = config_lib.Parser(prog=prog("evaluate"), description=__doc__)
+    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="as --ckpt")
     parser.add_argument(
         "--ckpt",
         nargs="+",
-        required=True,
+        default=[],
         metavar="PATH",
         help="checkpoints: a run's working directory (its last), its best/, one step, a converted "
         "one, a packed .safetensors file, or a glob",
@@ -40,20 +44,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         "or where the data set is prepared; default: as in training",
     )
     parser.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="a file that lists the images of --data-dir and their classes, one FILE,CLASS a line",
+    )
+    parser.add_argument(
         "--on-corrupt",
         choices=("error", "skip"),
         help="what to do about image files that cannot be read; default: as in training",
     )
     parser.add_argument("--batch-size", metavar="N", type=int, help="default: as in training")
-    parser.add_argument("--per-class", action="store_true", help="accuracy of every class too")
+    parser.add_argument(
+        "--per-class", action="store_true", help="precision, recall and F1 of every class too"
+    )
+    parser.add_argument(
+        "--confused", metavar="N", type=int, default=0, help="the N most confused pairs of classes"
+    )
+    parser.add_argument(
+        "--wrong", metavar="N", type=int, default=0, help="the N most confident wrong predictions"
+    )
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE.csv",
+        help="write every image's name, class, prediction and confidence; one checkpoint only",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
 
+    patterns = [*arguments.checkpoints, *arguments.ckpt]
+    if not patterns:
+        raise UserError("no checkpoint is named; expected evaluate CKPT, or --ckpt CKPT")
+    if arguments.labels and not arguments.data_dir:
+        raise UserError("--labels needs --data-dir, the folder of the images that it lists")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
 
     use_compilation_cache()
-    paths = [path for pattern in arguments.ckpt for path in expand_pattern(pattern, "--ckpt")]
+    paths = [path for pattern in patterns for path in expand_pattern(pattern, "--ckpt")]
+    if arguments.predictions and len(paths) > 1:
+        raise UserError(f"--predictions takes one checkpoint, found {len(paths)}")
     rows = []
     for path in paths:
         model = shiftnet.load(path)
@@ -65,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"  {row['found']}")
             if "skipped" in row:
                 print(f"  left out, corrupt: {', '.join(row['skipped'])}")
-            for name, accuracy in row.get("per_class", {}).items():
-                print(f"  {name:24s} {'no images' if accuracy is None else f'{accuracy:.2%}'}")
+            for line in _details(row):
+                print(f"  {line}")
     if arguments.json:
         print(json.dumps(rows, indent=2, allow_nan=False))
     return 0
@@ -89,11 +120,27 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
 
     if source == "tfds" and name in shiftnet.data.IN_MEMORY:
         match(shiftnet.data.class_names(name), name)  # before it is downloaded
-    test = shiftnet.data.load_test(name, source=source, data_dir=directory, exif=data.exif)
+    test = shiftnet.data.load_test(
+        name,
+        source=source,
+        data_dir=directory,
+        exif=data.exif,
+        trained_on=source == data.source == "folder"
+        and path_of(directory, "--data-dir").resolve() == path_of(data.dir, "data.dir").resolve(),
+        listing=arguments.labels or "",
+    )
+    then = model.metadata.get("images")
+    if test.held_out and data.on_corrupt == "error" and then and then["test"] != len(test.part):
+        raise UserError(
+            f"{directory} is not as it was when {model.path} was trained: {len(test.part)} of its "
+            f"images would be held out for the test, and then it was {then['test']}, so they may "
+            "have been trained on"
+        )
     labels, matched = match(test.class_names, test.name)
+    part = classes.relabel(test.part, labels)
     result = make_evaluator(
         model.graphdef,
-        classes.relabel(test.part, labels),
+        part,
         _reading(model, arguments.on_corrupt or data.on_corrupt),
         mean=model.mean,
         std=model.std,
@@ -105,11 +152,14 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
         "arch": model.config.model.arch,
         "dataset": test.name,
         "images": len(result.labels),
+        "num_classes": len(model.class_names),
         "step": model.metadata["step"],
         "top1": result.top1,
         "top5": result.top5,
-        "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no NaN
+        "loss": _finite(result.loss),
+        "calibration_error": _finite(result.calibration_error()),
     }
+    names = model.class_names
     if matched:
         row["classes"] = matched
     if "left out" in test.found:
@@ -117,7 +167,20 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     if result.skipped:
         row["skipped"] = list(result.skipped)
     if arguments.per_class:
-        row["per_class"] = _per_class(result, model.class_names)
+        row["per_class"] = _per_class(result, names)
+    if arguments.confused:
+        row["confused"] = _confused(result, names, arguments.confused)
+    if arguments.wrong or arguments.predictions:
+        predictions = _predictions(result, part, names)
+        wrong = [one for one in predictions if one["class"] != one["prediction"]]
+        wrong.sort(key=lambda one: -(one["confidence"] or 0))
+        row |= {"wrong": wrong[: arguments.wrong]} if arguments.wrong else {}
+        if arguments.predictions:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, predictions[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(predictions)
+            write_atomically(path_of(arguments.predictions, "--predictions"), text.getvalue())
     return row
 
 
@@ -131,9 +194,13 @@ def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
       UserError: if neither the command line nor the network says what to evaluate on.
     """
     data, directory = model.config.data, arguments.data_dir
+    if arguments.labels:
+        return data.name, "folder", directory
     if arguments.dataset:
         return arguments.dataset, "tfds", directory or ""
-    in_tfds = data.source == "tfds" and data.name in shiftnet.data.NAMES
+    in_tfds = data.source == "tfds" and data.name != UNKNOWN
+    if directory is not None and not any(_listing(directory)):
+        raise UserError(f"--data-dir {directory} is empty; expected images, or prepared data sets")
     if directory is None:
         if data.source == "tfds" and not in_tfds:
             raise UserError(
@@ -141,45 +208,102 @@ def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
                 "--data-dir or --dataset"
             )
         return data.name, data.source, data.dir
-    source = "tfds" if in_tfds and _is_tfds(path_of(directory, "--data-dir")) else "folder"
-    return data.name, source, directory
+    prepared = in_tfds and cifar.holds_datasets(path_of(directory, "--data-dir"))
+    return data.name, "tfds" if prepared else "folder", directory
 
 
-def _is_tfds(directory: Path) -> bool:
-    """Tells whether prepared data sets are in a directory, or can be without mixing with others."""
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return True
-    prepared = directory.glob("*/*.*.*/dataset_info.json")
-    return (directory / "downloads").is_dir() or any(prepared)
+def _listing(directory: str) -> Iterator[Path]:
+    path = path_of(directory, "--data-dir")
+    try:
+        yield from path.iterdir()
+    except OSError as error:
+        raise UserError(f"--data-dir {path} cannot be read: {error.strerror}") from error
 
 
 def _reading(model: Classifier, on_corrupt: str) -> Reading:
     """Returns how image files are brought to the size that the network was trained on."""
     data = model.config.data
-    size, resize = data.size, data.resize
-    if data.source == "tfds" and data.name != shiftnet.data.IMAGENET:
+    usual = models.image_size(model.config.model.arch)
+    size, resize = data.size or usual, data.resize
+    if data.source == "tfds" and data.name in (*shiftnet.data.IN_MEMORY, UNKNOWN):
         # Not trained on files: whole images, in its data set's size or that of its family.
-        family, _ = models.parse_arch(model.config.model.arch)
-        in_memory = data.name in shiftnet.data.IN_MEMORY
-        usual = cifar.SIDE if in_memory else models.FAMILIES[family].image_size
-        if usual != size:
+        usual = cifar.SIDE if data.name in shiftnet.data.IN_MEMORY else usual
+        if usual != data.size:
             size = resize = usual
     return Reading(size, resize, data.workers, on_corrupt)
 
 
-def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, float | None]:
-    accuracies = result.per_class(len(names)).tolist()
-    # NaN, for a class without images, is not JSON.
-    return {
-        name: accuracy if accuracy == accuracy else None
-        for name, accuracy in zip(names, accuracies, strict=True)
+def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Returns the scores of each class, by its name; None where there is nothing to divide by."""
+    scores = result.per_class(len(names))
+    columns = {
+        "images": scores.images,
+        "accuracy": scores.recall,
+        "precision": scores.precision,
+        "recall": scores.recall,
+        "f1": scores.f1,
     }
+    return {
+        name: {column: _finite(values[label].item()) for column, values in columns.items()}
+        for label, name in enumerate(names)
+    }
+
+
+def _confused(result: Evaluation, names: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Returns the pairs of classes that are taken for one another most often."""
+    wrong = [pair for pair in result.confusion() if pair[0] != pair[1]]
+    wrong.sort(key=lambda pair: -pair[2])
+    return [
+        {"class": names[label], "prediction": names[prediction], "images": count}
+        for label, prediction, count in wrong[:most]
+    ]
+
+
+def _predictions(
+    result: Evaluation, part: Split | Source, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns a row of every image; those of a data set in memory are called by their number."""
+    return [
+        {
+            "image": str(index) if isinstance(part, Split) else part.name(index),
+            "class": names[label],
+            "prediction": names[prediction],
+            "confidence": _finite(round(float(confidence), 6)),
+        }
+        for index, label, prediction, confidence in zip(
+            result.indices, result.labels, result.predictions, result.confidences, strict=True
+        )
+    ]
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON has no NaN
 
 
 def _line(row: dict[str, Any]) -> str:
     matched = f" ({row['classes']})" if "classes" in row else ""
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    loss, error = row["loss"], row["calibration_error"]
+    numbers = "loss not finite" if loss is None else f"loss {loss:.4f}"
+    if error is not None:
+        numbers += f"  calibration error {error:.2%}"
+    top5 = f"top-5 {row['top5']:.2%}  " if row["num_classes"] > 5 else ""
     return (
         f"{row['checkpoint']}  {row['arch']} on {row['dataset']}, {row['images']} images{matched}: "
-        f"top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}  loss {loss}"
+        f"top-1 {row['top1']:.2%}  {top5}{numbers}"
     )
+
+
+def _details(row: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines that were asked for besides."""
+    if scores := row.get("per_class"):
+        width = max(5, *map(len, scores))
+        yield f"{'class':{width}s}  images  precision  recall      F1"
+        for name, score in scores.items():
+            numbers = (score["precision"], score["recall"], score["f1"])
+            texts = [f"{'-' if number is None else f'{number:.2%}':>9s}" for number in numbers]
+            yield f"{name:{width}s}  {score['images']:6d}  {texts[0]} {texts[1][1:]} {texts[2][1:]}"
+    for pair in row.get("confused", ()):
+        yield f"{pair['class']} taken for {pair['prediction']}: {pair['images']} images"
+    for one in row.get("wrong", ()):
+        image, name, prediction, confidence = one.values()
+        yield f"{image}: {name} taken for {prediction}, {confidence or 0:.1%}"

@@ -30,13 +30,14 @@ import numpy as np
 
 import shiftnet
 from shiftnet import config as config_lib
+from shiftnet import models
+from shiftnet.cli import add_network, allow_network
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
 from shiftnet.interchange import originals
 from shiftnet.interchange.onnx import onnx
 from shiftnet.interchange.stablehlo import stablehlo
-from shiftnet.models import FAMILIES, parse_arch
 
 PROGRAMS = (".stablehlo", ".onnx")
 ENDINGS = (*PROGRAMS, *originals.ENDINGS)
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="write low-bit weights as integers and scales, see above",
     )
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
     out = path_of(arguments.out, "OUT")
     if out.suffix not in ENDINGS:
         raise UserError(f"{out} must end in one of {', '.join(ENDINGS)}")
@@ -125,11 +128,10 @@ def arrays(model: Classifier, *, packed: bool, integers: bool) -> dict[str, np.n
 
 def image_size(model: Classifier) -> int:
     """Height and width of the images that a network was trained on, in pixels."""
-    recipe = model.config
-    family, _ = parse_arch(recipe.model.arch)
-    if recipe.data.source == "folder" or FAMILIES[family].image_size != 32:
-        return recipe.data.size
-    return FAMILIES[family].image_size
+    recipe, usual = model.config, models.image_size(model.config.model.arch)
+    if recipe.data.source == "folder" or usual != 32:
+        return recipe.data.size or usual
+    return usual
 
 
 def _require(ending: str) -> None:

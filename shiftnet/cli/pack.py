@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import shiftnet
 from shiftnet import config as config_lib
 from shiftnet import packing, quantizers, tables
+from shiftnet.cli import add_network, allow_network
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float32",
         help="dtype of the unquantized parameters (default: float32)",
     )
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
     out = path_of(arguments.out, "OUT.safetensors")
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors, by which packed files are recognized")

@@ -13,6 +13,7 @@ from shiftnet.cli import prog
 from shiftnet.config import Config
 from shiftnet.errors import reported
 from shiftnet.files import path_of
+from shiftnet.models import own
 from shiftnet.planning import plan
 from shiftnet.training.engine import Outcome, train
 from shiftnet.training.processes import join, leaving, use_compilation_cache
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes.add_argument("--process-id", metavar="I", type=int, help="from 0")
     arguments = parser.parse_args(argv)
     config = config_lib.from_arguments(arguments)
+    if own.is_own(config.model.arch):  # by the command line, or by a recipe that it names
+        own.allow(config.model.arch)
     if arguments.plan is not None:
         return _plan(config, arguments.plan)
     use_compilation_cache()

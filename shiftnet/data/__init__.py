@@ -2,18 +2,21 @@
 
 `digits` is in this package and needs nothing else; `cifar10` and `cifar100` are TensorFlow
 Datasets directories, downloaded and prepared on first use (see `shiftnet.data.cifar`). These are
-held in memory. `imagenet2012` (see `shiftnet.data.imagenet_tfds`) and folders of image files (see
-`shiftnet.data.folder`) are read image by image, by `shiftnet.data.stream`.
+held in memory. `imagenet2012`, other prepared sets (see `shiftnet.data.tfds_source`) and folders
+of image files (see `shiftnet.data.folder`) are read image by image, by `shiftnet.data.stream`;
+images that are made small are read once and held in memory too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from shiftnet import errors
-from shiftnet.config import DataConfig
+from shiftnet.config import SMALL, DataConfig
 from shiftnet.data import cifar, digits
+from shiftnet.data.classes import listed
 from shiftnet.data.parts import Source, Split, Subset
 
 __all__ = [
@@ -40,6 +43,9 @@ SOURCES = ("tfds", "folder")
 
 # Of ImageNet, as torchvision's recipes have them; also for other image files.
 IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# The part of a folder's images that is held out for the test where it has no folder for that.
+TEST_SHARE = 0.1
 
 RGB = tuple[float, float, float]
 
@@ -83,12 +89,14 @@ class TestSet:
       part: the images.
       class_names: indexed by label; those of a folder that have images there.
       found: as in `Dataset`.
+      held_out: whether they were drawn from the images that a network learned from.
     """
 
     name: str
     part: Split | Source
     class_names: tuple[str, ...]
     found: str = ""
+    held_out: bool = False
 
 
 def load(
@@ -96,12 +104,16 @@ def load(
     *,
     source: str = "tfds",
     data_dir: str = "",
-    validation: int = 0,
+    validation: float = 0,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     url: str = "",
     sha256: str = "",
     exif: bool = True,
+    size: int = 0,
+    resize: int = 0,
+    workers: int = -1,
+    on_corrupt: str = "error",
 ) -> Dataset:
     """Opens a data set, and downloads and prepares a CIFAR before that if it must.
 
@@ -114,12 +126,19 @@ def load(
       source: `"tfds"`, or `"folder"` for the image files in `data_dir`.
       data_dir: the TFDS directory, which holds for example `cifar100/3.0.2`. Empty stands for
         `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`. Not used by `digits`.
-      validation: how many training images to hold out.
+      validation: how many training images to hold out; below 1: which part of them.
       mean, std: as in `normalization`.
       url, sha256: another source of the CIFAR archive, and another digest to hold it to; empty
         stands for the official ones. Used only to prepare a CIFAR that is not there yet.
       exif: whether the images of a folder are turned as their EXIF orientation says; those of
         `imagenet2012` never are, whose published results are without.
+      size: side in pixels of the images that a folder's are made into; up to `SMALL` they are read
+        now and held in memory, and 0 leaves them in their files whatever their size will be.
+      resize: of images that are held in memory, the shorter side before the center crop; 0: `size`.
+      workers: of images that are held in memory, the processes that decode them, see
+        `shiftnet.data.workers.num_workers`.
+      on_corrupt: of these, whether to raise for a file that cannot be decoded (`"error"`) or leave
+        it out (`"skip"`).
 
     Raises:
       UserError: for an unknown name, a `validation` out of range, or data that is not there and
@@ -127,8 +146,10 @@ def load(
     """
     if source not in SOURCES:
         raise errors.unknown("data.source", source, SOURCES)
-    if source == "folder" or name == IMAGENET:
-        return _image_files(name, source, data_dir, validation, mean, std, exif)
+    if source == "folder" or name not in IN_MEMORY:
+        small = is_small(name, source, size)
+        dataset = _in_files(name, source, data_dir, validation, mean, std, exif, small)
+        return _read(dataset, size, resize or size, workers, on_corrupt) if small else dataset
     own_mean, own_std = normalization(name, mean, std)
     if name in digits.NAMES:
         splits = digits.load()
@@ -144,12 +165,24 @@ def load(
     return Dataset(name, train, test, held_out, class_names(name), own_mean, own_std, found)
 
 
-def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool = True) -> TestSet:
+def load_test(
+    name: str,
+    *,
+    source: str = "tfds",
+    data_dir: str = "",
+    exif: bool = True,
+    trained_on: bool = False,
+    listing: str = "",
+) -> TestSet:
     """Opens the images of a data set to evaluate on.
 
     Args:
       name, source, data_dir, exif: as for `load`, but a folder may lack `train`, or hold the class
         folders itself.
+      trained_on: whether a network learned from the folder, so that where images of it were held
+        out for the test, only these are taken.
+      listing: a CSV file that lists the images of the folder and their classes, in place of class
+        folders; see `folder.ListedSource`.
 
     Raises:
       UserError: as `load`.
@@ -159,12 +192,46 @@ def load_test(name: str, *, source: str = "tfds", data_dir: str = "", exif: bool
         return TestSet(name, dataset.test, dataset.class_names, dataset.found)
     from shiftnet.data import folder
 
-    test = folder.open_test(data_dir, exif=exif and name != IMAGENET)
-    return TestSet(data_dir, test, test.class_names, folder.found(None, test))
+    exif = exif and name != IMAGENET
+    if listing:
+        listed_images = folder.ListedSource(listing, data_dir, exif=exif)
+        return TestSet(data_dir, listed_images, listed_images.class_names)
+    if trained_on and folder.open_training(data_dir, exif=exif)[1] is None:
+        dataset = _in_files(name, source, data_dir, 0, (), (), exif, small=False)
+        return TestSet(data_dir, dataset.test, dataset.class_names, dataset.found, held_out=True)
+    test = folder.open_test(data_dir, exif=exif)
+    return TestSet(data_dir, test, test.class_names, folder.found(test))
+
+
+def is_small(name: str, source: str, size: int) -> bool:
+    """Tells whether image files made into `size` pixels a side are held in memory."""
+    return 0 < size <= SMALL and (name != IMAGENET or source == "folder")
+
+
+def fit(data: DataConfig, side: int) -> None:
+    """Fills in the sizes of image files that a recipe leaves to its network.
+
+    Args:
+      data: a recipe's `config.data`; changed.
+      side: of the images that the network was made for, in pixels.
+
+    Raises:
+      UserError: for a `data.resize` below the size.
+    """
+    if data.source != "folder" and data.name in IN_MEMORY:
+        return
+    data.size = data.size or side
+    if is_small(data.name, data.source, data.size):
+        data.resize = data.resize or data.size
+    if 0 < data.resize < data.size:
+        raise errors.UserError(
+            f"data.resize must be at least {data.size}, the side of the network's images, or 0; "
+            f"found {data.resize}"
+        )
 
 
 def of_recipe(data: DataConfig) -> Dataset:
-    """Loads the data set that a recipe's `config.data` names; see `load`."""
+    """Loads the data set that a recipe's `config.data` names, after `fit`; see `load`."""
     return load(
         data.name,
         source=data.source,
@@ -175,20 +242,25 @@ def of_recipe(data: DataConfig) -> Dataset:
         url=data.url,
         sha256=data.sha256,
         exif=data.exif,
+        size=data.size,
+        resize=data.resize,
+        workers=data.workers,
+        on_corrupt=data.on_corrupt,
     )
 
 
-def _image_files(
+def _in_files(
     name: str,
     source: str,
     data_dir: str,
-    validation: int,
+    validation: float,
     mean: Sequence[float],
     std: Sequence[float],
     exif: bool,
+    small: bool,
 ) -> Dataset:
     train: Source
-    test: Source
+    test: Source | None
     if source == "folder":
         if not data_dir:
             raise errors.UserError(
@@ -196,22 +268,52 @@ def _image_files(
             )
         from shiftnet.data import folder
 
-        in_train, in_test = folder.open_training(data_dir, exif=exif and name != IMAGENET)
-        train, test, names, name = in_train, in_test, in_train.class_names, data_dir
-        found = folder.found(in_train, in_test)
+        train, test = folder.open_training(data_dir, exif=exif and name != IMAGENET)
+        names, name = train.class_names, data_dir
+        found = folder.found(train, test)
+        if test is None:
+            chosen = _chosen(name, len(train), TEST_SHARE)
+            train, test = _divided(train, chosen)
+            found += f"; no folder {folder.TEST[0]}: {len(test)} of them are held out for the test"
     else:
-        from shiftnet.data import imagenet_tfds  # TFDS takes seconds to import
+        directory = cifar.root(data_dir)
+        if name != IMAGENET and not (directory / name).is_dir():
+            raise errors.unknown(f"data set, and not prepared in {directory},", name, NAMES)
+        from shiftnet.data import tfds_source  # TFDS takes seconds to import
 
-        in_tfds = imagenet_tfds.TfdsSource(cifar.root(data_dir), "train")
-        test = imagenet_tfds.TfdsSource(cifar.root(data_dir), "val")
-        train, names = in_tfds, in_tfds.class_names
+        train = tfds_source.TfdsSource(directory, name, "train")
+        test = tfds_source.TfdsSource(directory, name, "test")
+        names = train.class_names
         found = f"{len(train)} training and {len(test)} test images"
     held_out = None
     if validation:
-        chosen = _chosen(name, len(train), validation)
-        held_out = Subset(train, np.flatnonzero(chosen))
-        train = Subset(train, np.flatnonzero(~chosen))
-    return Dataset(name, train, test, held_out, names, *normalization(IMAGENET, mean, std), found)
+        train, held_out = _divided(train, _chosen(name, len(train), validation))
+    # What a network of small images was trained on before, if anything, was a CIFAR.
+    own = normalization(cifar.NAMES[0] if small else IMAGENET, mean, std)
+    return Dataset(name, train, test, held_out, names, *own, found)
+
+
+def _divided(source: Source, chosen: np.ndarray) -> tuple[Source, Source]:
+    """Returns the images that are not chosen, and those that are."""
+    return Subset(source, np.flatnonzero(~chosen)), Subset(source, np.flatnonzero(chosen))
+
+
+def _read(dataset: Dataset, size: int, resize: int, workers: int, on_corrupt: str) -> Dataset:
+    """Reads all images of a data set in files."""
+    from shiftnet.data.stream import read_all  # Grain takes seconds to import
+
+    parts: dict[str, Any] = {}
+    found = f"{dataset.found}; resized to {size}x{size} and held in memory"
+    for which in ("train", "test", "validation"):
+        source = getattr(dataset, which)
+        if source is None:
+            continue
+        parts[which], skipped = read_all(
+            source, size=size, resize=resize, workers=workers, on_corrupt=on_corrupt
+        )
+        if skipped:
+            found += f"; left out {len(skipped)} corrupt {which} files: {listed(skipped)}"
+    return replace(dataset, found=found, **parts)
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -270,14 +372,32 @@ def _rgb(field: str, values: Sequence[float]) -> RGB:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _chosen(name: str, length: int, count: int) -> np.ndarray:
-    """Draws which of the training images are held out, bool [length]."""
-    if not 0 <= count < length:
+def num_validation(name: str, images: int, validation: float) -> int:
+    """Returns how many of a data set's training images `data.validation` holds out.
+
+    Args:
+      name: of the data set, for the error.
+      images: how many there are.
+      validation: their number, or below 1 a part of them, of which at least one is taken.
+
+    Raises:
+      UserError: where none would be left to learn from.
+    """
+    count = (
+        int(validation) if validation >= 1 or not validation else max(1, round(validation * images))
+    )
+    if not 0 <= count < images:
         raise errors.UserError(
-            f"data.validation is {count}; expected 0 to {length - 1}, since {name} has "
-            f"{length} training images"
+            f"data.validation is {validation:g}; expected 0 to {images - 1}, since {name} has "
+            f"{images} training images"
         )
+    return count
+
+
+def _chosen(name: str, images: int, validation: float) -> np.ndarray:
+    """Draws which of the training images are held out, bool [images]; see `num_validation`."""
     # RandomState, not Generator: NumPy promises never to change what it draws.
-    chosen = np.zeros(length, bool)
-    chosen[np.random.RandomState(0).permutation(length)[:count]] = True
+    chosen = np.zeros(images, bool)
+    count = num_validation(name, images, validation)
+    chosen[np.random.RandomState(0).permutation(images)[:count]] = True
     return chosen

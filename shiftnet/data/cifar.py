@@ -2,7 +2,8 @@
 
 A data set lives where TFDS keeps it, in `DATA_DIR/cifar100/3.0.2`, as array_record files; one
 that TFDS itself prepared in that form is used as it is. When there is none, the official archive
-is downloaded to `DATA_DIR/downloads`, held to its SHA-256 and prepared by TFDS (`cifar_tfds`).
+is downloaded to `DATA_DIR/downloads`, held to its SHA-256 and prepared by TFDS (`cifar_tfds`);
+but where torchvision has unpacked the archive's "python version", that is read (`cifar_python`).
 TFDS's own download manager is not used: without a network it retries for minutes.
 
 TFDS stores every image as a PNG. They are decoded once, into `DATA_DIR/cifar100/3.0.2-decoded.npz`
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shiftnet.data import cifar_archive
+from shiftnet.data import cifar_archive, cifar_python
 from shiftnet.data.cifar_archive import ARCHIVES, CLASS_NAMES, NAMES, SIDE, VERSION, Splits
 from shiftnet.errors import UserError
 from shiftnet.files import path_of, write_atomically
@@ -67,6 +68,8 @@ def load(name: str, data_dir: str = "", *, url: str = "", sha256: str = "") -> S
     directory = root(data_dir)
     folder = directory / name / VERSION
     if not folder.exists():
+        if (unpacked := directory / cifar_python.FOLDERS[name]).is_dir():
+            return cifar_python.read(name, unpacked)
         official = ARCHIVES[name]
         _check_place(name, directory)
         prepare(name, directory, url or official.url, (sha256 or official.sha256).lower())
@@ -101,10 +104,12 @@ def root(data_dir: str) -> Path:
 
 
 def _check_place(name: str, root: Path) -> None:
-    """Refuses a directory that is inside of a data set, which would be prepared there once more.
+    """Refuses to prepare a data set in a directory that was not meant for it.
+
+    That is one inside of a data set, one of other files, and one whose path is wrong.
 
     Raises:
-      UserError: names the directory that is meant.
+      UserError: names the directory that is meant, or says what is wrong.
     """
     for inside, meant in ((root / VERSION, root.parent), (root, root.parent.parent)):
         if (inside / "dataset_info.json").is_file():
@@ -112,15 +117,30 @@ def _check_place(name: str, root: Path) -> None:
                 f"data.dir is {root}, which is inside of a data set; expected {meant}, the "
                 f"directory that holds {name}/{VERSION}"
             )
+    if not root.parent.is_dir():
+        raise UserError(f"data.dir is {root}, and {root.parent} does not exist; is it mistyped?")
+    if not holds_datasets(root):
+        raise UserError(
+            f"{root} holds other files and no {name}/{VERSION}; expected a directory of prepared "
+            f"data sets, or an empty one, to download {name} to"
+        )
+
+
+def holds_datasets(directory: Path) -> bool:
+    """Tells whether prepared data sets are in a directory, or can be without mixing with others."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return True
+    return (directory / "downloads").is_dir() or any(
+        any(directory.glob(f"{above}/*.*.*/dataset_info.json")) for above in ("*", "*/*")
+    )
 
 
 def _lies_there(name: str, root: Path) -> str:
     """Says which other forms of a data set there are, which are not read; empty if there are none.
 
-    torchvision and Kaggle have CIFAR as pickled arrays, and TFDS had other versions of it.
+    TFDS had other versions of it.
     """
-    pickles = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
-    others = [*root.glob(f"{name}/*.*.*/"), *([pickles] if pickles.is_dir() else [])]
+    others = list(root.glob(f"{name}/*.*.*/"))
     return f"; {', '.join(map(str, others))}: not read, another form or version" if others else ""
 
 

@@ -95,6 +95,9 @@ class _Relabelled:
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int, /) -> str:
+        return self.source.name(index)
+
     def __getitem__(self, index: int, /) -> "Encoded":
         encoded = self.source[index]
         return encoded._replace(label=int(self.labels[encoded.label]))

@@ -1,5 +1,6 @@
 """Images in folders, one per class, as PyTorch users have: `train/<class>/*`, `val/<class>/*`."""
 
+import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -79,6 +80,17 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """Returns the path of an image's file.
+
+        Raises:
+          IndexError: if there is no such image.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        file = os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
+        return str(self.folder / self.class_names[self.labels[index]] / file)
+
     def __getitem__(self, index: int) -> Encoded:
         """Reads an image's file.
 
@@ -86,21 +98,98 @@ class FolderSource:
           IndexError: if there is no such image.
           CorruptImage: if the file cannot be read.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        label = int(self.labels[index])
-        file = os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
-        path = self.folder / self.class_names[label] / file
+        return _read(self.name(index), int(self.labels[index]), self.exif)
+
+
+class ListedSource:
+    """The images that a CSV file lists, in its order, and read when asked for.
+
+    Its first column is an image's path, from the folder on, and its second column the name of its
+    class. A first line that names no file there and a class of its own is a heading. Endings may be
+    missing, as in Kaggle's lists.
+
+    Args:
+      listing: the CSV file.
+      folder: where the images are.
+      exif: whether images are turned as their EXIF orientation says.
+
+    Attributes:
+      folder, exif: as given.
+      class_names: the names in the list, sorted, indexed by label.
+      labels: int32 [N], of each image.
+
+    Raises:
+      UserError: if the list cannot be read, is empty, or names a file that does not exist.
+    """
+
+    def __init__(
+        self,
+        listing: str | os.PathLike[str],
+        folder: str | os.PathLike[str],
+        *,
+        exif: bool = False,
+    ) -> None:
+        self.folder, self.exif = Path(folder), exif
         try:
-            return Encoded(path.read_bytes(), label, str(path), self.exif)
-        except OSError as error:
-            raise CorruptImage(str(path), f"cannot be read ({error.strerror or error})") from error
+            with open(listing, newline="", encoding="utf-8-sig") as opened:
+                rows = [row for row in csv.reader(opened) if row]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{listing} cannot be read as CSV ({error})") from error
+        classes = {row[1].strip() for row in rows[1:] if len(row) > 1}
+        if rows and self._file(rows[0][0]) is None and rows[0][1:2] and rows[0][1] not in classes:
+            del rows[0]
+        if not rows:
+            raise UserError(f"{listing} lists no images; expected lines such as cat1.jpg,cat")
+        self._files = []
+        for row in rows:
+            file, found = row[0], self._file(row[0])
+            if len(row) < 2 or found is None:
+                wrong = "names no class" if len(row) < 2 else f"is not a file in {self.folder}"
+                raise UserError(f"{listing}: {file!r} {wrong}")
+            self._files.append(found)
+        names = [row[1].strip() for row in rows]
+        self.class_names = tuple(sorted(set(names)))
+        places = {name: label for label, name in enumerate(self.class_names)}
+        self.labels = np.array([places[name] for name in names], np.int32)
+
+    def _file(self, written: str) -> str | None:
+        """Returns the name of the file that is meant, if there is one."""
+        endings = ("", ".jpg", ".jpeg", ".png")
+        return next(
+            (written + end for end in endings if (self.folder / (written + end)).is_file()), None
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Returns the path of an image's file."""
+        return str(self.folder / self._files[index])
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Reads an image's file.
+
+        Raises:
+          CorruptImage: if the file cannot be read.
+        """
+        return _read(self.name(index), int(self.labels[index]), self.exif)
 
 
-def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSource]:
+def _read(path: str, label: int, exif: bool) -> Encoded:
+    try:
+        return Encoded(Path(path).read_bytes(), label, path, exif)
+    except OSError as error:
+        raise CorruptImage(path, f"cannot be read ({error.strerror or error})") from error
+
+
+def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSource | None]:
     """Opens `directory/train` and the folder beside it that is named as one of `TEST`.
 
-    Both have the classes of `train`; some may have no images in the other.
+    Both have the classes of `train`; some may have no images in the other. A directory without
+    folders of these names holds the class folders themselves.
+
+    Returns:
+      The images to learn from, and those to test on, or None if there is no folder for them.
 
     Raises:
       UserError: if the directory is not laid out like that, or there are classes without training
@@ -108,12 +197,15 @@ def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSo
     """
     root = _existing(directory)
     folders = {name.lower(): root / name for name in _folders(root)}
-    expected = f"expected {TRAIN}/<class>/* and {TEST[0]}/<class>/*"
-    if TRAIN not in folders:
-        raise UserError(f"{root} has no folder {TRAIN}; {expected}")
-    if (test := _test_folder(folders)) is None:
-        raise UserError(f"{root} has no folder {', '.join(TEST[:-1])} or {TEST[-1]}; {expected}")
-    train = FolderSource(folders[TRAIN], exif=exif)
+    test = _test_folder(folders)
+    if TRAIN not in folders and test is not None:
+        raise UserError(
+            f"{root} has a folder {test.name} and no folder {TRAIN}; expected {TRAIN}/<class>/* "
+            f"and {TEST[0]}/<class>/*"
+        )
+    train = FolderSource(folders.get(TRAIN, root), exif=exif)
+    if test is None:
+        return train, None
     return train, FolderSource(test, exif=exif, class_names=train.class_names)
 
 
@@ -136,23 +228,24 @@ def open_test(directory: str, *, exif: bool) -> FolderSource:
     return FolderSource(test or root, exif=exif)
 
 
-def found(train: FolderSource | None, test: FolderSource) -> str:
+def found(*given: FolderSource | None) -> str:
     """Returns what was found and what was left out, for a person to read, in one line."""
+    sources = [source for source in given if source is not None]
     parts = []
-    for source in (train, test):
-        if source is not None:
-            classes = len(source.class_names) - len(source.missing)
-            parts.append(
-                f"{_counted(len(source), 'image', 'images')} of "
-                f"{_counted(classes, 'class', 'classes')} in {source.folder}"
-            )
+    for source in sources:
+        classes = len(source.class_names) - len(source.missing)
+        parts.append(
+            f"{_counted(len(source), 'image', 'images')} of "
+            f"{_counted(classes, 'class', 'classes')} in {source.folder}"
+        )
     line = " and ".join(parts)
-    if test.missing:
-        line += f"; no images of {listed(test.missing)} in {test.folder}"
-    for source in (train, test):
-        if source is not None and source.left_out:
+    for source in sources:
+        if source.missing:
+            line += f"; no images of {listed(source.missing)} in {source.folder}"
+    for source in sources:
+        if source.left_out:
             line += f"; left out of {source.folder}: {source.left_out}"
-    if test.exif:
+    if sources[0].exif:
         line += "; turned as their EXIF orientation says (data.exif)"
     return line
 
@@ -248,7 +341,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 def _existing(directory: str) -> Path:
     root = path_of(directory, "data.dir")
     if not root.is_dir():
-        raise UserError(f"{root} is not a directory; expected one that holds train and val")
+        raise UserError(f"{root} is not a directory; expected a folder of images")
     return root
 
 

@@ -30,6 +30,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int, /) -> str:
+        """Returns what an image is called, such as its path."""
+        ...
+
     def __getitem__(self, index: int, /) -> "Encoded":
         """Reads an image as it is stored.
 
@@ -53,6 +57,15 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 [N], of each image; None where they are not known without reading the images."""
+        labels = getattr(self.source, "labels", None)
+        return None if labels is None else labels[self.indices]
+
+    def name(self, index: int, /) -> str:
+        return self.source.name(int(self.indices[index]))
 
     def __getitem__(self, index: int, /) -> "Encoded":
         return self.source[int(self.indices[index])]

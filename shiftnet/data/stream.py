@@ -21,7 +21,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import grain
@@ -31,9 +31,11 @@ from grain.multiprocessing import SharedMemoryArray
 
 from shiftnet import errors
 from shiftnet.data import images
+from shiftnet.data.classes import listed
 from shiftnet.data.images import CorruptImage
-from shiftnet.data.parts import Source
-from shiftnet.data.workers import AHEAD, SHARED_MEMORY, fit_shared_memory
+from shiftnet.data.order import balanced, generator, shuffled
+from shiftnet.data.parts import Source, Split
+from shiftnet.data.workers import AHEAD, SHARED_MEMORY, fit_shared_memory, num_workers
 from shiftnet.errors import RunFailed, UserError
 
 ON_CORRUPT = ("error", "skip")
@@ -69,7 +71,8 @@ class TrainStream:
     """A run's training batches, from its first step to its last, for one process of a job.
 
     Step s belongs to epoch s // steps_per_epoch. An epoch's order is a permutation of the whole
-    source; step s takes the `batch_size` positions of it from (s % steps_per_epoch) * batch_size.
+    source, or what `order.balanced` draws. Step s takes the `batch_size` positions of it from
+    (s % steps_per_epoch) * batch_size.
     Process k of n takes the k-th n-th of these. The permutation is drawn by Philox with the seed
     and the epoch as its key and a counter from 0; the crop and flip of example i (its index in the
     source) with the same key and a counter from (i + 1) * 2^128.
@@ -89,6 +92,8 @@ class TrainStream:
       flip: whether half of the images are mirrored.
       on_corrupt: `"error"` or `"skip"`.
       workers: processes that decode; 0 decodes in this one, when a batch is asked for.
+      balance: whether every class comes equally often, see `order.balanced`; the source must have
+        `labels`.
       process_index, process_count: which process of the job this is.
 
     Raises:
@@ -108,6 +113,7 @@ class TrainStream:
         flip: bool,
         on_corrupt: str,
         workers: int,
+        balance: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -117,7 +123,10 @@ class TrainStream:
                 f"an epoch of {steps_per_epoch} steps of {batch_size} images is more than the "
                 f"{len(source)} training images"
             )
-        self._example = _TrainExample(source, share, size, steps_per_epoch, seed, flip)
+        labels = getattr(source, "labels", None) if balance else None
+        if balance and labels is None:
+            raise UserError("data.balance needs the classes of all images, which a folder has")
+        self._example = _TrainExample(source, share, size, steps_per_epoch, seed, flip, labels)
         self._share = share
         self._total_steps = total_steps
         self._workers = workers
@@ -167,6 +176,8 @@ class TrainStream:
 class EvalStream:
     """Every image of a source once and in order, for one process of a job; may be iterated again.
 
+    The worker processes are kept from one time to the next, in which they make the first batches.
+
     Batch b has the images from b * batch_size on, and process k of n the k-th n-th of these. The
     last batch is filled up with black images and the label -1, so that all processes get the same
     number of batches. Under `on_corrupt="skip"`, a file that cannot be read or decoded becomes such
@@ -203,19 +214,64 @@ class EvalStream:
         self._example = _EvalExample(source, self._share, size, resize)
         self._length = -(-len(source) // batch_size)
         self._workers = workers
+        self._running: list[grain.DatasetIterator] = []  # one, while the workers are kept
+        weakref.finalize(self, _close, self._running)
 
     def __len__(self) -> int:
         """Returns the number of batches."""
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        running = [_batches(self._example, 0, self._length, self._workers)]
-        end = weakref.finalize(self, _close, running)
+        if not self._running:
+            self._running.append(
+                _batches(self._example, 0, self._length, self._workers, again=True)
+            )
+        finished = False
         try:
             for _ in range(self._length):
-                yield _next(running)
+                yield _next(self._running)
+            finished = True
         finally:
-            end()
+            if not finished:  # the next batch is not the first one
+                self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes. Iterated again, the stream starts new ones."""
+        _close(self._running)
+
+
+def read_all(
+    source: Source, *, size: int, resize: int, workers: int, on_corrupt: str
+) -> tuple[Split, tuple[str, ...]]:
+    """Reads all images of a source, as `EvalStream` makes them, into memory.
+
+    Args:
+      source: the images.
+      size, resize, on_corrupt: as for `EvalStream`.
+      workers: as for `num_workers`.
+
+    Returns:
+      The images that can be decoded, uint8 [N, size, size, 3], in order; the names of the others.
+
+    Raises:
+      UserError: for a file that cannot be decoded, under `on_corrupt="error"`, or if none can.
+    """
+    stream = EvalStream(
+        source,
+        size=size,
+        resize=resize,
+        batch_size=min(500, len(source)),
+        on_corrupt=on_corrupt,
+        workers=num_workers(workers, len(source)),
+    )
+    batches = list(stream)
+    stream.close()
+    labels = np.concatenate([batch.labels for batch in batches])
+    skipped = tuple(name for batch in batches for name in batch.skipped)
+    if (labels < 0).all():
+        raise UserError(f"none of the {len(source)} images can be decoded: {listed(skipped)}")
+    images = np.concatenate([batch.images for batch in batches])
+    return Split(images[labels >= 0], labels[labels >= 0]), skipped
 
 
 @dataclass(frozen=True)
@@ -256,16 +312,18 @@ class _TrainExample:
     steps_per_epoch: int
     seed: int
     flip: bool
+    labels: np.ndarray | None  # of all images, where classes are balanced
+    orders: dict[int, np.ndarray] = field(default_factory=dict)  # of the latest epoch
 
     def __call__(self, number: int) -> _Example:
         step, place = self.share.locate(number)
         epoch, step = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, len(self.source))
+        order = self._order(epoch)
         position = step * self.share.batch_size + place
         skipped: tuple[str, ...] = ()
         for candidate in range(position, position + len(order)):
             index = int(order[candidate % len(order)])
-            rng = _generator(self.seed, epoch, index + 1)
+            rng = generator(self.seed, epoch, index + 1)
             try:
                 data, label, name, exif = self.source[index]
                 image = images.for_training(
@@ -278,6 +336,14 @@ class _TrainExample:
             else:
                 return _Example(image, label, skipped)
         raise UserError(f"none of the {len(order)} training images can be decoded")
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.labels is None:
+            return shuffled(self.seed, epoch, len(self.source))
+        if epoch not in self.orders:
+            self.orders.clear()
+            self.orders[epoch] = balanced(self.seed, epoch, self.labels)
+        return self.orders[epoch]
 
 
 @dataclass(frozen=True)
@@ -307,19 +373,22 @@ class _EvalExample:
         return _Example(np.zeros((self.size, self.size, 3), np.uint8), -1, skipped)
 
 
-@functools.lru_cache(maxsize=2)  # where an epoch ends, a worker may need two
-def _order(seed: int, epoch: int, length: int) -> np.ndarray:
-    return _generator(seed, epoch, 0).permutation(np.arange(length, dtype=np.int32))
-
-
-def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=seed | epoch << 64, counter=stream << 128))
-
-
 def _batches(
-    example: _TrainExample | _EvalExample, first: int, stop: int, workers: int
+    example: _TrainExample | _EvalExample,
+    first: int,
+    stop: int,
+    workers: int,
+    *,
+    again: bool = False,
 ) -> grain.DatasetIterator:
-    """Returns an iterator over this process's part of the batches `first` to `stop` - 1."""
+    """Returns an iterator over this process's part of the batches `first` to `stop` - 1.
+
+    Args:
+      example: makes an image.
+      first, stop: which batches.
+      workers: processes that do.
+      again: whether it begins again after the last one, for ever.
+    """
     size = example.share.size
     ahead = AHEAD
     if workers:
@@ -328,10 +397,9 @@ def _batches(
     numbers = grain.MapDataset.range(first * size, stop * size)
     # Batched before it is split among the workers, each makes whole batches, and which images are
     # in a batch does not depend on how many they are. Each works for itself, without threads.
-    batches = (
-        numbers.map(example)
-        .batch(size, batch_fn=functools.partial(_stack, shared=workers > 0))
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    made = numbers.map(example).batch(size, batch_fn=functools.partial(_stack, shared=workers > 0))
+    batches = (made.repeat() if again else made).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)

@@ -20,6 +20,7 @@ from shiftnet.data import RGB, augment
 from shiftnet.files import path_of
 from shiftnet.kernels.implementations import compiler_options
 from shiftnet.layers.folding import fix_weights
+from shiftnet.layers.learned_shift import fold_shifts
 
 # Networks of up to this size are embedded in their compiled programs as constants, once in each.
 # ShiftNet-A in float32 (16 MiB) and any network for CIFAR but the widest are below it.
@@ -62,6 +63,7 @@ class Classifier:
         self.mean: RGB = tuple(metadata["mean"])
         self.std: RGB = tuple(metadata["std"])
         self.metadata = metadata
+        fold_shifts(network)
         self.graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
         self.params, self.stats = states
         self.__setstate__({})

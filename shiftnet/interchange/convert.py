@@ -169,7 +169,7 @@ def describe(
       UserError: for a data set or names of other classes than the network has.
     """
     classes = recognised.num_classes
-    side = models.FAMILIES[models.parse_arch(recognised.model["arch"])[0]].image_size
+    side = models.image_size(recognised.model["arch"])
     recipe = config_lib.default_config()
     if found is not None:
         recipe = config_lib.from_json(found["config"])

@@ -26,7 +26,9 @@ from shiftnet import data
 from shiftnet.errors import UserError
 from shiftnet.interchange import torch_names
 from shiftnet.interchange.recognition import Arrays, Recognised
+from shiftnet.layers import LearnedShift
 from shiftnet.models import parse_arch
+from shiftnet.quantizers import activations_of_layers
 
 ENDINGS = (".safetensors", ".npz", ".pth")
 DESCRIPTION = "shiftnet.model"
@@ -60,14 +62,28 @@ def arrays(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndarra
       model: the recipe's `config.model` that it was built by.
 
     Raises:
-      UserError: for a packed network, whose batch norms are folded.
+      UserError: for a packed network, whose batch norms are folded, quantized activations
+        or learned shifts.
     """
     if not nnx.to_flat_state(nnx.state(network, nnx.BatchStat)):
         raise UserError(
             "the network is packed: its batch norms are no longer the original's; --integers "
             "writes it as it is"
         )
+    refuse_new_layers(network)
     return _counted(torch_names.to_torch(network, naming(model)))
+
+
+def refuse_new_layers(network: nnx.Module) -> None:
+    """Raises a `UserError` for quantized activations and learned shifts, which no original has."""
+    for layer, form in activations_of_layers(network).items():
+        raise UserError(
+            f"{layer} has {form.bits}-bit activations, which the originals' formats cannot hold"
+        )
+    if any(isinstance(module, LearnedShift) for _, module in nnx.iter_modules(network)):
+        raise UserError(
+            "the network's shifts are learned, which the originals' formats cannot hold"
+        )
 
 
 def packed(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -111,8 +127,10 @@ def integers(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndar
     A wide ResNet's layers are called `group0.block0.conv0`, without `.weight`.
 
     Raises:
-      UserError: for a network without low-bit weights.
+      UserError: for a network without low-bit weights, or with quantized
+        activations or learned shifts.
     """
+    refuse_new_layers(network)
     names = naming(model)
     result: dict[str, np.ndarray] = {}
     weights = torch_names.low_bit(network, names)

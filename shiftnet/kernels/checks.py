@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.shift.offsets import ChannelOrder
+from shiftnet.kernels.shift.offsets import ChannelOrder, Neighbourhood, Offsets
 
 
 def is_whole(*values: Any) -> bool:
@@ -14,8 +14,41 @@ def is_whole(*values: Any) -> bool:
     return all(isinstance(value, int | np.integer) and value >= 1 for value in values)
 
 
-def known(operation: str, channel_order: ChannelOrder) -> None:
-    """For a channel order that there is not."""
+def moves(
+    operation: str,
+    channels: int,
+    kernel_size: int,
+    dilation: int,
+    channel_order: ChannelOrder = "interleaved",
+    offsets: Offsets | None = None,
+) -> Offsets | Neighbourhood:
+    """Which offsets channels have; for sizes that are not whole, and offsets of other channels."""
+    if offsets is not None:
+        dh, dw = offsets
+        if len(dh) != channels or len(dw) != channels:
+            raise ValueError(
+                f"{operation} needs two offsets for each of {channels} channels, "
+                f"got {len(dh)} and {len(dw)}"
+            )
+        if not all(isinstance(offset, int | np.integer) for offset in (*dh, *dw)):
+            raise ValueError(f"{operation} needs offsets that are whole numbers")
+        return Offsets(tuple(map(int, dh)), tuple(map(int, dw)))
+    _known(operation, channel_order)
+    if not is_whole(kernel_size, dilation):
+        raise ValueError(
+            f"{operation} needs a whole kernel_size and dilation of at least 1, "
+            f"got kernel_size {kernel_size} and dilation {dilation}"
+        )
+    return Neighbourhood(kernel_size, dilation, channel_order)
+
+
+def stride(operation: str, value: int) -> None:
+    """For a stride that is no whole number of at least 1."""
+    if not is_whole(value):
+        raise ValueError(f"{operation} needs a whole stride of at least 1, got {value}")
+
+
+def _known(operation: str, channel_order: ChannelOrder) -> None:
     orders = get_args(ChannelOrder)
     if channel_order not in orders:
         raise ValueError(

@@ -6,7 +6,19 @@ All of them compute in the precision of their input: parameters are cast to it o
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
 from shiftnet.layers.folding import fold_batch_norm
+from shiftnet.layers.learned_shift import LearnedShift
 from shiftnet.layers.linear import Linear
-from shiftnet.layers.shift import Shift
+from shiftnet.layers.rectifier import RPReLU, rectifier
+from shiftnet.layers.shift import Shift, make_shift
 
-__all__ = ["BatchNorm", "Conv", "Linear", "Shift", "fold_batch_norm"]
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "LearnedShift",
+    "Linear",
+    "RPReLU",
+    "Shift",
+    "fold_batch_norm",
+    "make_shift",
+    "rectifier",
+]

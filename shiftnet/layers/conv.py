@@ -21,18 +21,24 @@ class Conv(nnx.Module):
       groups: 1, or `in_features` for a depthwise convolution.
       weights: the form of the weight: a name in `shiftnet.quantizers.FORMS`, or what makes one.
       bits: bits per weight, where the named form has a choice; 0 for its own number.
+      activations: the form of the input: a name in `shiftnet.quantizers.ACTIVATIONS`.
+      rectified: whether the input has no negative values, because a ReLU comes last before it.
       init: draws a float weight, `init(key, shape)`.
       rngs: the `params` stream.
 
     Attributes:
       weight: `[kernel_size, kernel_size, in_features // groups, out_features]`.
+      activation: what quantizes the input; None for `"float"`.
 
     Calling it on `[N, H, W, in_features]` returns
-    `[N, ceil(H / stride), ceil(W / stride), out_features]` in the input's dtype.
+    `[N, ceil(H / stride), ceil(W / stride), out_features]` in the input's dtype; with `train` the
+    activation form updates its statistics.
 
     Raises:
       UserError: for a form, or a number of bits, that does not exist.
     """
+
+    activation: quantizers.Activation | None
 
     def __init__(
         self,
@@ -44,12 +50,16 @@ class Conv(nnx.Module):
         groups: int = 1,
         weights: str | Form = "float",
         bits: int = 0,
+        activations: str = "float",
+        rectified: bool = False,
         init: Init = torch_uniform,
         rngs: nnx.Rngs,
     ):
         form = quantizers.make(weights, bits) if isinstance(weights, str) else weights
         shape = (kernel_size, kernel_size, in_features // groups, out_features)
         self.weight = form(shape, init=init, rngs=rngs)
+        quantizer = quantizers.activation(activations, in_features, rectified=rectified)
+        self.activation = nnx.data(quantizer)
         self.stride = stride
         self.groups = groups
 
@@ -58,8 +68,13 @@ class Conv(nnx.Module):
         """The weight of a 1x1 convolution, `[in_features, out_features]`."""
         return self.weight()[0, 0]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def read(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns the input as the layer computes with it, quantized where it has a form."""
+        return x if self.activation is None else self.activation(x, train=train)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1:
-            return product(every(x, self.stride), kernel[0, 0])
+            return product(self.read(every(x, self.stride), train=train), kernel[0, 0])
+        x = self.read(x, train=train)
         return conv(x, kernel, stride=self.stride, groups=self.groups)

@@ -11,8 +11,9 @@ from shiftnet.kernels.layouts import wide_dtype
 from shiftnet.layers import moments
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
+from shiftnet.layers.learned_shift import LearnedShift
 from shiftnet.layers.linear import Linear
-from shiftnet.quantizers import Float, LowBitWeight, QuantizedWeight, Weight
+from shiftnet.quantizers import Activation, Float, LowBitWeight, QuantizedWeight, Weight
 
 
 def fold_batch_norm(
@@ -66,9 +67,12 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 
 def fold_batch_norms(network: nnx.Module) -> None:
-    """Folds the running statistics of every batch norm; the network can no longer be trained."""
+    """Folds all that training changes beside weights into constants; training is over then.
+
+    These are the statistics of batch norms and of activation forms, and rounded offsets of shifts.
+    """
     for _, module in nnx.iter_modules(network):
-        if isinstance(module, BatchNorm):
+        if isinstance(module, BatchNorm | Activation | LearnedShift):
             module.fold()
 
 

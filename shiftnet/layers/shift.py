@@ -1,9 +1,13 @@
 """The shift as a layer."""
 
+from typing import Any
+
 import jax
+import numpy as np
 from flax import nnx
 
-from shiftnet.kernels.shift import Implementation, shift
+from shiftnet.kernels.shift import Implementation, channel_offsets, shift
+from shiftnet.layers.learned_shift import LearnedShift
 
 
 class Shift(nnx.Module):
@@ -33,5 +37,45 @@ class Shift(nnx.Module):
         self.dilation = dilation
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
         return shift(x, self.kernel_size, self.dilation, implementation=self.implementation)
+
+
+def make_shift(
+    features: int, kernel_size: int = 3, kind: str = "fixed", *, rngs: nnx.Rngs
+) -> Shift | LearnedShift:
+    """Makes the shift of a block: by fixed offsets within `kernel_size`, or by learned ones.
+
+    Args:
+      features: channels.
+      kernel_size: of a fixed shift.
+      kind: `"fixed"`, or a kind of `LearnedShift`.
+      rngs: draws learned offsets.
+    """
+    return Shift(kernel_size) if kind == "fixed" else LearnedShift(features, kind, rngs=rngs)
+
+
+def constants(layer: Shift | LearnedShift) -> dict[str, Any] | None:
+    """Returns what an operation with a shift in it takes of the layer; None if that is learned.
+
+    Args:
+      layer: learned offsets are known once they are folded.
+    """
+    if isinstance(layer, Shift):
+        return {"kernel_size": layer.kernel_size, "dilation": layer.dilation}
+    return None if layer.offsets is None else {"offsets": layer.offsets}
+
+
+def offsets_of(layer: Shift | LearnedShift, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the offsets `(dh, dw)` of a layer with so many channels, int32 `[features]` each.
+
+    Raises:
+      ValueError: where they are learned and not folded yet.
+    """
+    if isinstance(layer, Shift):
+        return channel_offsets(features, layer.kernel_size, layer.dilation)
+    if layer.offsets is None:
+        raise ValueError("the offsets of a shift that is still learned are no constants")
+    dh, dw = (np.array(offsets, np.int32) for offsets in layer.offsets)
+    return dh, dw

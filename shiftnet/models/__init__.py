@@ -14,17 +14,26 @@ from shiftnet import quantizers
 from shiftnet.config import matches, split_patterns
 from shiftnet.errors import UserError, unknown
 from shiftnet.layers import Conv, Linear
-from shiftnet.models import depthwiseresnet, imagenet_resnet, resnet, shiftnet, shiftresnet, wrn
+from shiftnet.models import (
+    depthwiseresnet,
+    imagenet_resnet,
+    own,
+    resnet,
+    shiftnet,
+    shiftresnet,
+    wrn,
+)
 from shiftnet.models.network import Network
 
-__all__ = ["FAMILIES", "Family", "build", "check", "parse_arch"]
+__all__ = ["FAMILIES", "Family", "build", "check", "image_size", "parse_arch"]
 
 
 class Family(NamedTuple):
     """A kind of networks.
 
     Attributes:
-      build: `build(depth, num_classes, weights=..., ends=..., dtype=..., rngs=..., **fields)`.
+      build: `build(depth, num_classes, weights=..., ends=..., activations=..., dtype=...,
+        rngs=..., **fields)`.
       fields: those of `config.model` that it takes; any other must be left at `NEUTRAL`.
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
@@ -40,16 +49,16 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "resnet": Family(resnet.build, ("reduction", "reduction_mode")),
-    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode")),
+    "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode", "shift")),
     "depthwiseresnet": Family(depthwiseresnet.build, ("reduction", "reduction_mode")),
     "wrn": Family(wrn.build, ("width",)),
     "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS, 224),
-    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), (), None, (), 224),
-    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), (), None, (), 224),
+    "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), ("shift",), None, (), 224),
+    "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), ("shift",), None, (), 224),
 }
 
 # The value of each field that changes nothing; the mode of a reduction needs none.
-NEUTRAL = {"expansion": 1, "reduction": 1, "width": 1}
+NEUTRAL: dict[str, Any] = {"expansion": 1, "reduction": 1, "width": 1, "shift": "fixed"}
 
 
 def parse_arch(arch: str) -> tuple[str, int | None]:
@@ -80,6 +89,16 @@ def parse_arch(arch: str) -> tuple[str, int | None]:
     return match[1], depth
 
 
+def image_size(arch: str) -> int:
+    """Returns the height and width of the images that an architecture was made for, in pixels.
+
+    Of a user's own network that is not known; then it is ImageNet's 224.
+    """
+    if own.is_own(arch):
+        return 224
+    return FAMILIES[parse_arch(arch)[0]].image_size
+
+
 def _meant(arch: str) -> str | None:
     """Names the network here that other codes call by a name of no network here."""
     if match := re.fullmatch(r"resnet[-_]?(18|34|101)", arch.lower()):
@@ -100,11 +119,14 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
     """Builds the network that a recipe's `config.model` describes.
 
     Args:
-      model: `arch` (a family and its depth, for example `"shiftresnet20"`); what the family takes
-        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`) and `width`; `weights`
+      model: `arch` (a family and its depth, for example `"shiftresnet20"`, or the file and class of
+        an own network, see `own`); what the family takes
+        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`), `width` and `shift`
+        (`"fixed"`, or learned: `"active"`, `"sparse"`); `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
         `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
-        `weights_first_last`, a form of these; `weights_of`, forms of layers by path; and
+        `weights_first_last`, a form of these; `weights_of`, forms of layers by path;
+        `activations`, the form of the inputs of all but these two; and
         `dtype` (`"float32"`: compute in the precision of the input; `"bfloat16"`: compute in
         bfloat16 whatever the input, with float32 parameters and batch statistics).
       num_classes: length of the logits.
@@ -116,9 +138,21 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
       the batch's.
 
     Raises:
-      UserError: for an architecture or a weight form that does not exist, or a field that does not
-        apply to it.
+      UserError: for an architecture, a weight form or an activation form that does not exist, or
+        a field that does not apply to it.
     """
+    if own.is_own(model["arch"]):
+        for field in ("weights_of", "weights_first_last"):
+            if model[field]:
+                raise UserError(f"model.{field} must be empty for a network of your own file")
+        return own.build(
+            model["arch"],
+            num_classes,
+            weights=model["weights"],
+            bits=model["weight_bits"],
+            dtype=model["dtype"],
+            rngs=rngs,
+        )
     name, depth = parse_arch(model["arch"])
     family = FAMILIES[name]
     for field, neutral in NEUTRAL.items():
@@ -143,6 +177,7 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
         num_classes,
         weights=_recorded(form, draws),
         ends=_recorded(ends, draws),
+        activations=model["activations"],
         dtype=None if model["dtype"] == "float32" else jnp.dtype(model["dtype"]),
         rngs=rngs,
         **{field: model[field] for field in family.fields},

@@ -31,6 +31,7 @@ class Layer(NamedTuple):
       bits: of one of its weights; 32 where it has none.
       weight_bytes: of the parameters: the weights' packed, the others in the type they are kept in.
       output: shape of what it returns, or its convolution does, without the batch.
+      activation_bits: of one value of its input as it computes with it; 32 without a form.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layer(NamedTuple):
     bits: int
     weight_bytes: int
     output: tuple[int, ...]
+    activation_bits: int = 32
 
 
 class Counts(NamedTuple):
@@ -94,6 +96,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
         return ".".join(path)
 
     forms = quantizers.of_layers(model)
+    activations = quantizers.activations_of_layers(model)
 
     def is_latent(name: str) -> bool:
         return any(name.startswith(f"{layer}.weight.") for layer in forms)
@@ -131,6 +134,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             bits.get(name, 32),
             weight_bytes[name],
             modules[name] or outputs.get(name, ()),
+            activations[name].bits if name in activations else 32,
         )
         for name in {**multiply_adds, **parameters}
     )
@@ -222,17 +226,18 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
     ]
     steps: list[_Step] = []
     *results, logits = _follow(program.jaxpr, inputs, steps)
-    # A module that returns a weight is part of the layer that multiplies with it.
+    # A module that returns a weight is part of the layer that multiplies with it, and so is one
+    # that quantizes the layer's input.
     modules: dict[str, tuple[int, ...] | None] = {
         ".".join(map(str, path)): None
         for path, module in nnx.iter_modules(model)
-        if not isinstance(module, nnx.List | nnx.Dict | quantizers.Weight)
+        if not isinstance(module, nnx.List | nnx.Dict | quantizers.Weight | quantizers.Activation)
     }
     for (name, output), value in zip(outputs.items(), results, strict=True):
-        if value.is_activation:
-            modules[name] = output.shape[1:]
-        else:
+        if not value.is_activation:
             modules.pop(name, None)
+        elif name in modules:
+            modules[name] = output.shape[1:]
     return _Trace(modules, variables, steps, logits)
 
 

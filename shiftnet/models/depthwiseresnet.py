@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv
+from shiftnet.layers import BatchNorm, Conv, rectifier
 from shiftnet.models import resnet
 from shiftnet.models.resnet import Shortcut
 
@@ -25,19 +25,23 @@ class DepthwiseBlock(nnx.Module):
         middle_features: int,
         **layer: Any,
     ):
-        self.conv1 = Conv(in_features, middle_features, 1, **layer)
+        self.conv1 = Conv(in_features, middle_features, 1, rectified=True, **layer)
         self.bn1 = BatchNorm(middle_features)
-        self.depth = Conv(middle_features, middle_features, 3, groups=middle_features, **layer)
+        self.relu1 = rectifier(middle_features, **layer)
+        self.depth = Conv(
+            middle_features, middle_features, 3, groups=middle_features, rectified=True, **layer
+        )
         self.bn2 = BatchNorm(middle_features)
         self.conv3 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
+        self.shortcut = Shortcut(in_features, out_features, stride, rectified=True, **layer)
+        self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = self.bn2(self.depth(y), train=train)
-        y = self.bn3(self.conv3(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
+        y = self.bn2(self.depth(y, train=train), train=train)
+        y = self.bn3(self.conv3(y, train=train), train=train)
+        return self.relu2(y + self.shortcut(x, train=train))
 
 
 build = functools.partial(resnet.build, block_type=DepthwiseBlock)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv, Linear
+from shiftnet.layers import BatchNorm, Conv, Linear, rectifier
 from shiftnet.layers.pooling import max_pool
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
@@ -28,16 +28,19 @@ class BasicBlock(nnx.Module):
     normalized_by: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
 
     def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
+        layer["rectified"] = True
         self.conv1 = Conv(in_features, features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(features)
+        self.relu1 = rectifier(features, **layer)
         self.conv2 = Conv(features, features, 3, **layer)
         self.bn2 = BatchNorm(features)
         self.shortcut = Shortcut(in_features, features, stride, **layer)
+        self.relu2 = rectifier(features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = self.bn2(self.conv2(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
+        y = self.bn2(self.conv2(y, train=train), train=train)
+        return self.relu2(y + self.shortcut(x, train=train))
 
 
 class Bottleneck(nnx.Module):
@@ -49,19 +52,23 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, in_features: int, features: int, stride: int, **layer: Any):
         out = features * self.expansion
+        layer["rectified"] = True
         self.conv1 = Conv(in_features, features, 1, **layer)
         self.bn1 = BatchNorm(features)
+        self.relu1 = rectifier(features, **layer)
         self.conv2 = Conv(features, features, 3, stride=stride, **layer)
         self.bn2 = BatchNorm(features)
+        self.relu2 = rectifier(features, **layer)
         self.conv3 = Conv(features, out, 1, **layer)
         self.bn3 = BatchNorm(out)
         self.shortcut = Shortcut(in_features, out, stride, **layer)
+        self.relu3 = rectifier(out, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = nnx.relu(self.bn2(self.conv2(y), train=train))
-        y = self.bn3(self.conv3(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
+        y = self.relu2(self.bn2(self.conv2(y, train=train), train=train))
+        y = self.bn3(self.conv3(y, train=train), train=train)
+        return self.relu3(y + self.shortcut(x, train=train))
 
 
 # Depth -> block and blocks a stage.
@@ -83,6 +90,7 @@ class ImageNetResNet(Network):
       num_classes: length of the logits.
       weights: the form of the weights.
       ends: the form of the first and the last layer's weights.
+      activations: the form of the inputs of all convolutions but the first.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -98,15 +106,19 @@ class ImageNetResNet(Network):
         *,
         weights: Form = Float,
         ends: Form = Float,
+        activations: str = "float",
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         kind, counts = STAGES[depth]
         layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
-        block: Callable[..., nnx.Module] = functools.partial(kind, weights=weights, **layer)
+        block: Callable[..., nnx.Module] = functools.partial(
+            kind, weights=weights, activations=activations, **layer
+        )
         self.conv1 = Conv(3, 64, 7, stride=2, weights=ends, **layer)
         self.bn1 = BatchNorm(64)
+        self.relu = rectifier(64, activations=activations)
         stages, inside = [], 64
         for stage, count in enumerate(counts):
             features = 64 * 2**stage
@@ -120,7 +132,7 @@ class ImageNetResNet(Network):
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = self.conv1(x)
-        x = max_pool(nnx.relu(self.bn1(x, train=train)))
+        x = max_pool(self.relu(self.bn1(x, train=train)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = block(x, train=train)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import affine, every, product
-from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm
+from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm, rectifier
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 
@@ -41,6 +41,7 @@ class ResNet(Network):
       widths: channels of the three stages; the stem has as many as the first.
       weights: the form of the weights.
       ends: the form of the first and the last layer's weights.
+      activations: the form of the inputs of all convolutions but the first.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -58,21 +59,30 @@ class ResNet(Network):
         widths: tuple[int, int, int] = WIDTHS,
         weights: Form = Float,
         ends: Form = Float,
+        activations: str = "float",
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         count = (depth - 2) // 6
-        stage = functools.partial(_stage, block, count=count, weights=weights, rngs=rngs)
+        stage = functools.partial(
+            _stage,
+            block,
+            count=count,
+            weights=weights,
+            activations=activations,
+            rngs=rngs,
+        )
         self.conv1 = Conv(3, widths[0], 3, weights=ends, rngs=rngs)
         self.bn1 = BatchNorm(widths[0])
+        self.relu = rectifier(widths[0], activations=activations)
         self.layer1 = stage(widths[0], widths[0], stride=1)
         self.layer2 = stage(widths[0], widths[1], stride=2)
         self.layer3 = stage(widths[1], widths[2], stride=2)
         self.linear = Linear(widths[2], num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = nnx.relu(self.bn1(self.conv1(x), train=train))
+        x = self.relu(self.bn1(self.conv1(x), train=train))
         for block in itertools.chain(self.layer1, self.layer2, self.layer3):
             x = block(x, train=train)
         return self.linear(_pool(x))
@@ -99,7 +109,8 @@ def _pool(x: jax.Array) -> jax.Array:
 class Shortcut(nnx.Module):
     """The identity, or a 1x1 convolution and batch normalisation where the shape changes.
 
-    Here and in blocks, `layer` are the options of convolutions: `weights`, `init` and `rngs`.
+    Here and in blocks, `layer` are the options of convolutions: `weights`, `activations`, `init`
+    and `rngs`.
     """
 
     normalized_by: ClassVar = {"projection.0": "projection.1"}
@@ -114,7 +125,7 @@ class Shortcut(nnx.Module):
         if not self.projection:
             return x
         conv, bn = self.projection
-        x = every(x, conv.stride)
+        x = conv.read(every(x, conv.stride), train=train)
         kernel, bias = fold_batch_norm(conv, bn, x, train=train)
         return affine(product(x, kernel), None, bias)
 
@@ -133,16 +144,18 @@ class BasicBlock(nnx.Module):
         middle_features: int,
         **layer: Any,
     ):
-        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, **layer)
+        self.conv1 = Conv(in_features, middle_features, 3, stride=stride, rectified=True, **layer)
         self.bn1 = BatchNorm(middle_features)
-        self.conv2 = Conv(middle_features, out_features, 3, **layer)
+        self.relu1 = rectifier(middle_features, **layer)
+        self.conv2 = Conv(middle_features, out_features, 3, rectified=True, **layer)
         self.bn2 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
+        self.shortcut = Shortcut(in_features, out_features, stride, rectified=True, **layer)
+        self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = self.bn2(self.conv2(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
+        y = self.bn2(self.conv2(y, train=train), train=train)
+        return self.relu2(y + self.shortcut(x, train=train))
 
 
 def reduced_widths(reduction: float, reduction_mode: str) -> tuple[int, int, int]:

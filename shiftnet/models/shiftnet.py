@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift_block import shift_block
-from shiftnet.layers import BatchNorm, Conv, Linear, Shift, fold_batch_norm
+from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm, make_shift, rectifier
 from shiftnet.layers.pooling import average_pool
+from shiftnet.layers.shift import constants, offsets_of
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
@@ -48,7 +48,8 @@ class CSCBlock(nnx.Module):
     convolutions compute only the channels that are new.
 
     From the first convolution on it is one operation, `shift_block`: the second batch norm is
-    folded into the first convolution, in training too.
+    folded into the first convolution, in training too. With quantized inputs of the convolutions,
+    or while its shift is learned, the layers run one by one.
     """
 
     normalized_by: ClassVar = {"conv1": "bn2"}
@@ -61,27 +62,43 @@ class CSCBlock(nnx.Module):
         *,
         expansion: int,
         kernel_size: int,
+        shift: str = "fixed",
         **layer: Any,
     ):
         middle = in_features * expansion
         new_features = out_features if stride == 1 else out_features - in_features
+        layer["rectified"] = True
         self.bn1 = BatchNorm(in_features)
+        self.relu1 = rectifier(in_features, **layer)
         self.conv1 = Conv(in_features, middle, 1, **layer)
-        self.shift = Shift(kernel_size)
+        self.shift = make_shift(middle, kernel_size, shift, rngs=layer["rngs"])
         self.bn2 = BatchNorm(middle)
+        self.relu2 = rectifier(middle, **layer)
         self.conv2 = Conv(middle, new_features, 1, stride=stride, **layer)
         self.stride = stride
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        kernel_size = self.shift.kernel_size
-        y = nnx.relu(self.bn1(x, train=train))
-        offsets = channel_offsets(self.conv1.weight.shape[-1], kernel_size)
-        w1, b1 = fold_batch_norm(self.conv1, self.bn2, y, train=train, offsets=offsets)
-        w2 = self.conv2.matrix.astype(y.dtype)
-        y = shift_block(y, w1, b1, w2, kernel_size, stride=self.stride, shift_first=True)
+        y = self.relu1(self.bn1(x, train=train))
+        if self.conv1.activation is None and constants(self.shift) is not None:
+            y = self._fused(y, train)
+        else:
+            y = self._apart(y, train)
         if self.stride == 1:
             return x + y
         return jnp.concatenate([y, average_pool(x)], axis=-1)
+
+    def _fused(self, y: jax.Array, train: bool) -> jax.Array:
+        offsets = offsets_of(self.shift, self.conv1.weight.shape[-1])
+        w1, b1 = fold_batch_norm(self.conv1, self.bn2, y, train=train, offsets=offsets)
+        w2 = self.conv2.matrix.astype(y.dtype)
+        return shift_block(
+            y, w1, b1, w2, stride=self.stride, shift_first=True, **(constants(self.shift) or {})
+        )
+
+    def _apart(self, y: jax.Array, train: bool) -> jax.Array:
+        """Layer by layer: with quantized inputs, or while the shift is learned."""
+        y = self.shift(self.conv1(y, train=train), train=train)
+        return self.conv2(self.relu2(self.bn2(y, train=train)), train=train)
 
 
 class ShiftNet(Network):
@@ -92,6 +109,8 @@ class ShiftNet(Network):
       width: factor of every number of channels: 1 is ShiftNet-A, 0.5 ShiftNet-B.
       weights: the form of the weights.
       ends: the form of the first and the last layer's weights.
+      activations: the form of the inputs of all convolutions but the first.
+      shift: the kind of its shifts, see `make_shift`.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -105,6 +124,8 @@ class ShiftNet(Network):
         width: float,
         weights: Form = Float,
         ends: Form = Float,
+        activations: str = "float",
+        shift: str = "fixed",
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -116,7 +137,12 @@ class ShiftNet(Network):
         for stage in STAGES:
             outside = int(stage.features * width)
             block: Callable[..., CSCBlock] = functools.partial(
-                CSCBlock, kernel_size=stage.kernel_size, weights=weights, **layer
+                CSCBlock,
+                kernel_size=stage.kernel_size,
+                weights=weights,
+                activations=activations,
+                shift=shift,
+                **layer,
             )
             blocks = [block(inside, outside, 2, expansion=stage.first_expansion)]
             for _ in range(1, stage.blocks):

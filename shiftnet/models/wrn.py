@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv
+from shiftnet.layers import BatchNorm, Conv, rectifier
 from shiftnet.layers.pooling import average_pool
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import at_least_one
@@ -31,14 +31,17 @@ class WideBlock(nnx.Module):
     normalized_by: ClassVar = {"conv0": "bn1"}
 
     def __init__(self, in_features: int, out_features: int, stride: int, **layer: Any):
+        layer["rectified"] = True
         self.bn0 = BatchNorm(in_features, affine=False)
+        self.relu0 = rectifier(in_features, **layer)
         self.conv0 = Conv(in_features, out_features, 3, stride=stride, **layer)
         self.bn1 = BatchNorm(out_features, affine=False)
+        self.relu1 = rectifier(out_features, **layer)
         self.conv1 = Conv(out_features, out_features, 3, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.conv0(nnx.relu(self.bn0(x, train=train)))
-        y = self.conv1(nnx.relu(self.bn1(y, train=train)))
+        y = self.conv0(self.relu0(self.bn0(x, train=train)), train=train)
+        y = self.conv1(self.relu1(self.bn1(y, train=train)), train=train)
         if x.shape != y.shape:
             x = average_pool(x)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
@@ -54,6 +57,7 @@ class WideResNet(Network):
       width: the groups have `int(16 * width)` channels, twice and four times as many.
       weights: the form of the weights.
       ends: the form of the first and the last layer's weights.
+      activations: the form of the inputs of all convolutions but the first and the last.
       dtype: as of `Network`.
       rngs: the `params` stream draws the parameters.
     """
@@ -70,13 +74,16 @@ class WideResNet(Network):
         width: float,
         weights: Form = Float,
         ends: Form = Float,
+        activations: str = "float",
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
         features = at_least_one(16 * width, "width", width)
         layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
-        block: Callable[..., WideBlock] = functools.partial(WideBlock, weights=weights, **layer)
+        block: Callable[..., WideBlock] = functools.partial(
+            WideBlock, weights=weights, activations=activations, **layer
+        )
         self.conv0 = Conv(3, features, 3, weights=ends, **layer)
         groups = []
         for group in range(3):

@@ -360,18 +360,19 @@ def _estimate(
 def _facts(config: Config) -> Facts:
     """Returns the facts about the recipe's data set; of data on disk it reads only folders."""
     data = config.data
+    side = data.size or models.image_size(config.model.arch)
     if data.source == "folder":
         dataset = shiftnet.data.load(
             data.name, source=data.source, data_dir=data.dir, validation=data.validation
         )
-        return Facts(len(dataset.train), len(dataset.class_names), data.size, resident=False)
+        resident = shiftnet.data.is_small(data.name, data.source, side)
+        return Facts(len(dataset.train), len(dataset.class_names), side, resident)
     if data.name not in TRAINING_IMAGES:
         raise unknown("dataset", data.name, TRAINING_IMAGES)
-    images = TRAINING_IMAGES[data.name] - data.validation
-    if images < 1:
-        raise UserError(f"data.validation is {data.validation}; {data.name} has fewer images")
+    images = TRAINING_IMAGES[data.name]
+    images -= shiftnet.data.num_validation(data.name, images, data.validation)
     if data.name == shiftnet.data.IMAGENET:
-        return Facts(images, 1000, data.size, resident=False)
+        return Facts(images, 1000, side, resident=False)
     return Facts(images, len(shiftnet.data.class_names(data.name)), 32, resident=True)
 
 

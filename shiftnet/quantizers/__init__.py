@@ -1,7 +1,8 @@
 """Weight forms: how the weight that a layer computes with follows from what training changes.
 
 Every form is one file, and every convolution and linear layer takes any of them when it is made:
-`Conv(16, 32, 3, weights="s3", bits=2, rngs=rngs)`.
+`Conv(16, 32, 3, weights="s3", bits=2, rngs=rngs)`. Activation forms do the same for the input of a
+convolution: `Conv(16, 32, 3, activations="int4", rngs=rngs)`.
 """
 
 import functools
@@ -11,34 +12,44 @@ import jax
 from flax import nnx
 
 from shiftnet.errors import UserError, unknown
+from shiftnet.quantizers.activation import Activation
 from shiftnet.quantizers.apot import APoT
 from shiftnet.quantizers.denseshift import DenseShift
 from shiftnet.quantizers.fixed import Fixed
 from shiftnet.quantizers.floating import Float
 from shiftnet.quantizers.form import Form, LowBitWeight, Rounded, Weight
 from shiftnet.quantizers.integer import Int
+from shiftnet.quantizers.learned_step import LearnedStep
 from shiftnet.quantizers.pot import PoT
 from shiftnet.quantizers.quantized import QuantizedWeight
 from shiftnet.quantizers.s3 import S3
 from shiftnet.quantizers.sign import Sign
+from shiftnet.quantizers.sign_activation import ShiftedSign, SignActivation
 from shiftnet.quantizers.ternary import Ternary
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMS",
     "S3",
     "APoT",
+    "Activation",
     "DenseShift",
     "Fixed",
     "Float",
     "Form",
     "Int",
+    "LearnedStep",
     "LowBitWeight",
     "PoT",
     "QuantizedWeight",
     "Rounded",
+    "ShiftedSign",
     "Sign",
+    "SignActivation",
     "Ternary",
     "Weight",
+    "activation",
+    "activations_of_layers",
     "make",
     "of_layers",
     "parse",
@@ -55,6 +66,16 @@ FORMS: dict[str, tuple[Callable[..., Weight], tuple[int, ...]]] = {
     "apot": (APoT, (2, 3, 4)),
     "pot": (PoT, (2, 3, 4, 5)),
     "int": (Int, (2, 3, 4, 5, 6, 7, 8)),
+}
+
+# Name -> class; None leaves a layer's input as it is.
+ACTIVATIONS: dict[str, Callable[..., Activation] | None] = {
+    "float": None,
+    "int8": functools.partial(LearnedStep, bits=8),
+    "int4": functools.partial(LearnedStep, bits=4),
+    "int2": functools.partial(LearnedStep, bits=2),
+    "sign": SignActivation,
+    "rsign": ShiftedSign,
 }
 
 
@@ -88,6 +109,32 @@ def parse(text: str, field: str) -> Form:
     """
     name, _, bits = text.partition("/")
     return make(name, int(bits or 0), f"the bits in {field}")
+
+
+def activation(name: str, features: int, *, rectified: bool = False) -> Activation | None:
+    """Makes what quantizes a layer's input; None for `"float"`.
+
+    Args:
+      name: one of `ACTIVATIONS`.
+      features: channels of the input.
+      rectified: whether the input has no negative values, because a ReLU comes last before it.
+
+    Raises:
+      UserError: for a form that does not exist.
+    """
+    if name not in ACTIVATIONS:
+        raise unknown("activation form", name, ACTIVATIONS)
+    form = ACTIVATIONS[name]
+    return None if form is None else form(features, rectified=rectified)
+
+
+def activations_of_layers(model: nnx.Module) -> dict[str, Activation]:
+    """Returns what quantizes layers' inputs in a network, by the path of the layer."""
+    return {
+        ".".join(map(str, path[:-1])): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Activation)
+    }
 
 
 def of_layers(model: nnx.Module) -> dict[str, Weight]:

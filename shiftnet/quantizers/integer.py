@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from shiftnet.quantizers import form
+from shiftnet.quantizers.learned_step import quantize
 
 
 class Int(form.Rounded):
@@ -47,13 +48,9 @@ class Int(form.Rounded):
         return jnp.round(jnp.clip(steps, self.levels[0], self.levels[-1]))
 
     def __call__(self) -> jax.Array:
-        level, latent = self.level(), self.latent[...]
-        steps = latent / self.scale
-        inside = (self.levels[0] < steps) & (steps < self.levels[-1])
-        slope = jax.lax.stop_gradient(level - jnp.where(inside, steps, 0))
         factor = 1 / math.sqrt(self.size * self.levels[-1])
-        through = jnp.where(inside, latent, 0) + factor * slope * self.step[...]
-        return form.straight_through(level * self.scale, through)
+        step = form.straight_through(self.scale, factor * self.step[...])
+        return quantize(self.latent[...], step, self.levels[0], self.levels[-1])
 
     def start_from(self, weight: np.ndarray) -> None:
         _, step = self.nearest(weight)

@@ -328,8 +328,9 @@ def check_size(row: str, data: DataConfig, dataset: Dataset) -> None:
     """
     if data.source == "folder":
         return
+    training = TRAINING_IMAGES.get(data.name, sum(dataset.images.values()) - len(dataset.test))
     expected = {
-        "training": TRAINING_IMAGES.get(data.name, len(dataset.train)) - data.validation,
+        "training": training - shiftnet.data.num_validation(data.name, training, data.validation),
         "test": TEST_IMAGES.get(data.name, len(dataset.test)),
     }
     for part, found in (("training", len(dataset.train)), ("test", len(dataset.test))):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from shiftnet.config import Config
 from shiftnet.data import Source, Split
+from shiftnet.data.order import balanced
 from shiftnet.data.workers import num_workers
 from shiftnet.training.mesh import replicate, shard_batch
 from shiftnet.training.step import Program, StackedProgram, TrainState, steps_per_dispatch
@@ -61,7 +62,8 @@ def make_data_iterator(
       times: counts what the iterator waits for.
     """
     if isinstance(part, Split):
-        return ResidentData(seed, program, part, steps_per_epoch, mesh)
+        balance = config.data.balance
+        return ResidentData(seed, program, part, steps_per_epoch, mesh, balance=balance)
     assert isinstance(program, Program)
     return FileData(config, program, part, steps_per_epoch, mesh, state, times)
 
@@ -75,6 +77,7 @@ class ResidentData:
       part: the training set.
       steps_per_epoch: full batches in it.
       mesh: from `make_mesh`.
+      balance: whether every class comes equally often, see `order.balanced`.
     """
 
     def __init__(
@@ -84,11 +87,15 @@ class ResidentData:
         part: Split,
         steps_per_epoch: int,
         mesh: Mesh,
+        *,
+        balance: bool = False,
     ):
         self._seed = seed
         self._program = program
         self._images = replicate(part.images, mesh)
         self._labels = replicate(part.labels, mesh)
+        self._balanced_labels = part.labels if balance else None
+        self._mesh = mesh
         self._steps_per_epoch = steps_per_epoch
         self._chunk = steps_per_dispatch(steps_per_epoch, jax.default_backend())
         self._order: tuple[int, jax.Array] | None = None
@@ -96,7 +103,7 @@ class ResidentData:
     def advance(self, state: TrainState, step: int) -> Taken:
         epoch, within = divmod(step, self._steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._program.order(self._seed, epoch, len(self._labels))
+            self._order = epoch, self._epoch_order(epoch)
         return self._program.train(
             state,
             self._seed,
@@ -105,6 +112,13 @@ class ResidentData:
             self._order[1],
             length=min(self._chunk - within % self._chunk, self._steps_per_epoch - within),
         )
+
+    def _epoch_order(self, epoch: int) -> jax.Array:
+        labels = self._balanced_labels
+        if labels is None:
+            return self._program.order(self._seed, epoch, len(self._labels))
+        orders = [balanced(int(seed), epoch, labels) for seed in np.ravel(self._seed)]
+        return replicate(np.stack(orders) if np.ndim(self._seed) else orders[0], self._mesh)
 
     def get_state(self) -> dict[str, Any]:
         return {}  # all follows from the step
@@ -144,6 +158,7 @@ class FileData:
             seed=config.seed,
             flip=config.data.flip,
             on_corrupt=config.data.on_corrupt,
+            balance=config.data.balance,
             workers=num_workers(
                 config.data.workers, config.epochs * steps_per_epoch * config.batch_size
             ),

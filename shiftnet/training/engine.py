@@ -127,6 +127,8 @@ def train(
             folders = [workdir / f"seed{seed}" for seed in seeds]
             may_differ = ("seed", *shiftnet.config.IMMATERIAL)
         configs = [_with_seed(config, seed) for seed in seeds or [config.seed]]
+        for one in configs:
+            shiftnet.data.fit(one.data, shiftnet.models.image_size(one.model.arch))
         config, runs = configs[0], len(configs)
         dataset = dataset or shiftnet.data.of_recipe(config.data)
         if runs > 1:
@@ -386,6 +388,10 @@ def train(
                     for run, line in enumerate(lines):
                         both = program.of((codes_before, codes), run)
                         line["weights"] = watch.metrics(*both)
+                for run, line in enumerate(lines):
+                    own = program.of((state.params, state.stats), run)
+                    if shares := watch.activations(*own):
+                        line["activations"] = shares
 
                 # Evaluate
                 if epoch % config.eval.every_epochs == 0 or step == total_steps:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -25,6 +26,28 @@ from shiftnet.training.mesh import batch_sharded, compiled, replicate, replicate
 IN_FLIGHT = 2
 
 
+# Of the expected calibration error, as Guo et al. (arXiv:1706.04599) have them.
+CALIBRATION_BINS = 15
+
+
+class ClassScores(NamedTuple):
+    """How a network does on every class; fractions are NaN where there is nothing to divide by.
+
+    Attributes:
+      images: int `[classes]`, how many there are.
+      recall: float64 `[classes]`, the part of a class's images that is predicted to be of it, which
+        is the class's top-1 accuracy.
+      precision: float64 `[classes]`, the part of the images predicted to be of a class that is.
+      f1: float64 `[classes]`, the harmonic mean of both; 0 for a class with images of which none is
+        predicted right.
+    """
+
+    images: np.ndarray
+    recall: np.ndarray
+    precision: np.ndarray
+    f1: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """The predictions of a network on a set of images, and their accuracy.
@@ -35,6 +58,8 @@ class Evaluation:
       top5: fraction whose label is among the five largest.
       predictions: int32 `[images]`, the class of the largest logit.
       labels: int32 `[images]`.
+      confidences: float32 `[images]`, the probability that the network gives to its prediction.
+      indices: int `[images]`, the place of each image among those it was evaluated on.
       skipped: names of the files that could not be decoded; they count in none of the above.
     """
 
@@ -43,6 +68,8 @@ class Evaluation:
     top5: float
     predictions: np.ndarray
     labels: np.ndarray
+    confidences: np.ndarray
+    indices: np.ndarray
     skipped: Sequence[str] = ()
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -54,11 +81,30 @@ class Evaluation:
         }
         return metrics | ({f"{name}_skipped": len(self.skipped)} if self.skipped else {})
 
-    def per_class(self, classes: int) -> np.ndarray:
-        """Top-1 accuracy of each class, float64 `[classes]`; NaN for a class without images."""
-        counts = np.bincount(self.labels, minlength=classes)
+    def per_class(self, classes: int) -> ClassScores:
+        """Scores every class by itself."""
+        images = np.bincount(self.labels, minlength=classes)
+        predicted = np.bincount(self.predictions, minlength=classes)
         hits = np.bincount(self.labels[self.predictions == self.labels], minlength=classes)
-        return np.divide(hits, counts, out=np.full(classes, np.nan), where=counts > 0)
+
+        def ratio(of: np.ndarray, to: np.ndarray) -> np.ndarray:
+            return np.divide(of, to, out=np.full(classes, np.nan), where=to > 0)
+
+        f1 = np.where(images > 0, ratio(2 * hits, images + predicted), np.nan)
+        return ClassScores(images, ratio(hits, images), ratio(hits, predicted), f1)
+
+    def calibration_error(self) -> float:
+        """The expected calibration error, in `CALIBRATION_BINS` bins of equal width, a fraction.
+
+        The mean over images of the distance, in the bin of an image's confidence, between the
+        accuracy and the mean confidence (Guo et al., arXiv:1706.04599); NaN where a confidence is.
+        """
+        if not np.isfinite(self.confidences).all():
+            return math.nan
+        hits = (self.predictions == self.labels).astype(np.float64)
+        bins = np.ceil(self.confidences.astype(np.float64) * CALIBRATION_BINS).astype(int)
+        gaps = np.bincount(bins, hits - self.confidences, minlength=CALIBRATION_BINS + 1)
+        return float(np.abs(gaps).sum() / len(hits))
 
     def confusion(self) -> list[list[int]]:
         """`[label, prediction, images]` of every pair that occurs, in order."""
@@ -118,7 +164,7 @@ def make_evaluator(
 
 
 class _Scorer:
-    """Scores a batch: uint8 images and labels to losses, predictions and ranks."""
+    """Scores a batch: uint8 images and labels to losses, predictions, ranks and confidences."""
 
     def __init__(self, graphdef: nnx.GraphDef, mean: RGB, std: RGB, mesh: Mesh):
         self._graphdef = graphdef
@@ -132,7 +178,9 @@ class _Scorer:
             logits = network(augment.normalize(images, self._mean, self._std))
         known = jnp.maximum(labels, 0)  # -1 stands for no image; its numbers are left out later
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, known)
-        return losses, logits.argmax(-1).astype(jnp.int32), _rank(logits, known), labels
+        confidences = jax.nn.softmax(logits).max(-1)
+        predictions = logits.argmax(-1).astype(jnp.int32)
+        return losses, predictions, _rank(logits, known), confidences, labels
 
 
 def _evaluation(results: Iterable[Sequence[jax.Array]]) -> Evaluation:
@@ -145,7 +193,7 @@ def _evaluation(results: Iterable[Sequence[jax.Array]]) -> Evaluation:
       UserError: if there is no image at all, as where all files are corrupt.
     """
     columns = zip(*_fetched(results), strict=True)
-    losses, predictions, ranks, labels = map(np.concatenate, columns)
+    losses, predictions, ranks, confidences, labels = map(np.concatenate, columns)
     real = labels >= 0
     if not real.any():
         raise UserError("none of the images to evaluate on can be decoded")
@@ -155,6 +203,8 @@ def _evaluation(results: Iterable[Sequence[jax.Array]]) -> Evaluation:
         top5=float((ranks[real] < 5).mean()),
         predictions=predictions[real],
         labels=labels[real],
+        confidences=confidences[real],
+        indices=np.flatnonzero(real),
     )
 
 

@@ -1,7 +1,8 @@
-"""What training does to low-bit weights: their levels, and which weights still change.
+"""What training does to low-bit weights and activations.
 
-A weight that no longer changes its sign or level has stopped learning; the S3 paper calls the
-first "sign freezing".
+Of weights: their levels, and which still change. A weight that no longer changes its sign or level
+has stopped learning; the S3 paper calls the first "sign freezing". Of activations: how many values
+the form's range clips, and how many channels are dead.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from shiftnet.training.step import Program
 # With more levels than these, neighbours are counted together: 256 numbers of every layer of 8 bits
 # would be most of a run's log.
 MOST_LEVELS = 32
-
+Shares = dict[str, tuple[jax.Array, jax.Array]]
 Codes = dict[str, jax.Array]  # uint8 of each weight's shape, by layer; see `QuantizedWeight`
 
 
@@ -52,6 +53,15 @@ class LevelWatch:
         self.codes = jax.jit(codes if runs == 1 else jax.vmap(codes), out_shardings=everywhere)
         self._compare = jax.jit(self._count_changes, out_shardings=everywhere)
 
+        def shares(params: nnx.State, stats: nnx.State) -> Shares:
+            network = nnx.merge(program.graphdef, params, stats)
+            found = quantizers.activations_of_layers(network)
+            return {name: (form.clipped[...], form.dead()) for name, form in found.items()}
+
+        network = nnx.merge(program.graphdef, abstract.params, abstract.stats)
+        self._has_activations = bool(quantizers.activations_of_layers(network))
+        self._shares = jax.jit(shares, out_shardings=everywhere)
+
     def __bool__(self) -> bool:
         """Whether there is any low-bit weight."""
         return bool(self._levels)
@@ -75,6 +85,24 @@ class LevelWatch:
                 total[level] += count
         changed = [sum(int(count[i]) for count in counts.values()) for i in (1, 2)]
         return {"all": _fractions(every, np.array(list(total.values())), *changed), **result}
+
+    def activations(self, params: nnx.State, stats: nnx.State) -> dict[str, dict[str, float]]:
+        """What became of the inputs of layers that quantize them, in a run's last batches.
+
+        Returns:
+          For each layer, and for `"all"` of them together: `"clipped"`, the share of values beyond
+          the form's range (the mean over layers), and `"dead"`, the share of channels that hardly
+          ever change their code. Nothing where no layer quantizes its input.
+        """
+        if not self._has_activations:
+            return {}
+        shares = jax.device_get(self._shares(params, stats))
+        clipped, dead = zip(*shares.values(), strict=True)
+        every = {"clipped": float(np.mean(clipped)), "dead": float(np.concatenate(dead).mean())}
+        return {"all": every} | {
+            name: {"clipped": float(share), "dead": float(channels.mean())}
+            for name, (share, channels) in shares.items()
+        }
 
     def _count_changes(self, before: Codes, now: Codes) -> dict[str, tuple[jax.Array, ...]]:
         counts: dict[str, tuple[jax.Array, ...]] = {}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -46,9 +47,16 @@ def make_optimizer(
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     chain = optax.chain(
         *clip,
-        *_rule(settings, first_and_last),
+        *_rule(settings, first_and_last, decays=_decaying(config)),
         optax.scale_by_learning_rate(lambda count: rate(count * steps)),
     )
+    if config.model.shift == "sparse":
+        # The share of all updates, however many there have been when the run is lengthened.
+        last = round(settings.shift_share * config.epochs * steps_per_epoch) // steps
+        until = optax.scale_by_schedule(lambda count: jnp.where(count < last, 1.0, 0.0))
+        chain = optax.chain(
+            chain, optax.masked(until, lambda params: _with_paths(_is_offset, params))
+        )
     if groups:
         chain = optax.chain(chain, _scaled_by_path(groups))
     if settings.freeze:
@@ -62,12 +70,30 @@ def make_optimizer(
     return chain
 
 
+def _decaying(config: Config) -> Callable[[Params], Params] | None:
+    """Which parameters decay, as a tree of bools; None for all. Learned offsets never do."""
+    kernels = config.optimizer.decay == "kernels"
+    if config.model.shift == "fixed":
+        return _is_matrix if kernels else None
+    return lambda params: _with_paths(
+        lambda path, array: not _is_offset(path, array) and (array.ndim >= 2 or not kernels), params
+    )
+
+
+def _is_offset(path: str, array: Any) -> bool:
+    """Whether a parameter is the offsets of a `LearnedShift`."""
+    del array
+    return path.endswith((".shift.rows", ".shift.columns"))
+
+
 def _rule(
-    settings: OptimizerConfig, first_and_last: Sequence[str]
+    settings: OptimizerConfig,
+    first_and_last: Sequence[str],
+    *,
+    decays: Callable[[Params], Params] | None,
 ) -> Sequence[optax.GradientTransformation]:
     """What the optimizer makes of gradients before the learning rate, part by part."""
-    mask = _is_matrix if settings.decay == "kernels" else None
-    decay = optax.add_decayed_weights(settings.weight_decay, mask)
+    decay = optax.add_decayed_weights(settings.weight_decay, decays)
     sgd = (decay, optax.trace(settings.momentum, nesterov=settings.nesterov))
     if settings.name == "sgd":
         return sgd
@@ -93,13 +119,18 @@ def _rule(
 
 
 def keep_frozen(old: Params, new: Params, freeze: str) -> Params:
-    """New running statistics, but the old ones of what `optimizer.freeze` names."""
+    """New running statistics, but the old ones of what `optimizer.freeze` names.
+
+    What the first batch alone sets, `LearnedStep.unit`, is set in frozen layers too.
+    """
     patterns = split_patterns(freeze)
     if not patterns:
         return new
 
     def chosen(path: Sequence[Any], before: jax.Array, after: jax.Array) -> jax.Array:
-        return before if any(matches(_dotted(path), p) for p in patterns) else after
+        name = _dotted(path)
+        is_frozen = any(matches(name, p) for p in patterns) and not name.endswith(".unit")
+        return before if is_frozen else after
 
     return jax.tree_util.tree_map_with_path(chosen, old, new)
 

@@ -181,8 +181,9 @@ def start_from(
     """Puts the numbers of a checkpoint into a fresh state.
 
     Where a layer has another form of weights in the checkpoint, it gets the weights nearest to what
-    it computes with there, see `requantize`. Other arrays that the checkpoint lacks stay as they
-    were drawn; so do those of the last layer where the classes differ in number.
+    it computes with there, see `requantize`; another form of activations starts afresh. Other
+    arrays that the checkpoint lacks stay as they were drawn; so do those of the last layer where
+    the classes differ in number.
 
     Returns:
       The state, and a message on what was taken.
@@ -245,9 +246,10 @@ def requantize(
         filled = [from_arrays(part, saved.arrays, saved.path) for part in states]
     except UserError:  # not a whole network of ours: its arrays are taken by name alone
         return (), {}, []
-    given = quantizers.of_layers(nnx.merge(graphdef, *filled))
+    other_network = nnx.merge(graphdef, *filled)
+    given = quantizers.of_layers(other_network)
     norms = norms_after(network)
-    starts, lost, errors = [], [], []
+    starts, lost, errors = _other_activations(network, other_network), [], []
     changes: dict[str, np.ndarray] = {}
     kinds: dict[str, None] = {}
     for layer, weight in weights.items():
@@ -284,6 +286,16 @@ def requantize(
     if lost:
         notes.append(f"no batch norm takes up the factor of {', '.join(lost)}: it is lost")
     return tuple(starts), changes, notes
+
+
+def _other_activations(network: nnx.Module, given: nnx.Module) -> list[str]:
+    """Starts of the names of activation forms' arrays that mean something else in `given`."""
+    own, others = map(quantizers.activations_of_layers, (network, given))
+    return [
+        f"{layer}.activation."
+        for layer, form in own.items()
+        if layer in others and (type(form), form.bits) != (type(others[layer]), others[layer].bits)
+    ]
 
 
 def _form(weight: quantizers.Weight) -> str:

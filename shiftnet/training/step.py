@@ -19,6 +19,7 @@ from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
 from shiftnet.kernels.implementations import only_xla
+from shiftnet.layers.learned_shift import shift_penalty
 from shiftnet.models.network import Network
 from shiftnet.training.losses import cross_entropy
 from shiftnet.training.mesh import (
@@ -165,6 +166,8 @@ class Program:
                 logits, labels, *targets, smoothing=self._config.loss.label_smoothing
             )
             total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
+            if self._config.model.shift == "sparse":
+                total += self._config.optimizer.shift_penalty * shift_penalty(model)
             return total, (loss, nnx.state(model, nnx.BatchStat), logits)
 
         gradient = _gradient(loss_of)

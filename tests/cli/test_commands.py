@@ -55,7 +55,7 @@ def test_evaluate_gives_the_accuracy_that_training_logged(run, capsys):
     assert row["loss"] == pytest.approx(line["test_loss"], rel=1e-5)
     assert row["images"] == 355
     counts = np.bincount(data.load("digits").test.labels)
-    hits = [row["per_class"][str(digit)] * counts[digit] for digit in range(10)]
+    hits = [row["per_class"][str(digit)]["accuracy"] * counts[digit] for digit in range(10)]
     assert sum(hits) == pytest.approx(row["top1"] * 355)
 
 

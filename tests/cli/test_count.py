@@ -349,7 +349,7 @@ class Foreign(nnx.Module):
 @pytest.mark.core
 def test_networks_of_other_layers_are_counted():
     counts = count(Foreign(), (12, 12, 3))
-    assert [tuple(layer) for layer in counts.layers] == [
+    assert [layer[:6] for layer in counts.layers] == [
         ("stem", 8 * 10 * 8 * (5 * 3 * 3), 5 * 3 * 3 * 8 + 8, 32, 1472, (8, 10, 8)),
         ("norm", 0, 16, 32, 64, (8, 10, 8)),
         ("grouped", 4 * 5 * 8 * (9 * 2), 9 * 2 * 8, 32, 4 * 9 * 2 * 8, (4, 5, 8)),

@@ -1,5 +1,6 @@
 """evaluate.py on images other than those that a network was trained on."""
 
+import csv
 import json
 import types
 from pathlib import Path
@@ -82,7 +83,9 @@ def test_a_network_is_evaluated_on_a_folder_whose_classes_it_knows(evaluated, tm
     write(tmp_path / "photos" / "val", {name: name for name in NAMES})
     row = evaluated("--data-dir", tmp_path / "photos", "--per-class")
     assert (row["images"], row["top1"]) == (6, 1.0)
-    assert row["per_class"] == {"ant": 1.0, "bee": 1.0, "cat": 1.0}
+    assert {name: score["accuracy"] for name, score in row["per_class"].items()} == dict.fromkeys(
+        NAMES, 1.0
+    )
     assert "classes" not in row
     assert evaluated("--data-dir", tmp_path / "photos" / "val")["top1"] == 1.0
 
@@ -102,7 +105,10 @@ def test_a_part_of_the_classes_is_evaluated_and_said(evaluated, tmp_path):
     row = evaluated("--data-dir", photos, "--per-class")
     assert row["classes"] == "2 of the network's 3 classes"
     assert row["top1"] == 0.5
-    assert row["per_class"] == {"ant": None, "bee": 1.0, "cat": 0.0}
+    ant, bee, cat = row["per_class"].values()
+    assert (ant["images"], ant["recall"], ant["precision"], ant["f1"]) == (0, None, 0.0, None)
+    assert bee == {"images": 2, "accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert (cat["accuracy"], cat["precision"], cat["f1"]) == (0.0, None, 0.0)
 
 
 def test_renamed_classes_are_refused_and_not_zero_per_cent(evaluated, tmp_path):
@@ -171,9 +177,42 @@ def test_a_directory_of_prepared_data_sets_is_told_from_photos(evaluated, tmp_pa
     other = tmp_path / "tfds" / "mnist" / "3.0.1"
     other.mkdir(parents=True)
     (other / "dataset_info.json").write_text("{}")
-    for directory in (tmp_path / "tfds", tmp_path / "not there"):
-        error = evaluated("--data-dir", directory, name="imagenet2012")
-        assert f"{directory}/imagenet2012 holds no 5.*.*" in error
+    error = evaluated("--data-dir", tmp_path / "tfds", name="imagenet2012")
+    assert f"{tmp_path / 'tfds'}/imagenet2012 holds no 5.*.*" in error
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012", "unknown"])
+def test_a_mistyped_folder_is_said_and_nothing_is_downloaded_to_it(evaluated, tmp_path, name):
+    error = evaluated("--data-dir", tmp_path / "fotos", name=name)
+    assert f"--data-dir {tmp_path / 'fotos'} cannot be read: No such file or directory" in error
+    (tmp_path / "fotos").mkdir()
+    assert "is empty; expected images" in evaluated("--data-dir", tmp_path / "fotos", name=name)
+    assert not list((tmp_path / "fotos").iterdir())
+
+
+def test_every_image_s_prediction_is_written_and_the_worst_are_named(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {"ant": "ant", "bee": "cat", "cat": "cat"})
+    out = tmp_path / "predictions.csv"
+    row = evaluated("--data-dir", photos, "--predictions", out, "--wrong", 1, "--confused", 3)
+    lines = list(csv.DictReader(out.read_text().splitlines()))
+    assert [line["image"] for line in lines] == sorted(map(str, photos.rglob("*.png")))
+    assert [line["prediction"] for line in lines] == ["ant"] * 2 + ["cat"] * 4
+    assert row["confused"] == [{"class": "bee", "prediction": "cat", "images": 2}]
+    (wrong,) = row["wrong"]
+    assert (wrong["class"], wrong["prediction"]) == ("bee", "cat")
+    assert wrong["image"].startswith(str(photos / "bee"))
+    # All are equally sure, so the calibration error is how far that is from the accuracy.
+    sure = float(lines[0]["confidence"])
+    assert row["calibration_error"] == pytest.approx(abs(4 / 6 - sure), abs=2e-3)
+
+
+def test_the_images_of_a_flat_folder_are_scored_by_a_list_of_labels(evaluated, tmp_path):
+    photos = write(tmp_path / "photos", {"ant": "ant", "bee": "cat"})
+    listing = tmp_path / "labels.csv"
+    listing.write_text("file,label\nant/0.png,ant\nbee/1.png,cat\n")
+    row = evaluated("--data-dir", photos, "--labels", listing)
+    assert (row["images"], row["top1"]) == (2, 1.0)
+    assert "--labels needs --data-dir" in evaluated("--labels", listing)
 
 
 def test_a_corrupt_file_is_skipped_where_that_is_asked_for(evaluated, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from shiftnet import data
-from shiftnet.data.folder import FolderSource
+from shiftnet.data import images
+from shiftnet.data.folder import FolderSource, ListedSource
 from shiftnet.data.images import CorruptImage
 from shiftnet.errors import UserError
 from tests.data import image_files
@@ -135,7 +136,7 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(root):
 
 
 def test_a_missing_directory_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere is not a directory; expected one that holds"):
+    with pytest.raises(UserError, match="nowhere is not a directory; expected a folder of im"):
         loaded(tmp_path / "nowhere")
 
 
@@ -153,13 +154,87 @@ def test_of_two_held_out_folders_val_is_used(root):
     assert loaded(root).test.folder == root / "val"
 
 
-def test_a_directory_without_both_splits_is_refused(root):
-    (root / "val").rename(root / "other")
-    with pytest.raises(UserError, match=f"{root} has no folder val, valid, validation or test; e"):
-        loaded(root)
+def test_a_test_folder_without_training_images_is_refused(root):
     (root / "train").rename(root / "training")
-    with pytest.raises(UserError, match=f"{root} has no folder train; expected train/<class>"):
+    with pytest.raises(UserError, match=f"{root} has a folder val and no folder train; expected"):
         loaded(root)
+
+
+def names(part):
+    return {part.name(index) for index in range(len(part))}
+
+
+@pytest.mark.parametrize("place", ["train", "."])
+def test_without_a_test_folder_some_images_are_held_out_and_that_is_said(root, place):
+    shutil.rmtree(root / "val")
+    folder = root / "train"
+    if place == ".":
+        folder = folder.rename(root.parent / "photos")
+    dataset = loaded(folder if place == "." else root)
+    assert dataset.images == {"train": 8, "validation": 0, "test": 1}
+    everything = {str(path) for path in folder.rglob("*.JPEG")}
+    assert names(dataset.train) | names(dataset.test) == everything
+    assert "no folder val: 1 of them are held out for the test" in dataset.found
+    # Evaluating the network on its own folder later takes the same image, and no other.
+    again = data.load_test("", source="folder", data_dir=dataset.name, trained_on=True)
+    assert names(again.part) == names(dataset.test)
+    assert again.class_names == dataset.class_names
+
+
+def test_a_share_of_the_training_images_is_held_out_for_validation(root):
+    dataset = data.load("", source="folder", data_dir=str(root), validation=0.34)
+    assert dataset.images == {"train": 6, "validation": 3, "test": 4}
+    assert names(dataset.train) | names(dataset.validation) == names(FolderSource(root / "train"))
+    with pytest.raises(UserError, match=r"data.validation is 9; expected 0 to 8"):
+        data.load("", source="folder", data_dir=str(root), validation=9)
+
+
+def test_small_images_are_read_once_and_normalised_like_a_cifar(root):
+    damaged = root / "train" / wnid(1) / f"{wnid(1)}_0.JPEG"
+    damaged.write_bytes(b"")
+    settings = {"source": "folder", "data_dir": str(root), "workers": 0, "exif": False}
+    dataset = data.load("", size=16, on_corrupt="skip", **settings)
+    assert dataset.images == {"train": 8, "validation": 0, "test": 4}
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    source = FolderSource(root / "train")
+    for index, place in ((0, 0), (3, 4)):
+        encoded = source[place]
+        expected = images.for_evaluation(encoded.data, size=16, resize=16, name="x")
+        np.testing.assert_array_equal(dataset.train.images[index], expected)
+    assert (dataset.mean, dataset.std) == data.normalization("cifar10")
+    assert f"left out 1 corrupt train files: {damaged}" in dataset.found
+    with pytest.raises(UserError, match=f"{damaged} cannot be decoded"):
+        data.load("", size=16, **settings)
+
+
+def listing(root, lines):
+    path = root / "labels.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("heading", [["id,breed"], []])
+def test_a_csv_file_may_name_the_classes_of_a_flat_folder(tmp_path, heading):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    source = ListedSource(listing(tmp_path, [*heading, "c.jpg,dog", "", "a,cat,ignored"]), tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert source.labels.tolist() == [1, 0]
+    assert [source[index].data for index in range(2)] == [b"c", b"a"]
+    assert source.name(1) == str(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ([], "lists no images"),
+        (["a.jpg,dog", "b.jpg,dog"], "'a.jpg' is not a file in"),
+        (["file"], "'file' names no class"),
+    ],
+)
+def test_a_bad_list_is_one_sentence(root, lines, sentence):
+    with pytest.raises(UserError, match=rf"labels.csv.* {sentence}|labels.csv:? {sentence}"):
+        ListedSource(listing(root, lines), root / "val")
 
 
 def test_images_outside_class_folders_are_pointed_out(root):

@@ -196,6 +196,21 @@ def test_evaluation_shows_every_image_once_in_order(source):
     assert not batches[-1].images[-1].any()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_keeps_its_workers_and_shows_the_same_again(source, workers):
+    stream = evaluation(source, workers=workers)
+    first = list(stream)
+    children = multiprocessing.active_children()
+    assert len(children) == workers
+    next(iter(stream))  # one that is given up begins anew
+    assert_same(list(stream), first)
+    children = multiprocessing.active_children()
+    assert_same(list(stream), first)
+    assert multiprocessing.active_children() == children
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
 def test_processes_share_evaluation_with_equally_many_batches(source):
     shares = [
         list(evaluation(source, batch_size=12, process_index=k, process_count=3)) for k in range(3)

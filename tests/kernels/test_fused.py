@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shiftnet.kernels.shift import shift
+from shiftnet.kernels.shift import Offsets, shift
 from shiftnet.kernels.shift_block import cpu, shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
 
@@ -100,6 +100,47 @@ def test_shift_pointwise_is_its_layers(shape, relu):
         return shift_pointwise(x, w, k, d, stride=stride, relu=relu, out_relu=relu, **a)
 
     assert_same(ours, functools.partial(pointwise_by_layers, k, d, stride, relu, relu), a)
+
+
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_both_take_any_whole_offset_of_every_channel(stride):
+    dh, dw = np.random.default_rng(0).integers(-3, 4, (2, 20)).tolist()
+    offsets = Offsets(dh, dw)
+    a = arrays(
+        stride,
+        x=(2, 6, 5, 3),
+        w1=(3, 20),
+        b1=(20,),
+        w2=(20, 4),
+        residual=(2, 6 // stride, -(-5 // stride), 4),
+    )
+
+    def moved(y):
+        return shift(y, offsets=offsets, implementation="gather")[:, ::stride, ::stride]
+
+    for name in ("xla", "cpu"):
+        assert_same(
+            lambda a: shift_block(
+                *(a[name] for name in ("x", "w1", "b1", "w2")),
+                offsets=offsets,
+                stride=stride,
+                residual=a["residual"],
+                implementation=name,
+            ),
+            lambda a: moved(jnp.maximum(a["x"] @ a["w1"] + a["b1"], 0)) @ a["w2"] + a["residual"],
+            a,
+        )
+    assert_same(
+        lambda a: shift_pointwise(
+            jnp.tanh(a["x"] @ a["w1"] + a["b1"]),
+            a["w2"],
+            offsets=offsets,
+            stride=stride,
+            residual=a["residual"],
+        ),
+        lambda a: moved(jnp.tanh(a["x"] @ a["w1"] + a["b1"])) @ a["w2"] + a["residual"],
+        a,
+    )
 
 
 @shapes
@@ -254,8 +295,11 @@ def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
             lambda x: shift_pointwise(x, jnp.ones((8, 2))),
             r"w \[C, K\] of the same C, got x \(1, 2,",
         ),
-        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), 0), "at least 1, got 0, 1 and 1"),
-        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), stride=0), "at least 1, got 3, 1 and 0"),
+        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), 0), "kernel_size 0 and dilation 1"),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), stride=0),
+            "whole stride of at least 1, got 0",
+        ),
         (
             lambda x: shift_pointwise(x, jnp.ones((9, 2)), implementation="cuda"),
             "unknown implementation 'cuda' of shift_pointwise; known: xla, tpu, gpu",
@@ -268,7 +312,10 @@ def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
             lambda x: shift_block(x, jnp.ones((9, 2)), jnp.ones(3), jnp.ones((3, 2))),
             r"w1 \[C, E\], b1 \[E\] and w2 \[E, K\], got x \(1, 2, 3, 9\), w1 \(9, 2\)",
         ),
-        (lambda x: shift_pointwise(x, jnp.ones((9, 2)), 2.5), "whole kernel_size.* got 2.5, 1 and"),
+        (
+            lambda x: shift_pointwise(x, jnp.ones((9, 2)), 2.5),
+            "whole kernel_size.* got kernel_size 2.5",
+        ),
         (
             lambda x: shift_pointwise(x, jnp.ones((9, 2)), residual=jnp.ones((1, 1, 1, 2))),
             r"residual of the shape \(1, 2, 3, 2\), got \(1, 1, 1, 2\)",

@@ -138,6 +138,24 @@ def test_gradients_of_shift_block(image, channels, expanded, outputs, stride, di
     assert_gradients(found, operands, shift_block_xla.forward, core, dout)
 
 
+@simulated
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_warpgroup")
+def test_shift_block_of_learned_offsets():
+    """As learned ones are: most channels do not move, the others go anywhere."""
+    (x, w1, b1, w2), core = block_operands((2, 8, 8), 16, 160, 16, 1, 1)
+    rng = np.random.default_rng(6)
+    moves = rng.permutation(160) < 20
+    core["dh"], core["dw"] = (np.where(moves, rng.integers(-3, 4, 160), 0) for _ in range(2))
+    out = run(shift_block.forward, x, w1, b1, w2, **core)
+    wide_x, wide_w1, wide_b1, wide_w2 = exact(x, w1, b1, w2)
+    y = rounded(np.maximum(wide_x @ wide_w1 + wide_b1, 0))
+    assert_rounded_once(out, shifted(y, core["dh"], core["dw"]) @ wide_w2)
+    dout = numbers(4, 2, 8, 8, 16)
+    found = run(shift_block.backward, x, w1, b1, w2, dout, **core)
+    assert_gradients(found, (x, w1, b1, w2), shift_block_xla.forward, core, dout)
+
+
 def assert_gradients(found, operands, forward, core, dout, whole_numbers=False):
     """Against those of plain XLA in float32, which rounds nothing on the way."""
     wide = [None if value is None else value.astype(jnp.float32) for value in operands]

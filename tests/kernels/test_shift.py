@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftnet.kernels.shift import channel_offsets, shift
+from shiftnet.kernels.shift import Offsets, channel_offsets, shift
 from tests import oracle
 from tests.networks import channels_first, channels_last
 
@@ -232,3 +232,24 @@ def test_grouped_channels_are_the_interleaved_ones_permuted(channels, kernel_siz
     expected = shift(x, kernel_size, 2)[..., np.array(order)]
     found = shift(x[..., np.array(order)], kernel_size, 2, channel_order="grouped")
     np.testing.assert_array_equal(found, expected)
+
+
+@each_implementation
+def test_takes_any_whole_offset_of_every_channel(implementation):
+    dh, dw = np.random.default_rng(0).integers(-6, 7, (2, 23)).tolist()
+    x, cotangent = whole_numbers((2, 5, 4, 23)), whole_numbers((2, 5, 4, 23), seed=1)
+    y, vjp = jax.vjp(
+        lambda x: shift(x, offsets=Offsets(dh, dw), implementation=implementation), jnp.asarray(x)
+    )
+    expected, gradient = np.zeros_like(x), np.zeros_like(x)
+    for h, w, c in np.ndindex(5, 4, 23):
+        there = h + dh[c], w + dw[c]
+        if 0 <= there[0] < 5 and 0 <= there[1] < 4:
+            expected[:, h, w, c] = x[:, *there, c]
+            gradient[:, *there, c] = cotangent[:, h, w, c]
+    assert_same_bits(y, expected)
+    assert_same_bits(vjp(jnp.asarray(cotangent))[0], gradient)
+    with pytest.raises(ValueError, match="two offsets for each of 23 channels, got 22 and 23"):
+        shift(jnp.asarray(x), offsets=Offsets(dh[1:], dw))
+    with pytest.raises(ValueError, match="whole numbers"):
+        shift(jnp.asarray(x), offsets=Offsets([0.5, *dh[1:]], dw))

@@ -23,7 +23,8 @@ LOW_BIT = [
     if name != "float"
     for bits in (0, *widths)
 ]
-MORE = ("denseshift", "ternary", "pot")
+SMALL = ("resnet8", "shiftresnet8", "depthwiseresnet8", "wrn8")
+MORE = ("denseshift", "ternary", "pot", "apot")
 # Those whose latents are signs and gates; `test_rounded.py` has the others.
 GATED = [(name, bits) for name, bits in LOW_BIT if name in ("sign", "s3", "denseshift")]
 
@@ -251,10 +252,14 @@ def test_float_layers_of_a_low_bit_network_start_as_those_of_the_float_network_o
         np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("form", [name for name in quantizers.FORMS if name != "float"])
 @pytest.mark.parametrize(
-    "arch",
-    ["resnet8", "shiftresnet8", "depthwiseresnet8", "wrn8", "imagenet_resnet50", "shiftnet_a"],
+    ("arch", "form"),
+    [
+        (arch, form)
+        for arch in (*SMALL, "imagenet_resnet50", "shiftnet_a")
+        for form in ("sign", "s3", "denseshift")
+    ]
+    + [("shiftresnet8", form) for form in ("ternary", "apot", "pot", "int")],
 )
 def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(arch, form):
     network = networks.abstract(config(arch, weights=form), 10)

@@ -259,7 +259,7 @@ def weights(draw):
 
 
 @pytest.mark.core
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(weights())
 def test_weights_of_any_shape_come_back_from_their_codes(drawn):
     name, bits, shape, seed = drawn

@@ -23,6 +23,14 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("images"), IMAGES, (3, 2, 3, 3))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def in_files():
+    """Leaves images of 24 pixels in their files, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SMALL", 16)
+        yield
+
+
 def files(folder, **overrides):
     return recipe(
         **{

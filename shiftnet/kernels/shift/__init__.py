@@ -11,9 +11,15 @@ from shiftnet.kernels import checks
 from shiftnet.kernels.implementations import is_lowered_for
 from shiftnet.kernels.operation import Case, Kernel, Operation
 from shiftnet.kernels.shift import gpu, tpu, xla
-from shiftnet.kernels.shift.offsets import ChannelOrder, channel_offsets
+from shiftnet.kernels.shift.offsets import (
+    ChannelOrder,
+    Neighbourhood,
+    Offsets,
+    arrays,
+    channel_offsets,
+)
 
-__all__ = ["ChannelOrder", "Implementation", "channel_offsets", "shift"]
+__all__ = ["ChannelOrder", "Implementation", "Offsets", "channel_offsets", "shift"]
 
 Implementation = Literal["xla", "gather", "select", "tpu", "gpu"]
 
@@ -24,6 +30,7 @@ def shift(
     dilation: int = 1,
     *,
     channel_order: ChannelOrder = "interleaved",
+    offsets: Offsets | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Moves every channel of an image by its own offset; zeros come in from outside.
@@ -41,6 +48,7 @@ def shift(
       dilation: distance between neighbours in pixels, at least 1. Offsets larger than the image
         give zeros.
       channel_order: as of `channel_offsets`.
+      offsets: `(dh, dw)`, the whole numbers of each channel, in place of a neighbourhood's.
       implementation: `"tpu"` and `"gpu"` are kernels. `"gather"` is plain XLA that reads through a
         constant index table (the fastest on CPU, and fused into its neighbours on GPU), `"select"`
         picks among shifted windows; `"xla"` is `"select"` on TPU, where gathers are slow, and
@@ -51,20 +59,14 @@ def shift(
 
     Raises:
       ValueError: for an `x` of too few dimensions, a `kernel_size` or `dilation` that is no whole
-        number of at least 1, an unknown `channel_order` or `implementation`, or one that does not
-        support `x`.
+        number of at least 1, offsets of another number of channels, an unknown `channel_order` or
+        `implementation`, or one that does not support `x`.
     """
-    checks.known("shift", channel_order)
     if x.ndim < 3:
         raise ValueError(f"shift needs [..., H, W, C], at least 3 dimensions, got {x.shape}")
-    if not checks.is_whole(kernel_size, dilation):
-        raise ValueError(
-            "shift needs a whole kernel_size and dilation of at least 1, "
-            f"got kernel_size {kernel_size} and dilation {dilation}"
-        )
+    moves = checks.moves("shift", x.shape[-1], kernel_size, dilation, channel_order, offsets)
     images = x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
-    neighbourhood = (kernel_size, dilation, channel_order)
-    y = OPERATION(images, neighbourhood=neighbourhood, implementation=implementation)
+    y = OPERATION(images, moves=moves, implementation=implementation)
     return y if x.ndim == 4 else y.reshape(x.shape)
 
 
@@ -94,8 +96,8 @@ def _kernel(move: Callable[..., jax.Array], **options: Any) -> Kernel:
     return Kernel(move, lambda x, dy, dh, dw: (move(dy, dh=-dh, dw=-dw),), **options)
 
 
-def _prepare(x, neighbourhood):
-    dh, dw = channel_offsets(x.shape[-1], *neighbourhood)
+def _prepare(x, moves):
+    dh, dw = arrays(x.shape[-1], moves)
     return {"dh": dh, "dw": dw}
 
 
@@ -115,7 +117,7 @@ OPERATION = Operation(
     images=(True,),
     prepare=_prepare,
     cases=[
-        Case((shape,), {"neighbourhood": (3, 1, "interleaved")})
+        Case((shape,), {"moves": Neighbourhood(3, 1)})
         for shape in ((128, 4, 8, 144), (256, 32, 32, 144))
     ],
 )

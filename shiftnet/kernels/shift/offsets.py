@@ -1,10 +1,32 @@
 """Which channel moves where."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 ChannelOrder = Literal["interleaved", "grouped"]
+
+
+class Offsets(NamedTuple):
+    """The offsets in pixels that each channel reads from, as whole numbers."""
+
+    dh: tuple[int, ...]
+    dw: tuple[int, ...]
+
+
+class Neighbourhood(NamedTuple):
+    """The offsets that channels are dealt out to by their place; see `channel_offsets`."""
+
+    kernel_size: int
+    dilation: int
+    channel_order: ChannelOrder = "interleaved"
+
+
+def arrays(channels: int, moves: Offsets | Neighbourhood) -> tuple[np.ndarray, np.ndarray]:
+    """The offsets of so many channels, int32 `[channels]` each."""
+    if isinstance(moves, Offsets):
+        return np.array(moves.dh, np.int32), np.array(moves.dw, np.int32)
+    return channel_offsets(channels, *moves)
 
 
 def channel_offsets(

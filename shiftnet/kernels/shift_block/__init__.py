@@ -9,7 +9,7 @@ import numpy as np
 from shiftnet.kernels import checks
 from shiftnet.kernels.layouts import wide_dtype
 from shiftnet.kernels.operation import Case, Epilogue, Kernel, Operation, finish
-from shiftnet.kernels.shift.offsets import channel_offsets
+from shiftnet.kernels.shift.offsets import Neighbourhood, Offsets, arrays
 from shiftnet.kernels.shift_block import cpu, gpu, tpu, xla
 
 __all__ = ["Implementation", "shift_block"]
@@ -27,6 +27,7 @@ def shift_block(
     *,
     stride: int = 1,
     shift_first: bool = False,
+    offsets: Offsets | None = None,
     out_bias: jax.Array | None = None,
     out_relu: bool = False,
     residual: jax.Array | None = None,
@@ -48,6 +49,8 @@ def shift_block(
       stride: of the second convolution, in pixels, both ways.
       shift_first: whether the bias comes after the shift, `relu(shift(x @ w1) + b1) @ w2`, so that
         what the shift brings in is `relu(b1)` and not 0.
+      offsets: `(dh, dw)`, the whole numbers of each expanded channel, in place of a
+        neighbourhood's.
       out_bias: `[K]`, floating.
       out_relu: whether negative results become 0.
       residual: of the result's shape and dtype, added last.
@@ -61,8 +64,8 @@ def shift_block(
 
     Raises:
       ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
-        that is no whole number of at least 1, an unknown `implementation`, or one that does not
-        support the arguments.
+        that is no whole number of at least 1, offsets of another number of channels, an unknown
+        `implementation`, or one that does not support the arguments.
     """
     if (
         x.ndim != 4
@@ -76,16 +79,13 @@ def shift_block(
             "shift_block needs x in NHWC, w1 [C, E], b1 [E] and w2 [E, K], "
             f"got x {x.shape}, w1 {w1.shape}, b1 {b1.shape} and w2 {w2.shape}"
         )
-    if not checks.is_whole(kernel_size, dilation, stride):
-        raise ValueError(
-            "shift_block needs a whole kernel_size, dilation and stride of at least 1, "
-            f"got {kernel_size}, {dilation} and {stride}"
-        )
+    moves = checks.moves("shift_block", len(w2), kernel_size, dilation, offsets=offsets)
+    checks.stride("shift_block", stride)
     checks.same_dtype("shift_block", x, w1=w1, w2=w2, residual=residual)
     checks.shaped("shift_block", w2.shape[1:], out_bias=out_bias)
     result = checks.result_shape(x, w2.shape[1], stride)
     checks.shaped("shift_block", result, residual=residual)
-    settings: dict[str, Any] = {"neighbourhood": (kernel_size, dilation), "stride": stride}
+    settings: dict[str, Any] = {"moves": moves, "stride": stride}
     epilogue = Epilogue(None, out_bias, residual)
     if not shift_first:
         return OPERATION(
@@ -123,8 +123,8 @@ def _border(
     return (brought @ w2.astype(wide))[places[0]][:, places[1]]
 
 
-def _prepare(x, w1, b1, w2, *, neighbourhood, stride):
-    dh, dw = channel_offsets(len(w2), *neighbourhood)
+def _prepare(x, w1, b1, w2, *, moves, stride):
+    dh, dw = arrays(len(w2), moves)
     return {"dh": dh, "dw": dw, "stride": stride}
 
 
@@ -143,7 +143,7 @@ OPERATION = Operation(
     images=(True, False, False, False),
     prepare=_prepare,
     cases=[
-        Case((x, (16, 144), (144,), (144, 16)), {"neighbourhood": (3, 1), "stride": stride})
+        Case((x, (16, 144), (144,), (144, 16)), {"moves": Neighbourhood(3, 1), "stride": stride})
         for x, stride in (((128, 4, 8, 16), 1), ((128, 4, 8, 16), 2), ((256, 32, 32, 16), 1))
     ],
 )

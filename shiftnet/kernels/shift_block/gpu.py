@@ -56,6 +56,7 @@ _SLOTS = 2
 # Registers of a thread that the factors and sums may take, by the number of warpgroups: more than
 # these and the compiler spills (seen in its reports for an H200).
 _REGISTERS = {4: 72, 3: 96, 2: 160, 1: 160}
+_MOST_DEPTH = 128  # channels of an offset that are multiplied at a time
 # Of the weights' gradients: expanded channels of a warpgroup, pixels whose products are in
 # registers at a time, and the most sums over pixels that one expanded channel has.
 _ROWS = _STEP = 64
@@ -87,11 +88,9 @@ def _plan(x, w1, w2, *, dh, dw, stride) -> _Plan | str:
 
 def _cut(view: gpu.Image, channels: int, outputs: int, backward: bool) -> _Plan | str:
     """Tiles for an image of so many channels that becomes another."""
-    taps = view.taps
+    taps = _split(view.taps)
     phases = sorted({tap.phase for tap in taps})
     depth = gpu.round_up(max(tap.channels.size for tap in taps), 16)
-    if depth > 128:
-        return f"{depth} expanded channels move by the same offset, more than 128"
     weights = 2 * len(taps) * depth * (channels + outputs) + 4 * len(taps) * depth
     # Registers of a thread for 64 pixels: two sums, and both factors from registers.
     registers = (depth + outputs) // 2 + (channels + depth) // 4
@@ -112,6 +111,15 @@ def _cut(view: gpu.Image, channels: int, outputs: int, backward: bool) -> _Plan 
         f"{channels} channels, expanded to {len(taps)} offsets of {depth}, to {outputs} outputs do "
         f"not fit into {gpu.SHARED_BYTES} bytes of shared memory"
     )
+
+
+def _split(taps: list[gpu.Tap]) -> list[gpu.Tap]:
+    """The taps, with those of more channels than a warpgroup multiplies at a time in parts."""
+    return [
+        tap._replace(channels=part)
+        for tap in taps
+        for part in np.array_split(tap.channels, -(-tap.channels.size // _MOST_DEPTH))
+    ]
 
 
 class _SumsPlan(NamedTuple):

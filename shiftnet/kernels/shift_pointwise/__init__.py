@@ -6,7 +6,7 @@ import jax
 
 from shiftnet.kernels import checks
 from shiftnet.kernels.operation import Case, Kernel, Operation
-from shiftnet.kernels.shift.offsets import ChannelOrder, channel_offsets
+from shiftnet.kernels.shift.offsets import ChannelOrder, Neighbourhood, Offsets, arrays
 from shiftnet.kernels.shift_pointwise import gpu, tpu, xla
 
 __all__ = ["Implementation", "shift_pointwise"]
@@ -29,6 +29,7 @@ def shift_pointwise(
     out_relu: bool = False,
     residual: jax.Array | None = None,
     channel_order: ChannelOrder = "interleaved",
+    offsets: Offsets | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """`shift(relu(x * scale + bias)) @ w`, and scale, bias, ReLU and addition of the result.
@@ -49,6 +50,7 @@ def shift_pointwise(
       residual: of the result's shape and dtype, added last.
       channel_order: of `x`, as of `shiftnet.kernels.shift.channel_offsets`; the GPU's kernel needs
         "grouped".
+      offsets: `(dh, dw)`, the whole numbers of each channel, in place of a neighbourhood's.
       implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"xla"` is plain XLA.
         None takes the device's kernel where it supports the arguments, else `"xla"`.
 
@@ -58,20 +60,16 @@ def shift_pointwise(
 
     Raises:
       ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
-        that is no whole number of at least 1, an unknown `channel_order` or `implementation`,
-        or one that does not support the arguments.
+        that is no whole number of at least 1, offsets of another number of channels, an unknown
+        `channel_order` or `implementation`, or one that does not support the arguments.
     """
-    checks.known("shift_pointwise", channel_order)
     if x.ndim != 4 or w.ndim != 2 or x.shape[3] != w.shape[0] or not checks.is_whole(*w.shape):
         raise ValueError(
             "shift_pointwise needs x in NHWC and w [C, K] of the same C, "
             f"got x {x.shape} and w {w.shape}"
         )
-    if not checks.is_whole(kernel_size, dilation, stride):
-        raise ValueError(
-            "shift_pointwise needs a whole kernel_size, dilation and stride of at least 1, "
-            f"got {kernel_size}, {dilation} and {stride}"
-        )
+    moves = checks.moves("shift_pointwise", len(w), kernel_size, dilation, channel_order, offsets)
+    checks.stride("shift_pointwise", stride)
     checks.same_dtype("shift_pointwise", x, w=w, residual=residual)
     checks.shaped("shift_pointwise", w.shape[:1], scale=scale, bias=bias)
     checks.shaped("shift_pointwise", w.shape[1:], out_scale=out_scale, out_bias=out_bias)
@@ -79,7 +77,7 @@ def shift_pointwise(
     checks.shaped("shift_pointwise", result, residual=residual)
     return OPERATION(
         *(x, w, scale, bias),
-        neighbourhood=(kernel_size, dilation, channel_order),
+        moves=moves,
         stride=stride,
         relu=relu,
         out_scale=out_scale,
@@ -90,8 +88,8 @@ def shift_pointwise(
     )
 
 
-def _prepare(x, w, scale, bias, *, neighbourhood, **settings):
-    dh, dw = channel_offsets(len(w), *neighbourhood)
+def _prepare(x, w, scale, bias, *, moves, **settings):
+    dh, dw = arrays(len(w), moves)
     return {"dh": dh, "dw": dw, **settings}
 
 
@@ -99,7 +97,7 @@ def _unsupported(module):
     return lambda x, w, scale, bias, **settings: module.unsupported(x, w, **settings)
 
 
-_TESTED = {"neighbourhood": (3, 1, "grouped"), "relu": True}
+_TESTED = {"moves": Neighbourhood(3, 1, "grouped"), "relu": True}
 
 OPERATION = Operation(
     "shift_pointwise",

@@ -364,7 +364,8 @@ def _count(config: Config, confusion: Confusion | None):
     if config.data.source == "tfds" and config.data.name in shiftnet.data.IN_MEMORY:
         classes, side = len(shiftnet.data.class_names(config.data.name)), 32
     elif confusion:
-        classes, side = len(confusion.class_names), config.data.size
+        classes = len(confusion.class_names)
+        side = config.data.size or models.image_size(config.model.arch)
     else:
         return None
     network = nnx.eval_shape(lambda: models.build(config.model, classes, rngs=nnx.Rngs(0)))

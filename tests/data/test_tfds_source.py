@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as stock
 
-from shiftnet.data.imagenet_tfds import TfdsSource
+from shiftnet.data.tfds_source import TfdsSource
 from shiftnet.errors import UserError
 from tests.data import image_files
 from tests.data.image_files import wnid
@@ -69,9 +69,9 @@ def root(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("imagenet"))
 
 
-@pytest.mark.parametrize(("split", "stored"), [("train", "train"), ("val", "validation")])
+@pytest.mark.parametrize(("split", "stored"), [("train", "train"), ("test", "validation")])
 def test_every_file_comes_back_as_it_went_in(root, split, stored):
-    source = TfdsSource(root, split)
+    source = TfdsSource(root, "imagenet2012", split)
     found = {
         name: (data, label) for data, label, name, _ in (source[i] for i in range(len(source)))
     }
@@ -80,7 +80,7 @@ def test_every_file_comes_back_as_it_went_in(root, split, stored):
 
 
 def test_the_order_is_the_one_on_disk(root):
-    source = TfdsSource(str(root), "train")
+    source = TfdsSource(str(root), "imagenet2012", "train")
     stored = tfds.builder_from_directory(root / "imagenet2012" / "5.1.0").as_data_source(
         "train", decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -90,13 +90,13 @@ def test_the_order_is_the_one_on_disk(root):
 
 
 def test_class_names_are_the_wordnet_ids_in_order(root):
-    names = TfdsSource(root, "val").class_names
+    names = TfdsSource(root, "imagenet2012", "test").class_names
     assert names == tuple(sorted(names))
     assert (len(names), names[0], names[-1]) == (1000, "n01440764", "n15075141")
 
 
 def test_a_source_that_was_pickled_reads_the_same(root):
-    source = TfdsSource(root, "train")
+    source = TfdsSource(root, "imagenet2012", "train")
     sent = pickle.dumps(source)
     assert len(sent) < 1000
     assert pickle.loads(sent)[3] == source[3]
@@ -104,7 +104,7 @@ def test_a_source_that_was_pickled_reads_the_same(root):
 
 def test_there_is_no_image_beyond_the_last(root):
     with pytest.raises(IndexError):
-        TfdsSource(root, "val")[7]
+        TfdsSource(root, "imagenet2012", "test")[7]
 
 
 def test_the_newest_version_of_the_format_is_read(root, tmp_path):
@@ -112,19 +112,19 @@ def test_the_newest_version_of_the_format_is_read(root, tmp_path):
     for version in ("4.0.0", "5.9.0", "5.x.0", "6.0.0", "5.10.0.incompleteABC"):
         (folder / version).mkdir(parents=True)
     shutil.copytree(root / "imagenet2012" / "5.1.0", folder / "5.10.0")
-    assert len(TfdsSource(tmp_path, "val")) == 7
+    assert len(TfdsSource(tmp_path, "imagenet2012", "test")) == 7
 
 
 def test_a_missing_split_is_refused(tmp_path):
     root = prepare(tmp_path, ("train",))
-    assert len(TfdsSource(root, "train")) == 30
-    with pytest.raises(UserError, match=r"5\.1\.0 has no split validation"):
-        TfdsSource(root, "val")
+    assert len(TfdsSource(root, "imagenet2012", "train")) == 30
+    with pytest.raises(UserError, match=r"5\.1\.0 has no split test or validation"):
+        TfdsSource(root, "imagenet2012", "test")
 
 
 def test_a_directory_without_imagenet_is_refused_with_the_command(tmp_path):
     with pytest.raises(UserError, match=r"imagenet2012 holds no 5\.\*\.\*; .*tfds build imagenet"):
-        TfdsSource(tmp_path, "train")
+        TfdsSource(tmp_path, "imagenet2012", "train")
 
 
 def test_a_form_that_needs_tensorflow_is_refused(root, tmp_path):
@@ -136,7 +136,7 @@ def test_a_form_that_needs_tensorflow_is_refused(root, tmp_path):
             text = text.replace(b"array_record", b"tfrecord")
         (folder / file.name.replace("array_record", "tfrecord")).write_bytes(text)
     with pytest.raises(UserError, match="prepared as tfrecord, which only TensorFlow reads"):
-        TfdsSource(tmp_path, "train")
+        TfdsSource(tmp_path, "imagenet2012", "train")
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
@@ -145,7 +145,7 @@ def test_a_directory_with_a_file_missing_is_refused(root, tmp_path, name):
     shutil.copytree(root / "imagenet2012" / "5.1.0", folder)
     (folder / name).unlink()
     with pytest.raises(UserError, match=r"is not a complete TFDS data set .*; prepare it again"):
-        TfdsSource(tmp_path, "train")
+        TfdsSource(tmp_path, "imagenet2012", "train")
 
 
 def test_a_record_that_cannot_be_read_is_refused(root, tmp_path):
@@ -154,4 +154,4 @@ def test_a_record_that_cannot_be_read_is_refused(root, tmp_path):
     (path,) = folder.glob("*train*array_record*")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="is not a complete TFDS data set"):
-        TfdsSource(tmp_path, "train")[0]
+        TfdsSource(tmp_path, "imagenet2012", "train")[0]
