@@ -622,6 +622,24 @@ MOST_USED = (
 )
 # In a folder of recipes, the names that stand for a file of it with arguments.
 NAMES = "names.toml"
+# Recipes for any network on a CIFAR, which `recipe=NAME` in an argument takes in place of the
+# family's own. short: a fifth of the original's epochs, by Muon; the rates, the smaller decay and
+# the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100.
+CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "short": {
+        "epochs": 30,
+        "batch_size": 128,
+        "data.pad": 2,
+        "optimizer.name": "muon",
+        "optimizer.muon_lr": 0.1,
+        "optimizer.lr": 0.2,
+        "optimizer.nesterov": True,
+        "optimizer.weight_decay": 2e-4,
+        "schedule.name": "linear",
+        "schedule.by": "step",
+        "schedule.warmup": 1.0,
+    },
+}
 
 
 def default_config() -> Config:
@@ -764,7 +782,12 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
     return config
 
 
-def apply_argument(config: Config, argument: str, fields: Mapping[str, str]) -> None:
+def apply_argument(
+    config: Config,
+    argument: str,
+    fields: Mapping[str, str],
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Sets fields from a recipe's argument, `"expansion=3"` or `"reduction=2.8,dtype=bfloat16"`.
 
     Args:
@@ -772,17 +795,32 @@ def apply_argument(config: Config, argument: str, fields: Mapping[str, str]) -> 
       argument: `name=value` pairs with commas between them; `""` changes nothing.
       fields: the names that the recipe knows, with the field each stands for, for example
         `{"expansion": "model.expansion"}`.
+      recipes: for a family on the CIFARs `CIFAR_RECIPES`, which `recipe=NAME` takes one of.
 
     Raises:
       UserError: if it is not of that form, or for an unknown name or a value of the wrong type.
     """
+    chosen = None
     for pair in argument.split(",") if argument else ():
-        name, equals, text = pair.partition("=")
+        name, equals, text = (part.strip() for part in pair.partition("="))
         if not equals:
             raise UserError(f"expected name=value after the colon, found {pair!r}")
-        if name.strip() not in fields:
-            raise unknown("argument", name.strip(), fields)
-        override(config, fields[name.strip()], text.strip())
+        if name == "recipe" and recipes is not None:
+            if text not in recipes:
+                raise unknown("recipe", text, recipes)
+            chosen = text
+        elif name in fields:
+            override(config, fields[name], text)
+        else:
+            raise unknown("argument", name, [*fields, *(["recipe"] if recipes else [])])
+    if chosen is None or recipes is None:
+        return
+    if not CIFAR.holds(config):
+        raise UserError(f"recipe={chosen} is for {CIFAR.words}, found data.name={config.data.name}")
+    config.optimizer, config.schedule = OptimizerConfig(), ScheduleConfig()
+    for path, value in recipes[chosen].items():
+        group, _, name = path.rpartition(".")
+        (config[group] if group else config)[name] = value
 
 
 def override(config: Config, path: str, text: str) -> None:

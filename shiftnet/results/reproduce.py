@@ -60,6 +60,8 @@ class Options:
       together: seeds to train in one program; None: all, but one on a CPU, which gains nothing.
       epochs: schedules are shortened to that many, and their results kept apart; None: they are
         not.
+      recipe: another recipe for every row, one of `CIFAR_RECIPES`; its results are kept in the
+        folder of that name, and count after the last epoch; empty: each row's own.
     """
 
     results: Path = Path("results")
@@ -69,6 +71,7 @@ class Options:
     seeds: int = 1
     together: int | None = None
     epochs: int | None = None
+    recipe: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +81,9 @@ class Job:
     Attributes:
       row: as in its table.
       epoch: its table's, the `"best"` or the `"final"`.
-      config: the row's recipe, shortened where that was asked for.
-      full_epochs: that the recipe has when it is not.
+      config: the row's recipe, or another one where that was asked for; shortened likewise.
+      full_epochs: those of the row's own recipe.
+      recipe: the name of the other one, or nothing.
       folder: where its result goes.
       result: what there is of it, as `shiftnet.results` has it, or None.
       stale: what differs where the result that is there is of another recipe, which is then left
@@ -92,6 +96,7 @@ class Job:
     epoch: str
     config: Config
     full_epochs: int
+    recipe: str
     folder: Path
     result: dict[str, Any] | None
     stale: Sequence[str]
@@ -185,10 +190,14 @@ def find(options: Options) -> Iterator[Job]:
         raise UserError(f"no row and no table of {folder / results.TABLE} matches {pattern!r}")
     for table, row in chosen:
         config = config_lib.load(row.recipe)
-        full_epochs = config.epochs
+        full_epochs, epoch = config.epochs, table.epoch
+        if options.recipe:
+            config, epoch = _by_recipe(row, options.recipe), "final"
+        epochs = config.epochs
         if options.epochs is not None:
             shorten(config, options.epochs)
-        apart = SHORT if config.epochs < full_epochs else ""
+        parts = (options.recipe, SHORT if config.epochs < epochs else "")
+        apart = "-".join(part for part in parts if part)
         result, stale = results.read(folder / apart, row.name), []
         if result is not None:
             before = config_lib.from_json(json.dumps(result["config"]))
@@ -201,7 +210,23 @@ def find(options: Options) -> Iterator[Job]:
             missing = [seed for seed in range(options.seeds) if seed not in done]
         workdir = options.workdir / apart
         groups = list(_groups(row, missing, options.together, workdir))
-        yield Job(row, table.epoch, config, full_epochs, folder / apart, result, stale, groups)
+        yield Job(
+            row=row,
+            epoch=epoch,
+            config=config,
+            full_epochs=full_epochs,
+            recipe=options.recipe,
+            folder=folder / apart,
+            result=result,
+            stale=stale,
+            groups=groups,
+        )
+
+
+def _by_recipe(row: results.Row, recipe: str) -> Config:
+    """Returns a row's network with the settings of another recipe."""
+    file, argument = config_lib.split_recipe(row.recipe)
+    return config_lib.load(f"{file}:{','.join(filter(None, (argument, f'recipe={recipe}')))}")
 
 
 def _groups(
@@ -393,6 +418,7 @@ def _result(
     others = [run for run in old["runs"] if run["seed"] not in seeds]
     return {
         "row": job.row.name,
+        "recipe": job.recipe,
         "config": job.config.to_dict(),
         "class_names": dataset.class_names,
         "epochs": job.config.epochs,
@@ -548,6 +574,8 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
         f"{job.row.name}: {results.mean_and_spread(values)} % ({job.epoch} epoch, "
         f"{len(values)} seed{'s' if len(values) > 1 else ''})"
     ]
+    if job.recipe:
+        parts.append(f"by the {job.recipe} recipe")
     if result["epochs"] < result["full_epochs"]:
         parts.append(f"on {result['epochs']} of {result['full_epochs']} epochs")
     elif job.row.reported is not None:

@@ -365,6 +365,18 @@ def test_a_short_schedule_is_kept_apart_and_a_large_network_where_git_does_not_l
     assert result["config"]["schedule"]["boundaries"] == []
 
 
+def test_another_recipe_is_kept_apart_and_counts_after_the_last_epoch(place, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    table = TABLE.replace('"RECIPE"', '"configs/shiftresnet20_c100.py"')
+    (place / "results" / results.TABLE).write_text(table.replace("RECIPE", "configs/quickstart.py"))
+    (job,) = reproduce.find(options_of(place, recipe="short"))
+    assert job.folder == place / "results" / "short"
+    assert (job.config.epochs, job.full_epochs, job.epoch) == (30, 164, "final")
+    assert [workdir.parent.name for _, workdir in job.groups] == ["short"]
+    (job,) = reproduce.find(options_of(place, recipe="short", epochs=3))
+    assert (job.folder.name, job.config.epochs) == ("short-smoke", 3)
+
+
 @pytest.mark.parametrize(
     ("name", "boundaries", "expected"),
     [("step", (82, 123), (4, 5)), ("sgdr", (2, 4, 8, 16), (2, 4)), ("cosine", (), ())],
