@@ -72,6 +72,14 @@ SHA256 = Rule(
     lambda value: re.fullmatch("([0-9a-fA-F]{64})?", value) is not None,
     'empty ("") or 64 hexadecimal digits',
 )
+PARTS = Rule(
+    lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    "two numbers above 0 and at most 1, the smaller first",
+)
+RATIOS = Rule(
+    lambda value: len(value) == 2 and 1e-3 <= value[0] <= value[1] <= 1e3,
+    "two numbers from 0.001 to 1000, the smaller first",
+)
 ARCH = Rule(lambda value: not re.search(r"\d{5}", value), "a family and at most 4 digits of depth")
 WORKERS = Rule(lambda value: value >= -1, "at least -1")
 
@@ -89,6 +97,9 @@ CIFAR = Scope(
     lambda config: config.data.source == "tfds" and config.data.name.startswith("cifar"),
     "data.name=cifar10 and cifar100",
 )
+AVERAGED = Scope(lambda config: config.ema.decay > 0, "ema.decay above 0")
+DISTILLED = Scope(lambda config: bool(config.distill.teacher), "a distill.teacher")
+HELD_OUT = Scope(lambda config: config.data.validation > 0, "data.validation above 0")
 LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
 S3 = Scope(lambda config: config.model.weights == "s3", "model.weights=s3")
 
@@ -210,6 +221,12 @@ class ModelConfig(Settings, group="model"):
     quantize_first_last: bool = setting(
         False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT
     )
+    drop_path: float = setting(
+        0.0,
+        "probability that the last residual branch is left out for a training image; it falls "
+        "towards the first one (arXiv:1603.09382)",
+        FRACTION,
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the computation; parameters and batch statistics stay float32"
     )
@@ -278,6 +295,18 @@ class DataConfig(Settings, group="data"):
         SIDE,
         scope=IMAGE_FILES,
     )
+    crop_scale: tuple[float, ...] = setting(
+        (0.08, 1.0),
+        "smallest and largest part of an image file's area that a training crop has (S3's code)",
+        PARTS,
+        scope=IMAGE_FILES,
+    )
+    crop_ratio: tuple[float, ...] = setting(
+        (3 / 4, 4 / 3),
+        "smallest and largest ratio of a training crop's width to its height (S3's code)",
+        RATIOS,
+        scope=IMAGE_FILES,
+    )
     workers: int = setting(
         -1,
         "processes that decode image files; 0: decode in the main process; -1: one per core",
@@ -296,6 +325,12 @@ class DataConfig(Settings, group="data"):
         scope=FOLDER,
     )
     flip: bool = setting(True, "mirror half of the training images, at random (original)")
+    flip_by: Literal["chance", "turns"] = setting(
+        "chance",
+        "chance: draw in every epoch which images are mirrored (original); turns: each image is in "
+        "every second epoch, half of them in the first (arXiv:2404.00498)",
+        scope=Scope(lambda config: config.data.flip, "data.flip=true"),
+    )
     policy: Literal["none", "trivial", "rand"] = setting(
         "none",
         "random operations on every training image: trivial: TrivialAugment (arXiv:2103.10158); "
@@ -320,6 +355,55 @@ class LossConfig(Settings, group="loss"):
         0.0,
         "share of every target that is spread evenly over all classes (arXiv:1512.00567); 0: none",
         FRACTION,
+    )
+
+
+@dataclasses.dataclass
+class DistillConfig(Settings, group="distill"):
+    """Distillation: learning from the logits of a trained network."""
+
+    teacher: str = setting(
+        "",
+        "checkpoint or packed file of the network to learn from; it sees the same augmented images "
+        "in the same step, and must know all classes by name; empty: none",
+    )
+    temperature: float = setting(
+        4.0,
+        "what both networks' logits are divided by (arXiv:1503.02531; arXiv:1910.10699's code: 4)",
+        ABOVE_0,
+        scope=DISTILLED,
+    )
+    weight: float = setting(
+        0.9,
+        "share of the loss that is the divergence from the teacher, times temperature²; the rest "
+        "is the cross entropy of the labels (arXiv:1910.10699's code: 0.9)",
+        SHARE,
+        scope=DISTILLED,
+    )
+    standardize: bool = setting(
+        False,
+        "shift and scale each image's logits to mean 0 and deviation 1 before that "
+        "(arXiv:2403.01427, with a temperature of 2)",
+        scope=DISTILLED,
+    )
+
+
+@dataclasses.dataclass
+class EmaConfig(Settings, group="ema"):
+    """Averaging the network over the steps."""
+
+    decay: float = setting(
+        0.0,
+        "decay per step of an exponential moving average of parameters and batch statistics, such "
+        "as 0.999; the averaged network is what is evaluated, chosen and kept; 0: none",
+        FRACTION,
+    )
+    estimate: int = setting(
+        0,
+        "batches of training images on which the averaged network's batch statistics are estimated "
+        "anew before it is evaluated; 0: they are averaged as parameters are",
+        AT_LEAST_0,
+        scope=AVERAGED,
     )
 
 
@@ -479,6 +563,20 @@ class LogConfig(Settings, group="log"):
 
     every_seconds: float = setting(10.0, "seconds between two lines of progress", AT_LEAST_0)
     tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
+    every_steps: int = setting(
+        0,
+        "steps between two lines of steps.jsonl, with a step's loss, accuracy and learning rate; "
+        "0: none",
+        AT_LEAST_0,
+    )
+    tracker: Literal["none", "wandb", "trackio"] = setting(
+        "none", "where else to send the numbers: Weights & Biases, or trackio"
+    )
+    project: str = setting(
+        "shiftnet",
+        "the project that the tracker files the run under",
+        scope=Scope(lambda config: config.log.tracker != "none", "a log.tracker"),
+    )
 
 
 @dataclasses.dataclass
@@ -489,6 +587,12 @@ class Config(Settings):
         0, "seed of the initial weights, the order of the images and the augmentation", SEED
     )
     epochs: int = setting(164, "passes over the training images (original)", AT_LEAST_1)
+    patience: int = setting(
+        0,
+        "epochs without a higher validation accuracy after which the run ends; 0: it does not",
+        AT_LEAST_0,
+        scope=HELD_OUT,
+    )
     batch_size: int = setting(
         128,
         "images per step, over all devices; an incomplete last batch is dropped (original: 128)",
@@ -497,6 +601,8 @@ class Config(Settings):
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -613,8 +719,9 @@ IMMATERIAL = (
     "data.workers",
     "data.on_corrupt",
 )
-# Fields that may change when a run is resumed. Any other would make it another experiment.
-RESUMABLE = ("epochs", *IMMATERIAL)
+# Fields that may change when a run is resumed. Any other would make it another experiment. (The
+# teacher may have moved; that it is the same one is told by its arrays.)
+RESUMABLE = ("epochs", "distill.teacher", *IMMATERIAL)
 # The fields that `--help` shows first.
 MOST_USED = (
     *("epochs", "batch_size", "seed", "model.arch", "model.weights", "model.dtype", "data.name"),

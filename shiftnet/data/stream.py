@@ -87,6 +87,8 @@ class TrainStream:
       total_steps: of the run.
       seed: of the run, 0 to 2^64 - 1.
       flip: whether half of the images are mirrored.
+      in_turns: whether each image is mirrored in every second epoch, and not by chance.
+      scale, ratio: of crops, see `images.crop_box`.
       on_corrupt: `"error"` or `"skip"`.
       workers: processes that decode; 0 decodes in this one, when a batch is asked for.
       process_index, process_count: which process of the job this is.
@@ -108,6 +110,9 @@ class TrainStream:
         flip: bool,
         on_corrupt: str,
         workers: int,
+        in_turns: bool = False,
+        scale: Sequence[float] = images.SCALE,
+        ratio: Sequence[float] = images.RATIO,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -117,7 +122,9 @@ class TrainStream:
                 f"an epoch of {steps_per_epoch} steps of {batch_size} images is more than the "
                 f"{len(source)} training images"
             )
-        self._example = _TrainExample(source, share, size, steps_per_epoch, seed, flip)
+        self._example = _TrainExample(
+            source, share, size, steps_per_epoch, seed, flip, in_turns, tuple(scale), tuple(ratio)
+        )
         self._share = share
         self._total_steps = total_steps
         self._workers = workers
@@ -256,6 +263,9 @@ class _TrainExample:
     steps_per_epoch: int
     seed: int
     flip: bool
+    in_turns: bool
+    scale: tuple[float, ...]
+    ratio: tuple[float, ...]
 
     def __call__(self, number: int) -> _Example:
         step, place = self.share.locate(number)
@@ -269,8 +279,17 @@ class _TrainExample:
             try:
                 data, label, name, exif = self.source[index]
                 image = images.for_training(
-                    data, size=self.size, flip=self.flip, rng=rng, name=name, exif=exif
+                    data,
+                    size=self.size,
+                    flip=self.flip and not self.in_turns,
+                    rng=rng,
+                    name=name,
+                    exif=exif,
+                    scale=self.scale,
+                    ratio=self.ratio,
                 )
+                if self.flip and self.in_turns and _is_first(self.seed, index) == (epoch % 2 == 0):
+                    image = image[:, ::-1]
             except CorruptImage as error:
                 if self.share.on_corrupt == "error":
                     raise UserError(str(error)) from error
@@ -310,6 +329,11 @@ class _EvalExample:
 @functools.lru_cache(maxsize=2)  # where an epoch ends, a worker may need two
 def _order(seed: int, epoch: int, length: int) -> np.ndarray:
     return _generator(seed, epoch, 0).permutation(np.arange(length, dtype=np.int32))
+
+
+def _is_first(seed: int, index: int) -> bool:
+    """Whether an image is mirrored in the first epoch, of those that are in every second one."""
+    return bool(_generator(seed, 2**64 - 1, index + 1).random() < 0.5)  # no epoch has that number
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv
 from shiftnet.models import resnet
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.resnet import Shortcut
 
 
@@ -37,7 +38,7 @@ class DepthwiseBlock(nnx.Module):
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.depth(y), train=train)
         y = self.bn3(self.conv3(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        return nnx.relu(drop_path(y) + self.shortcut(x, train=train))
 
 
 build = functools.partial(resnet.build, block_type=DepthwiseBlock)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, Linear
 from shiftnet.layers.pooling import max_pool
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
 from shiftnet.quantizers import Float, Form
@@ -37,7 +38,7 @@ class BasicBlock(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.conv2(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        return nnx.relu(drop_path(y) + self.shortcut(x, train=train))
 
 
 class Bottleneck(nnx.Module):
@@ -61,7 +62,7 @@ class Bottleneck(nnx.Module):
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = nnx.relu(self.bn2(self.conv2(y), train=train))
         y = self.bn3(self.conv3(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        return nnx.relu(drop_path(y) + self.shortcut(x, train=train))
 
 
 # Depth -> block and blocks a stage.

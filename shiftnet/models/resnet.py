@@ -17,6 +17,7 @@ from flax import nnx
 from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import affine, every, product
 from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 
@@ -142,7 +143,7 @@ class BasicBlock(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.conv2(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        return nnx.relu(drop_path(y) + self.shortcut(x, train=train))
 
 
 def reduced_widths(reduction: float, reduction_mode: str) -> tuple[int, int, int]:

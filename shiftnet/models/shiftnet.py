@@ -18,6 +18,7 @@ from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Linear, Shift, fold_batch_norm
 from shiftnet.layers.pooling import average_pool
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
@@ -80,7 +81,7 @@ class CSCBlock(nnx.Module):
         w2 = self.conv2.matrix.astype(y.dtype)
         y = shift_block(y, w1, b1, w2, kernel_size, stride=self.stride, shift_first=True)
         if self.stride == 1:
-            return x + y
+            return x + drop_path(y)
         return jnp.concatenate([y, average_pool(x)], axis=-1)
 
 

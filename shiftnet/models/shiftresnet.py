@@ -14,6 +14,7 @@ from shiftnet.errors import UserError
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Shift, fold_batch_norm
 from shiftnet.layers.folding import computed_once
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
 
 
@@ -49,7 +50,8 @@ class ShiftConvBlock(nnx.Module):
             x = computed_once(x)
             w1, b1 = fold_batch_norm(self.conv1, self.bn1, x, train=True)
             y = block(x, w1, b1, self.conv2.matrix.astype(x.dtype))
-            return nnx.relu(self.bn2(y, train=True)) + self.shortcut(x, train=True)
+            y = drop_path(nnx.relu(self.bn2(y, train=True)))
+            return y + self.shortcut(x, train=True)
         w1, b1 = fold_batch_norm(self.conv1, self.bn1, x)
         w2, b2 = fold_batch_norm(self.conv2, self.bn2, x)
         shortcut = self.shortcut(x, train=False)

@@ -5,15 +5,10 @@ import dataclasses
 import datetime
 import fcntl
 import fnmatch
-import functools
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +24,13 @@ from shiftnet.data import Dataset
 from shiftnet.errors import RunFailed, UserError, say
 from shiftnet.inference import Classifier
 from shiftnet.planning.plan import CHIPS, TRAINING_IMAGES
-from shiftnet.training import metrics
+from shiftnet.training import environment, metrics
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import Outcome, train
 from shiftnet.training.evaluation import make_evaluator
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.workdir import InUse, lock
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The dtype of what is not low-bit in the networks that are kept.
 REST = "float16"
 SHORT = "smoke"
@@ -332,7 +326,7 @@ def _train(
         dataset=dataset,
         deadline=deadline,
         save_seconds=SAVE_EVERY,
-        session=_session(),
+        session=environment.describe(),
     )
     if outcome.finished:
         with _locked(options.results):
@@ -465,51 +459,12 @@ def _keep(job: Job, seed: int, outcome: Outcome, dataset: Dataset, workdir: Path
     }
 
 
-@functools.cache
-def _session() -> dict[str, Any]:
-    """Describes on what and with what code this process trains, as it is when it begins."""
-    return {
-        "device": _device(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-def _device() -> str:
-    kind = jax.local_devices()[0].device_kind
-    if kind != "cpu":
-        return kind
-    return f"CPU, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
-
-
 def _fraction_of_peak(job: Job, outcome: Outcome, rate: float) -> float | None:
     chip = next((c for c in CHIPS.values() if c.kind == jax.local_devices()[0].device_kind), None)
     if chip is None or len({one["device"] for one in outcome.sessions}) > 1:
         return None
     flops = 2 * 3 * job.row.multiply_adds * rate
     return round(flops / chip.flops[job.config.model.dtype], 4)
-
-
-def _commit() -> str | None:
-    """The checkout's commit, marked where code or recipes that git knows differ from it.
-
-    Or the value of SHIFTNET_COMMIT, for a copy that has no history, or another one.
-    """
-    if commit := os.environ.get("SHIFTNET_COMMIT"):
-        return commit
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head, changes = (
-            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "-uno", ":/shiftnet", ":/configs"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("-dirty" if changes.strip() else "")
 
 
 def _estimate(job: Job, jobs: Sequence[Job]) -> float | None:
@@ -521,7 +476,7 @@ def _estimate(job: Job, jobs: Sequence[Job]) -> float | None:
     rates: dict[str, list[float]] = {}  # multiply-adds a second, by family
     for other in jobs:
         for run in other.result["runs"] if other.result else ():
-            if results.devices(run) == [_device()]:
+            if results.devices(run) == [environment.device()]:
                 cost = 3.0 * other.row.multiply_adds * _images(other.config) * run["together"]
                 rates.setdefault(_family(other), []).append(cost / run["seconds"])
     if not rates:

@@ -26,6 +26,7 @@ from shiftnet.errors import RunFailed, UserError
 from shiftnet.models import build
 from shiftnet.models.counting import count
 from shiftnet.results import reproduce
+from shiftnet.training import environment
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import Outcome
 
@@ -230,7 +231,7 @@ def stop_after(monkeypatch, questions):
 def test_what_was_begun_goes_on_when_more_seeds_are_asked_for(place, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 5)
-        patched.setattr(reproduce, "_session", lambda: {"device": "another", "commit": "1"})
+        patched.setattr(environment, "describe", lambda: {"device": "another", "commit": "1"})
         assert run(place, "--only", "cheap", "--seeds", "1") == 0
     assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
     assert run(place, "--only", "cheap", "--seeds", "3", "--together", "2") == 0
