@@ -11,6 +11,7 @@ COMMANDS = {
     "convert": "convert a checkpoint of the original PyTorch codes",
     "pack": "write a network with its low-bit weights at their true width",
     "export": "write StableHLO, ONNX, or arrays under the original's names",
+    "sweep": "search a recipe's settings on held-out images",
     "reproduce": "train rows of the results table",
     "report": "draw runs and results as a page or as tables",
 }
