@@ -8,7 +8,8 @@ with momentum 0.9 and weight decay 1e-4 on every parameter and latent, learning 
 along a cosine, epoch by epoch, and S3's regularizer times 1e-5. On ImageNet the images are cropped
 at random to 224 x 224 and mirrored in training, resized to 256 and cropped from the center in
 evaluation; `--config.data.source=folder` reads a folder of image files instead of TFDS. For CIFAR
-that code has no recipe; ours takes ImageNet's optimizer and schedule, and CIFAR's crops.
+that code has no recipe; ours takes ImageNet's optimizer and schedule, and CIFAR's crops, and
+`recipe=short` 30 epochs, see `CIFAR_RECIPES` in `shiftnet/config.py`.
 
 Reported for ImageNet, top-1 / top-5 in per cent; none of it has been trained here yet:
 
@@ -19,7 +20,7 @@ Reported for ImageNet, top-1 / top-5 in per cent; none of it has been trained he
     resnet50_imagenet               76.00 / 93.00 (beside S3)
 """
 
-from shiftnet.config import Config, apply_argument, default_config
+from shiftnet.config import CIFAR_RECIPES, Config, apply_argument, default_config
 
 FIELDS = {
     "arch": "model.arch",
@@ -35,5 +36,5 @@ def get_config(argument: str = "") -> Config:
     config.batch_size = 256
     config.optimizer.weight_decay = 1e-4
     config.schedule.name = "cosine"
-    apply_argument(config, argument, FIELDS)
+    apply_argument(config, argument, FIELDS, CIFAR_RECIPES)
     return config

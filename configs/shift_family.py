@@ -23,9 +23,13 @@ ResNet is the page's last row. `weights` and `weight_bits` give any of them low-
 `results/table.toml` has the accuracy that the page reports for each row (the best test accuracy of
 any epoch), parameters and multiply-adds; `docs/results.md` shows them. The page has no CIFAR-10
 numbers for DepthwiseResNet.
+
+`recipe=short` trains any of them in 30 epochs, see `CIFAR_RECIPES` in `shiftnet/config.py`:
+
+    python train.py --config configs/shiftresnet20_c100.py:recipe=short
 """
 
-from shiftnet.config import Config, apply_argument, default_config
+from shiftnet.config import CIFAR_RECIPES, Config, apply_argument, default_config
 
 MODEL = ("arch", "expansion", "reduction", "reduction_mode", "weights", "weight_bits")
 
@@ -33,7 +37,7 @@ MODEL = ("arch", "expansion", "reduction", "reduction_mode", "weights", "weight_
 def get_config(argument: str = "") -> Config:
     config = default_config()
     fields = {name: f"model.{name}" for name in MODEL}
-    apply_argument(config, argument, fields | {"data": "data.name"})
+    apply_argument(config, argument, fields | {"data": "data.name"}, CIFAR_RECIPES)
     if config.model.arch.startswith("depthwiseresnet"):
         config.model.reduction_mode = "block"  # the only mode that the original has for it
     return config

@@ -10,10 +10,11 @@ random flip, and one mean and standard deviation for both CIFARs. The schedule i
 what that code gave depended on PyTorch's version.
 
 Reported accuracies are in `results/table.toml`. WRN-20-10 has 26.8 million weights, 3.5 MiB in one
-bit each; training it on the whole schedule needs an accelerator.
+bit each; training it on the whole schedule needs an accelerator. `recipe=short` takes 30 epochs,
+see `CIFAR_RECIPES` in `shiftnet/config.py`.
 """
 
-from shiftnet.config import Config, apply_argument, default_config
+from shiftnet.config import CIFAR_RECIPES, Config, apply_argument, default_config
 from shiftnet.data.cifar import WRN_NORMALIZATION
 
 FIELDS = {
@@ -35,6 +36,6 @@ def get_config(argument: str = "") -> Config:
     config.schedule.name = "sgdr"
     config.schedule.boundaries = (2, 4, 8, 16, 32, 64, 128)
     config.schedule.lr_min = 1e-4
-    apply_argument(config, argument, FIELDS)
+    apply_argument(config, argument, FIELDS, CIFAR_RECIPES)
     config.model.arch = f"wrn{config.model.arch}"
     return config

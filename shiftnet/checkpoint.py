@@ -1,10 +1,12 @@
 """Checkpoints on disk: Orbax directories that contain their own recipe.
 
-A run keeps two kinds in its working directory: `checkpoints/<step>` to continue from, and
-`best/<step>` with the most accurate network. Each checkpoint holds
+A run keeps up to three kinds in its working directory: `checkpoints/<step>` to continue from,
+`best/<step>` with the most accurate network, and `ema/<step>` with the averaged network, where a
+run averages; what reads the run then takes that one. Each checkpoint holds
 
 - `model`: the parameters and running statistics, by their dotted names in the network;
 - `optimizer`: the optimiser's state, in `checkpoints/` only;
+- `ema`: the averages of parameters and running statistics, in `checkpoints/` of a run with them;
 - `levels`: the codes of low-bit weights at the end of the last epoch, by layer, so that a continued
   run logs the same changes; in `checkpoints/` only;
 - metadata (JSON): the recipe, the classes' names, the normalisation, the step, the accuracies, and
@@ -38,7 +40,7 @@ from orbax.checkpoint import v1 as ocp
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.files import path_of, write_atomically
 
-LATEST, BEST = "checkpoints", "best"
+LATEST, BEST, AVERAGED = "checkpoints", "best", "ema"
 DIGESTS = "digests.json"
 UNSEALED = ".unsealed"
 # The metadata that a network cannot be built or fed without.
@@ -419,7 +421,7 @@ def _newest_first(path: str | os.PathLike[str]) -> list[Path]:
         raise UserError(f"checkpoint {path} does not exist")
     if path.is_file():
         raise foreign_file(path)
-    for directory in (path, path / LATEST):
+    for directory in (path, path / AVERAGED, path / LATEST):
         # ocp.is_orbax_checkpoint also says yes to a directory that holds checkpoints (0.12.8).
         if (directory / "_CHECKPOINT_METADATA").is_file():
             return [directory]

@@ -133,7 +133,11 @@ def test_help_shows_every_field_with_its_meaning_and_default(capsys, monkeypatch
         ({"optimizer__lrr": 0.1}, "unknown field 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ({"lr": 0.1}, "unknown field 'lr'; did you mean 'optimizer.lr'?"),
         ({"model": "resnet20"}, "model must hold model.arch, model.expansion"),
-        ({"log": {}}, "log must hold log.every_seconds, log.tensorboard, found {}"),
+        (
+            {"log": {}},
+            "log must hold log.every_seconds, log.tensorboard, log.every_steps, log.tracker, "
+            "log.project, found {}",
+        ),
         ({"epochs": {}}, "epochs must be a whole number below 2**63, found {}"),
     ],
 )
@@ -694,6 +698,7 @@ def test_a_longer_run_that_is_watched_otherwise_may_resume():
 def test_no_other_field_may_change_when_a_run_resumes():
     others = {int: 77, float: 0.77, str: "other", tuple: (1, 2, 77)}
     free = {"epochs", "parallel.fsdp", "data.dir", "data.workers", "data.on_corrupt"}
+    free |= {"distill.teacher"}  # it may have moved; that it is the same one, its arrays tell
     low_bit = {"model__weights": "s3"}
     files, sgdr = {"data__source": "folder"}, {"schedule__name": "sgdr"}
     wsd, muon, adamw = (
@@ -701,17 +706,22 @@ def test_no_other_field_may_change_when_a_run_resumes():
         {"optimizer__name": "muon"},
         {"optimizer__name": "adamw"},
     )
-    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw, {"model__shift": "sparse"})
+    averaged, held_out = {"ema__decay": 0.9}, {"data__validation": 5}
+    distilled = {"distill__teacher": "net"}
+    sparse = {"model__shift": "sparse"}
+    kinds = ({}, low_bit, files, sgdr, wsd, muon, adamw, averaged, held_out, distilled, sparse)
     for name, entry in config.FIELDS.items():
         if name in free or name.split(".")[0] in ("log", "eval", "checkpoint"):
             continue
         other = others.get(entry.kind, entry.default is False)
         if entry.choices:
             other = next(choice for choice in entry.choices if choice != entry.default)
-        if name == "data.sha256":
-            other = "0" * 64
-        if name == "model.weights_of":
-            other = "linear:int/8"
+        other = {
+            "data.sha256": "0" * 64,
+            "model.weights_of": "linear:int/8",
+            "data.crop_scale": (0.5, 0.77),
+            "data.crop_ratio": (1.0, 77.0),
+        }.get(name, other)
         where = next(old for old in kinds if entry.applies(changed(**old)))
         new = changed(**where, **{name.replace(".", "__"): other})
         before = changed(**where)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shiftnet import config, models, results
+from shiftnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -264,6 +265,30 @@ def test_recipes_take_weight_forms(recipe, argument, form, bits):
     model = load(recipe, argument).model
     assert (model.weights, model.weight_bits) == (form, bits)
     models.check(model)
+
+
+@pytest.mark.parametrize("recipe", [*TABLE_RECIPES, *LOW_BIT_RECIPES])
+def test_every_cifar_recipe_has_a_short_one_that_trains_the_same_network(recipe):
+    own, short = load(recipe), load(recipe, "recipe=short")
+    assert (short.epochs, short.optimizer.name, short.schedule.by) == (30, "muon", "step")
+    kept = config.differences(own, short, ignore=("epochs", "batch_size", "optimizer.*"))
+    assert all(change.startswith(("schedule.", "data.pad: ")) for change in kept)
+    default = load("shiftresnet20_c100", "recipe=short")
+    training = ("model.*", "data.name", "data.pad_mode", "data.mean", "data.std")
+    assert config.differences(default, short, ignore=training) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument", "sentence"),
+    [
+        ("shiftresnet20_c100", "recipe=shirt", "unknown recipe 'shirt'; did you mean 'short'?"),
+        ("s3_resnet18_imagenet", "recipe=short", "found data.name=imagenet2012"),
+        ("quickstart", "recipe=short", "unknown argument 'recipe'"),
+    ],
+)
+def test_a_recipe_that_a_family_does_not_have_is_refused(recipe, argument, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load(recipe, argument)
 
 
 def test_the_quickstart_turns_no_digit_into_its_mirror_image():

@@ -13,6 +13,7 @@ COMMANDS = {
     "pack": "write a network with its low-bit weights at their true width",
     "export": "write StableHLO, ONNX, or arrays under the original's names",
     "shifts": "draw where the channels of learned shifts went",
+    "sweep": "search a recipe's settings on held-out images",
     "reproduce": "train rows of the results table",
     "report": "draw runs and results as a page or as tables",
 }

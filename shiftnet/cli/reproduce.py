@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds=arguments.seeds,
         together=arguments.together,
         epochs=arguments.epochs,
+        recipe=arguments.recipe,
     )
     if arguments.list or not (arguments.only or arguments.next):
         print(reproduce.table(list(reproduce.find(options)), arguments.seeds))
@@ -75,6 +76,13 @@ def _arguments(argv: Sequence[str] | None) -> Any:
         metavar="N",
         type=int,
         help=f"shorten schedules; results go into {reproduce.SHORT}/",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=("", *config_lib.CIFAR_RECIPES),
+        default="",
+        metavar="|".join(config_lib.CIFAR_RECIPES),
+        help="train by that recipe in place of the rows' own; results go into its folder",
     )
     parser.add_argument("--results", metavar="DIR", default="results", help="default: results")
     parser.add_argument(

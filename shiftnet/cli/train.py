@@ -11,12 +11,13 @@ import jax
 from shiftnet import config as config_lib
 from shiftnet.cli import prog
 from shiftnet.config import Config
-from shiftnet.errors import reported
+from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.models import own
 from shiftnet.planning import plan
 from shiftnet.training.engine import Outcome, train
 from shiftnet.training.processes import join, leaving, use_compilation_cache
+from shiftnet.training.restore import Init
 
 
 @leaving
@@ -37,8 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--init",
         metavar="CKPT",
-        help="a checkpoint, converted ones too, to start from; the last layer starts fresh where "
-        "the classes differ in number",
+        help="a checkpoint or packed file, converted ones too, to start from; in the last layer "
+        "classes are matched by name",
+    )
+    parser.add_argument(
+        "--init-partial",
+        action="store_true",
+        help="take what fits from a network of another architecture",
+    )
+    parser.add_argument(
+        "--init-fresh-head", action="store_true", help="do not take the last layer of --init"
     )
     parser.add_argument(
         "--plan",
@@ -64,13 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_lib.from_arguments(arguments)
     if own.is_own(config.model.arch):  # by the command line, or by a recipe that it names
         own.allow(config.model.arch)
+    init = None
+    if arguments.init is not None:
+        init = Init(arguments.init, arguments.init_partial, arguments.init_fresh_head)
+    elif arguments.init_partial or arguments.init_fresh_head:
+        raise UserError("--init-partial and --init-fresh-head say what to take from an --init CKPT")
     if arguments.plan is not None:
         return _plan(config, arguments.plan)
     use_compilation_cache()
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = path_of(arguments.workdir or _default_workdir(arguments.config), "--workdir")
-    outcome = train(config, workdir, init=arguments.init, profile=arguments.profile)
+    outcome = train(config, workdir, init=init, profile=arguments.profile)
     if jax.process_index() == 0:
         given = sys.argv[1:] if argv is None else argv
         print(_report(outcome, workdir, _command(given, workdir)))

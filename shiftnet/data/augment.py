@@ -14,7 +14,7 @@ from shiftnet import errors
 PAD_MODES = {"zero": "constant", "reflect": "reflect"}  # ours -> jnp.pad's
 
 # Streams of one seed, so that epoch 3 and step 3 do not share their random numbers.
-_ORDER, _AUGMENT, _CUTOUT, _POLICY, _ERASING, _MIXING = range(6)
+_ORDER, _AUGMENT, _CUTOUT, _POLICY, _ERASING, _MIXING, _TURNS, _PATHS = range(8)
 
 
 def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
@@ -54,6 +54,11 @@ def erasing_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
 def mixing_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """The random key of a step's mixup and CutMix."""
     return _key(seed, _MIXING, step)
+
+
+def path_keys(seed: int | jax.Array, step: int | jax.Array, count: int) -> jax.Array:
+    """The random keys of a step's images, `[count]`, for the paths that are dropped."""
+    return jax.random.split(_key(seed, _PATHS, step), count)
 
 
 def _key(seed: int | jax.Array, stream: int, number: int | jax.Array) -> jax.Array:
@@ -112,6 +117,28 @@ def crop_flip_at(
 
     cropped = jax.vmap(crop)(padded, offsets)
     return jnp.where(flips[:, None, None, None], cropped[:, :, ::-1], cropped)
+
+
+def flip_in_turns(
+    seed: int | jax.Array, epoch: int | jax.Array, indices: jax.Array, images: jax.Array
+) -> jax.Array:
+    """Mirrors each image in every second epoch, those of one half first and then the others.
+
+    Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
+
+    Args:
+      seed: of the run, from which follows who is in which half.
+      epoch: counted from 0.
+      indices: int32 [N], of the images in the training set.
+      images: uint8 [N, H, W, C].
+
+    Returns:
+      images of the same shape and dtype.
+    """
+    key = _key(seed, _TURNS, 0)
+    first = jax.vmap(lambda index: jax.random.bernoulli(jax.random.fold_in(key, index)))(indices)
+    flips = first ^ (epoch % 2 == 1)
+    return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:

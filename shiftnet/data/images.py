@@ -22,6 +22,7 @@ import functools
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -177,6 +178,8 @@ def for_training(
     rng: np.random.Generator,
     name: str,
     exif: bool = False,
+    scale: Sequence[float] = SCALE,
+    ratio: Sequence[float] = RATIO,
 ) -> np.ndarray:
     """Decodes a random part of an image: torchvision's `RandomResizedCrop(size)`, then a flip.
 
@@ -196,6 +199,7 @@ def for_training(
       rng: makes the random choices; the same state gives the same result.
       name: what an error calls it.
       exif: whether it is turned as its EXIF orientation says.
+      scale, ratio: as of `crop_box`.
 
     Returns:
       uint8 [size, size, 3].
@@ -204,60 +208,68 @@ def for_training(
       CorruptImage: if it cannot be decoded.
     """
     try:
-        jpeg, scale, orientation = _jpeg(data), 1, 1
+        jpeg, less, orientation = _jpeg(data), 1, 1
         if jpeg:
             orientation = _jpeg_orientation(data, jpeg) if exif else 1
             shape = jpeg.shape[::-1] if orientation in _TRANSPOSED else jpeg.shape
         else:
             pixels = np.asarray(_read(data, exif))
             shape = pixels.shape[0], pixels.shape[1]
-        box = crop_box(rng, *shape)
+        box = crop_box(rng, *shape, scale, ratio)
         top, left, height, width = _stored_box(box, shape, orientation)
         right, bottom = left + width, top + height
         if jpeg:
-            while scale < 8 and min(height, width) >= 2 * scale * size:
-                scale *= 2
+            while less < 8 and min(height, width) >= 2 * less * size:
+                less *= 2
             try:
-                pixels = _upper_rows(data, jpeg, bottom, scale)
+                pixels = _upper_rows(data, jpeg, bottom, less)
             except ValueError:  # sampling factors that TurboJPEG does not know, or a damaged file
-                pixels, scale = np.asarray(_read(data, exif=False)), 1
+                pixels, less = np.asarray(_read(data, exif=False)), 1
         # The whole pixels of what is decoded that the crop touches, and the crop within them.
-        x, y = left // scale, top // scale
-        part = pixels[y : -(-bottom // scale), x : -(-right // scale)]
-        corners = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
+        x, y = left // less, top // less
+        part = pixels[y : -(-bottom // less), x : -(-right // less)]
+        corners = (left / less - x, top / less - y, right / less - x, bottom / less - y)
         image = _turned(_resized(part, corners, size), orientation)
         return image[:, ::-1] if flip and rng.random() < 0.5 else image
     except Exception as error:
         raise _corrupt(name, data, error) from error
 
 
-def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+def crop_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: Sequence[float] = SCALE,
+    ratio: Sequence[float] = RATIO,
+) -> tuple[int, int, int, int]:
     """Draws the part of an image that a training step sees.
 
-    It has 8 % to 100 % of the area and a ratio of width to height of 3/4 to 4/3, uniform in its
-    logarithm. When ten draws do not fit into the image, it is the middle: all of it, or as much as
-    the nearest allowed ratio leaves.
+    Its part of the area is uniform, and so is the logarithm of its ratio of width to height. When
+    ten draws do not fit into the image, it is the middle: all of it, or as much as the nearest
+    allowed ratio leaves.
 
     Args:
       rng: makes the random choices.
       height, width: of the image, in pixels.
+      scale: the smallest and the largest part of the area.
+      ratio: the smallest and the largest ratio of width to height.
 
     Returns:
       top, left, height and width of the part, in pixels.
     """
-    log_ratio = (math.log(RATIO[0]), math.log(RATIO[1]))
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(TRIES):
-        area = height * width * rng.uniform(*SCALE)
-        ratio = math.exp(rng.uniform(*log_ratio))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        area = height * width * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top = int(rng.integers(0, height - h, endpoint=True))
             return top, int(rng.integers(0, width - w, endpoint=True)), h, w
     w, h = width, height
-    if width < RATIO[0] * height:
-        h = round(width / RATIO[0])
-    elif width > RATIO[1] * height:
-        w = round(height * RATIO[1])
+    if width < ratio[0] * height:
+        h = round(width / ratio[0])
+    elif width > ratio[1] * height:
+        w = round(height * ratio[1])
     return (height - h) // 2, (width - w) // 2, h, w
 
 

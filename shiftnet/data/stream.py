@@ -90,6 +90,8 @@ class TrainStream:
       total_steps: of the run.
       seed: of the run, 0 to 2^64 - 1.
       flip: whether half of the images are mirrored.
+      in_turns: whether each image is mirrored in every second epoch, and not by chance.
+      scale, ratio: of crops, see `images.crop_box`.
       on_corrupt: `"error"` or `"skip"`.
       workers: processes that decode; 0 decodes in this one, when a batch is asked for.
       balance: whether every class comes equally often, see `order.balanced`; the source must have
@@ -114,6 +116,9 @@ class TrainStream:
         on_corrupt: str,
         workers: int,
         balance: bool = False,
+        in_turns: bool = False,
+        scale: Sequence[float] = images.SCALE,
+        ratio: Sequence[float] = images.RATIO,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -126,7 +131,18 @@ class TrainStream:
         labels = getattr(source, "labels", None) if balance else None
         if balance and labels is None:
             raise UserError("data.balance needs the classes of all images, which a folder has")
-        self._example = _TrainExample(source, share, size, steps_per_epoch, seed, flip, labels)
+        self._example = _TrainExample(
+            source,
+            share,
+            size,
+            steps_per_epoch,
+            seed,
+            flip,
+            in_turns,
+            tuple(scale),
+            tuple(ratio),
+            labels,
+        )
         self._share = share
         self._total_steps = total_steps
         self._workers = workers
@@ -312,6 +328,9 @@ class _TrainExample:
     steps_per_epoch: int
     seed: int
     flip: bool
+    in_turns: bool
+    scale: tuple[float, ...]
+    ratio: tuple[float, ...]
     labels: np.ndarray | None  # of all images, where classes are balanced
     orders: dict[int, np.ndarray] = field(default_factory=dict)  # of the latest epoch
 
@@ -327,8 +346,17 @@ class _TrainExample:
             try:
                 data, label, name, exif = self.source[index]
                 image = images.for_training(
-                    data, size=self.size, flip=self.flip, rng=rng, name=name, exif=exif
+                    data,
+                    size=self.size,
+                    flip=self.flip and not self.in_turns,
+                    rng=rng,
+                    name=name,
+                    exif=exif,
+                    scale=self.scale,
+                    ratio=self.ratio,
                 )
+                if self.flip and self.in_turns and _is_first(self.seed, index) == (epoch % 2 == 0):
+                    image = image[:, ::-1]
             except CorruptImage as error:
                 if self.share.on_corrupt == "error":
                     raise UserError(str(error)) from error
@@ -371,6 +399,11 @@ class _EvalExample:
                     raise UserError(str(error)) from error
                 skipped = (error.name,)
         return _Example(np.zeros((self.size, self.size, 3), np.uint8), -1, skipped)
+
+
+def _is_first(seed: int, index: int) -> bool:
+    """Whether an image is mirrored in the first epoch, of those that are in every second one."""
+    return bool(generator(seed, 2**64 - 1, index + 1).random() < 0.5)  # no epoch has that number
 
 
 def _batches(

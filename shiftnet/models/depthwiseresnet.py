@@ -8,6 +8,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, rectifier
 from shiftnet.models import resnet
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.resnet import Shortcut
 
 
@@ -41,7 +42,7 @@ class DepthwiseBlock(nnx.Module):
         y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
         y = self.bn2(self.depth(y, train=train), train=train)
         y = self.bn3(self.conv3(y, train=train), train=train)
-        return self.relu2(y + self.shortcut(x, train=train))
+        return self.relu2(drop_path(y) + self.shortcut(x, train=train))
 
 
 build = functools.partial(resnet.build, block_type=DepthwiseBlock)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, Linear, rectifier
 from shiftnet.layers.pooling import max_pool
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
 from shiftnet.quantizers import Float, Form
@@ -40,7 +41,7 @@ class BasicBlock(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
         y = self.bn2(self.conv2(y, train=train), train=train)
-        return self.relu2(y + self.shortcut(x, train=train))
+        return self.relu2(drop_path(y) + self.shortcut(x, train=train))
 
 
 class Bottleneck(nnx.Module):
@@ -68,7 +69,7 @@ class Bottleneck(nnx.Module):
         y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
         y = self.relu2(self.bn2(self.conv2(y, train=train), train=train))
         y = self.bn3(self.conv3(y, train=train), train=train)
-        return self.relu3(y + self.shortcut(x, train=train))
+        return self.relu3(drop_path(y) + self.shortcut(x, train=train))
 
 
 # Depth -> block and blocks a stage.

@@ -17,6 +17,7 @@ from flax import nnx
 from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import affine, every, product
 from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm, rectifier
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 
@@ -155,7 +156,7 @@ class BasicBlock(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
         y = self.bn2(self.conv2(y, train=train), train=train)
-        return self.relu2(y + self.shortcut(x, train=train))
+        return self.relu2(drop_path(y) + self.shortcut(x, train=train))
 
 
 def reduced_widths(reduction: float, reduction_mode: str) -> tuple[int, int, int]:

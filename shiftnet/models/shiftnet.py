@@ -18,6 +18,7 @@ from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm, make_shift, rectifier
 from shiftnet.layers.pooling import average_pool
 from shiftnet.layers.shift import constants, offsets_of
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 from shiftnet.quantizers.initializers import he_normal_fan_out
@@ -84,7 +85,7 @@ class CSCBlock(nnx.Module):
         else:
             y = self._apart(y, train)
         if self.stride == 1:
-            return x + y
+            return x + drop_path(y)
         return jnp.concatenate([y, average_pool(x)], axis=-1)
 
     def _fused(self, y: jax.Array, train: bool) -> jax.Array:

@@ -18,6 +18,7 @@ from shiftnet.kernels.shift_pointwise import shift_pointwise
 from shiftnet.layers import BatchNorm, Conv, LearnedShift, fold_batch_norm, make_shift, rectifier
 from shiftnet.layers.folding import computed_once
 from shiftnet.layers.shift import constants
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
 
 
@@ -62,7 +63,8 @@ class ShiftConvBlock(nnx.Module):
             x = computed_once(x)
             w1, b1 = fold_batch_norm(self.conv1, self.bn1, x, train=True)
             y = block(x, w1, b1, self.conv2.matrix.astype(x.dtype))
-            return nnx.relu(self.bn2(y, train=True)) + self.shortcut(x, train=True)
+            y = drop_path(nnx.relu(self.bn2(y, train=True)))
+            return y + self.shortcut(x, train=True)
         w1, b1 = fold_batch_norm(self.conv1, self.bn1, x)
         w2, b2 = fold_batch_norm(self.conv2, self.bn2, x)
         shortcut = self.shortcut(x, train=False)
@@ -82,7 +84,8 @@ class ShiftConvBlock(nnx.Module):
                 y = product(every(self.shift(y, train=train), stride), w2)
             else:
                 y = shift_pointwise(y, w2, stride=stride, **offsets)
-        return self.relu2(self.bn2(y, train=train)) + self.shortcut(x, train=train)
+        y = drop_path(self.relu2(self.bn2(y, train=train)))
+        return y + self.shortcut(x, train=train)
 
 
 def build(

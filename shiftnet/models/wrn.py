@@ -15,6 +15,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, rectifier
 from shiftnet.layers.pooling import average_pool
+from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import at_least_one
 from shiftnet.quantizers import Float, Form
@@ -45,7 +46,7 @@ class WideBlock(nnx.Module):
         if x.shape != y.shape:
             x = average_pool(x)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
-        return y + x
+        return drop_path(y) + x
 
 
 class WideResNet(Network):

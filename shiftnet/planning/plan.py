@@ -40,7 +40,7 @@ TRAINING_IMAGES = {
 NOT_MODELLED = (
     "These are best-case estimates, with products, memory and network all at their peak rates at "
     "the same time. Not modelled: the input pipeline, latency, work within the chip other than "
-    "products, evaluation, checkpoints."
+    "products, a teacher's forward pass, evaluation, checkpoints."
 )
 
 

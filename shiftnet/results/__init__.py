@@ -4,11 +4,12 @@ A folder of results holds `table.toml`, the rows with what was reported for them
 each row that was trained, written by `python -m shiftnet reproduce` and never by hand; and
 `NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes; one of more
 than 5 MB is in `large/`, which is no part of the repository. The folder `smoke/` holds such files
-of shortened schedules.
+of shortened schedules, and `short/` those of the recipe of that name.
 
 A row's JSON file:
 
-- `row`: its name; `config`: the recipe (an object; its `seed` is of no meaning); `class_names`;
+- `row`: its name; `recipe`: the name of the recipe that stood in for its own, or nothing;
+- `config`: the recipe (an object; its `seed` is of no meaning); `class_names`;
 - `epochs`: how many the recipe has; `full_epochs`: how many the row's own has, more where the
   schedule was shortened;
 - `parameters`, `multiply_adds` (an image), `bytes` (of all parameters, low-bit weights packed);

@@ -5,15 +5,10 @@ import dataclasses
 import datetime
 import fcntl
 import fnmatch
-import functools
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +24,13 @@ from shiftnet.data import Dataset
 from shiftnet.errors import RunFailed, UserError, say
 from shiftnet.inference import Classifier
 from shiftnet.planning.plan import CHIPS, TRAINING_IMAGES
-from shiftnet.training import metrics
+from shiftnet.training import environment, metrics
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import Outcome, train
 from shiftnet.training.evaluation import make_evaluator
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.workdir import InUse, lock
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The dtype of what is not low-bit in the networks that are kept.
 REST = "float16"
 SHORT = "smoke"
@@ -60,6 +54,8 @@ class Options:
       together: seeds to train in one program; None: all, but one on a CPU, which gains nothing.
       epochs: schedules are shortened to that many, and their results kept apart; None: they are
         not.
+      recipe: another recipe for every row, one of `CIFAR_RECIPES`; its results are kept in the
+        folder of that name, and count after the last epoch; empty: each row's own.
     """
 
     results: Path = Path("results")
@@ -69,6 +65,7 @@ class Options:
     seeds: int = 1
     together: int | None = None
     epochs: int | None = None
+    recipe: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +75,9 @@ class Job:
     Attributes:
       row: as in its table.
       epoch: its table's, the `"best"` or the `"final"`.
-      config: the row's recipe, shortened where that was asked for.
-      full_epochs: that the recipe has when it is not.
+      config: the row's recipe, or another one where that was asked for; shortened likewise.
+      full_epochs: those of the row's own recipe.
+      recipe: the name of the other one, or nothing.
       folder: where its result goes.
       result: what there is of it, as `shiftnet.results` has it, or None.
       stale: what differs where the result that is there is of another recipe, which is then left
@@ -92,6 +90,7 @@ class Job:
     epoch: str
     config: Config
     full_epochs: int
+    recipe: str
     folder: Path
     result: dict[str, Any] | None
     stale: Sequence[str]
@@ -185,10 +184,14 @@ def find(options: Options) -> Iterator[Job]:
         raise UserError(f"no row and no table of {folder / results.TABLE} matches {pattern!r}")
     for table, row in chosen:
         config = config_lib.load(row.recipe)
-        full_epochs = config.epochs
+        full_epochs, epoch = config.epochs, table.epoch
+        if options.recipe:
+            config, epoch = _by_recipe(row, options.recipe), "final"
+        epochs = config.epochs
         if options.epochs is not None:
             shorten(config, options.epochs)
-        apart = SHORT if config.epochs < full_epochs else ""
+        parts = (options.recipe, SHORT if config.epochs < epochs else "")
+        apart = "-".join(part for part in parts if part)
         result, stale = results.read(folder / apart, row.name), []
         if result is not None:
             before = config_lib.from_json(json.dumps(result["config"]))
@@ -201,7 +204,23 @@ def find(options: Options) -> Iterator[Job]:
             missing = [seed for seed in range(options.seeds) if seed not in done]
         workdir = options.workdir / apart
         groups = list(_groups(row, missing, options.together, workdir))
-        yield Job(row, table.epoch, config, full_epochs, folder / apart, result, stale, groups)
+        yield Job(
+            row=row,
+            epoch=epoch,
+            config=config,
+            full_epochs=full_epochs,
+            recipe=options.recipe,
+            folder=folder / apart,
+            result=result,
+            stale=stale,
+            groups=groups,
+        )
+
+
+def _by_recipe(row: results.Row, recipe: str) -> Config:
+    """Returns a row's network with the settings of another recipe."""
+    file, argument = config_lib.split_recipe(row.recipe)
+    return config_lib.load(f"{file}:{','.join(filter(None, (argument, f'recipe={recipe}')))}")
 
 
 def _groups(
@@ -307,7 +326,7 @@ def _train(
         dataset=dataset,
         deadline=deadline,
         save_seconds=SAVE_EVERY,
-        session=_session(),
+        session=environment.describe(),
     )
     if outcome.finished:
         with _locked(options.results):
@@ -394,6 +413,7 @@ def _result(
     others = [run for run in old["runs"] if run["seed"] not in seeds]
     return {
         "row": job.row.name,
+        "recipe": job.recipe,
         "config": job.config.to_dict(),
         "class_names": dataset.class_names,
         "epochs": job.config.epochs,
@@ -440,51 +460,12 @@ def _keep(job: Job, seed: int, outcome: Outcome, dataset: Dataset, workdir: Path
     }
 
 
-@functools.cache
-def _session() -> dict[str, Any]:
-    """Describes on what and with what code this process trains, as it is when it begins."""
-    return {
-        "device": _device(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-def _device() -> str:
-    kind = jax.local_devices()[0].device_kind
-    if kind != "cpu":
-        return kind
-    return f"CPU, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
-
-
 def _fraction_of_peak(job: Job, outcome: Outcome, rate: float) -> float | None:
     chip = next((c for c in CHIPS.values() if c.kind == jax.local_devices()[0].device_kind), None)
     if chip is None or len({one["device"] for one in outcome.sessions}) > 1:
         return None
     flops = 2 * 3 * job.row.multiply_adds * rate
     return round(flops / chip.flops[job.config.model.dtype], 4)
-
-
-def _commit() -> str | None:
-    """The checkout's commit, marked where code or recipes that git knows differ from it.
-
-    Or the value of SHIFTNET_COMMIT, for a copy that has no history, or another one.
-    """
-    if commit := os.environ.get("SHIFTNET_COMMIT"):
-        return commit
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head, changes = (
-            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "-uno", ":/shiftnet", ":/configs"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("-dirty" if changes.strip() else "")
 
 
 def _estimate(job: Job, jobs: Sequence[Job]) -> float | None:
@@ -496,7 +477,7 @@ def _estimate(job: Job, jobs: Sequence[Job]) -> float | None:
     rates: dict[str, list[float]] = {}  # multiply-adds a second, by family
     for other in jobs:
         for run in other.result["runs"] if other.result else ():
-            if results.devices(run) == [_device()]:
+            if results.devices(run) == [environment.device()]:
                 cost = 3.0 * other.row.multiply_adds * _images(other.config) * run["together"]
                 rates.setdefault(_family(other), []).append(cost / run["seconds"])
     if not rates:
@@ -549,6 +530,8 @@ def _summary(job: Job, result: Mapping[str, Any]) -> str:
         f"{job.row.name}: {results.mean_and_spread(values)} % ({job.epoch} epoch, "
         f"{len(values)} seed{'s' if len(values) > 1 else ''})"
     ]
+    if job.recipe:
+        parts.append(f"by the {job.recipe} recipe")
     if result["epochs"] < result["full_epochs"]:
         parts.append(f"on {result['epochs']} of {result['full_epochs']} epochs")
     elif job.row.reported is not None:

@@ -110,6 +110,7 @@ class ResidentData:
             self._images,
             self._labels,
             self._order[1],
+            self._program.teacher,
             length=min(self._chunk - within % self._chunk, self._steps_per_epoch - within),
         )
 
@@ -157,6 +158,9 @@ class FileData:
             total_steps=config.epochs * steps_per_epoch,
             seed=config.seed,
             flip=config.data.flip,
+            in_turns=config.data.flip_by == "turns",
+            scale=config.data.crop_scale,
+            ratio=config.data.crop_ratio,
             on_corrupt=config.data.on_corrupt,
             balance=config.data.balance,
             workers=num_workers(
@@ -175,7 +179,9 @@ class FileData:
             batch = next(self._stream)
         self._skipped += batch.skipped
         images, labels = (shard_batch(a, self._mesh) for a in (batch.images, batch.labels))
-        state, loss, correct = self._program.train_batch(state, self._seed, images, labels)
+        state, loss, correct = self._program.train_batch(
+            state, self._seed, images, labels, self._program.teacher
+        )
         return state, loss[None], correct[None]
 
     def get_state(self) -> dict[str, Any]:

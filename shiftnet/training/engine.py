@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,30 @@ from flax import nnx
 import shiftnet.config
 import shiftnet.data
 import shiftnet.models
-from shiftnet.checkpoint import BEST, LATEST, CheckpointManager, to_arrays
+from shiftnet.checkpoint import AVERAGED, BEST, LATEST, CheckpointManager, to_arrays
 from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.kernels import operation
-from shiftnet.training import low_bit
+from shiftnet.training import environment, low_bit
+from shiftnet.training.batch_statistics import make_estimator
 from shiftnet.training.data_iterator import make_data_iterator
 from shiftnet.training.deadline import Deadline
+from shiftnet.training.distillation import Teacher
 from shiftnet.training.evaluation import make_evaluator
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh
-from shiftnet.training.metrics import MetricAccumulator, MetricsLog
+from shiftnet.training.metrics import MetricAccumulator, MetricsLog, StepsLog
 from shiftnet.training.profile import Profile
 from shiftnet.training.progress import Progress
-from shiftnet.training.restore import Record, check_same_data, facts, restore, start_from
-from shiftnet.training.schedules import learning_rates
+from shiftnet.training.restore import Init, Record, check_same_data, facts, restore, start_from
+from shiftnet.training.schedules import learning_rates, rates_of_steps
 from shiftnet.training.step import Program, StackedProgram
 from shiftnet.training.times import Times
-from shiftnet.training.workdir import locked, write_recipe
+from shiftnet.training.trackers import make_trackers
+from shiftnet.training.trained import read as read_trained
+from shiftnet.training.workdir import locked, write_environment, write_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +81,14 @@ def train(
     config: Config,
     workdir: str | Path,
     *,
-    init: str | Path | None = None,
+    init: Init | str | Path | None = None,
     profile: bool = False,
     seeds: Sequence[int] | None = None,
     dataset: Dataset | None = None,
     deadline: Deadline | None = None,
     save_seconds: float = 0.0,
     session: Mapping[str, Any] | None = None,
+    stop: Callable[[Sequence[Mapping[str, Any]]], bool] | None = None,
 ) -> Outcome:
     """Trains, or continues the run or runs that `workdir` holds.
 
@@ -96,8 +101,8 @@ def train(
     Args:
       config: a validated recipe.
       workdir: where checkpoints, metrics and the recipe go; made where it is missing.
-      init: a checkpoint to take parameters and running statistics from, see `start_from`; a run
-        that is continued does not look at it.
+      init: a checkpoint or packed file to take parameters and running statistics from, see
+        `start_from`; a run that is continued does not look at it.
       profile: write a trace of a few steps, see `Profile`.
       seeds: different ones, in place of the recipe's, each with a folder in `workdir`, and trained
         on the first device alone; None: the recipe's, on all devices.
@@ -105,6 +110,8 @@ def train(
       deadline: when to stop and save; None: at the end.
       save_seconds: the least time between two checkpoints at epochs' ends.
       session: what to remember of this session beside earlier ones, as JSON.
+      stop: is shown what was logged of each epoch with an evaluation, one line per seed; True ends
+        the session there.
 
     Raises:
       UserError: for a recipe that cannot be trained, one that differs from the run's, other data
@@ -121,7 +128,7 @@ def train(
         if seeds is None:
             mesh = make_mesh(config.batch_size)
             folders = [workdir]
-            may_differ = shiftnet.config.RESUMABLE
+            may_differ: tuple[str, ...] = shiftnet.config.RESUMABLE
         else:
             mesh = make_mesh(devices=jax.local_devices()[:1])
             folders = [workdir / f"seed{seed}" for seed in seeds]
@@ -131,8 +138,9 @@ def train(
             shiftnet.data.fit(one.data, shiftnet.models.image_size(one.model.arch))
         config, runs = configs[0], len(configs)
         dataset = dataset or shiftnet.data.of_recipe(config.data)
+        start = Init(init) if isinstance(init, str | Path) else init
         if runs > 1:
-            check_together(config, dataset, init)
+            check_together(config, dataset, start)
         num_examples = len(dataset.train)
         steps_per_epoch = num_examples // config.batch_size
         total_steps = config.epochs * steps_per_epoch
@@ -144,6 +152,11 @@ def train(
         # --- Program ------------------------------------------------------------------------------
 
         operation.decide()  # which kernels can be trusted, before any is traced
+        teacher = None
+        if config.distill.teacher:
+            teacher = Teacher.of(
+                read_trained(config.distill.teacher, "distill.teacher"), dataset.class_names
+            )
         single = Program(
             config,
             num_classes=len(dataset.class_names),
@@ -151,6 +164,7 @@ def train(
             std=dataset.std,
             steps_per_epoch=steps_per_epoch,
             mesh=mesh,
+            teacher=teacher,
         )
         program = single if runs == 1 else StackedProgram(single, runs)
         numbers = np.array([one.seed for one in configs], np.uint32)
@@ -167,11 +181,13 @@ def train(
         stack.callback(checkpoints.close)
         best_checkpoints = CheckpointManager(workdir / BEST, keep=sys.maxsize)  # see `save`
         stack.callback(best_checkpoints.close)
+        ema_checkpoints = CheckpointManager(workdir / AVERAGED, config.checkpoint.keep)
+        stack.callback(ema_checkpoints.close)
         metadata = {
             "config": shiftnet.config.to_json(config),
             "seeds": numbers.tolist(),
             "stacked": runs > 1,
-            **facts(dataset, steps_per_epoch),
+            **facts(dataset, steps_per_epoch, teacher),
         }
 
         newest, messages = checkpoints.newest_good()
@@ -191,6 +207,13 @@ def train(
             )
         for folder, own in ({workdir: config} | dict(zip(folders, configs, strict=True))).items():
             write_recipe(folder, own)
+        write_environment(workdir, step, environment.describe())
+
+        def is_over() -> bool:
+            """Whether all epochs are done, or `config.patience` is."""
+            best = record.best[0]
+            waited = step // steps_per_epoch - best["epoch"] if best else 0
+            return step >= total_steps or 0 < config.patience <= waited
 
         progress = Progress(
             total_steps=total_steps,
@@ -211,15 +234,15 @@ def train(
             progress.message(f"found {dataset.found}")
         for message in messages:
             progress.message(message)
-        if newest is None and init is not None:
-            state, message = start_from(single, state, init, len(dataset.class_names))
+        if newest is None and start is not None:
+            state, message = start_from(single, state, start, config, dataset)
             codes = watch.codes(state.params, state.stats)
             progress.message(message)
-        elif step == total_steps:
+        elif is_over():
             progress.message(f"already finished, after step {step}")
         elif newest is not None:
             progress.message(f"continuing after step {step}, from {source}")
-        if step < total_steps:
+        if not is_over():
             record.final = [None] * runs  # of a run that was shorter
         if session is not None:
             record.sessions = [*(one for one in record.sessions if one != session), session]
@@ -234,16 +257,40 @@ def train(
                     best_step(), {**metadata, **record.metadata(), **own}, model=arrays
                 )
 
-        def network_arrays() -> dict[str, jax.Array]:
-            return to_arrays(*program.of((state.params, state.stats), 0))
+        estimate = None
+        estimated: dict[int, tuple[int, nnx.State]] = {}
+        if config.ema.estimate:
+            estimate = make_estimator(
+                program.graphdef,
+                dataset.train,
+                config.data,
+                mean=dataset.mean,
+                std=dataset.std,
+                batch_size=config.batch_size,
+                batches=config.ema.estimate,
+                mesh=mesh,
+            )
+
+        def network(run: int) -> tuple[nnx.State, nnx.State]:
+            """The parameters and statistics that a run is evaluated and kept with."""
+            if state.ema is None:
+                return program.of((state.params, state.stats), run)
+            params, stats = program.of(state.ema, run)
+            if estimate is not None:
+                if run not in estimated or estimated[run][0] != step:
+                    with times.on("evaluation"):
+                        estimated[run] = step, estimate(params, stats)
+                stats = estimated[run][1]
+            return params, stats
 
         # A later best network belongs to epochs that are trained again, perhaps with other rates.
         best_checkpoints.delete(after=step)
+        ema_checkpoints.delete(after=step)
         if record.best[0] and not best_checkpoints.has_good(best_step()):
             if best_arrays is not None:
                 save_best(best_arrays)
             elif best_step() == step:
-                save_best(network_arrays())
+                save_best(to_arrays(*network(0)))
             else:
                 progress.message(
                     f"the best network, of epoch {record.best[0]['epoch']}, is lost: "
@@ -253,15 +300,24 @@ def train(
 
         # --- Loop ---------------------------------------------------------------------------------
 
-        logs = [
-            MetricsLog(
-                folder,
-                step=step,
-                tensorboard=config.log.tensorboard and seeds is None,
-                on=is_main,
-            )
-            for folder in folders
-        ]
+        trackers = []
+        if is_main and seeds is None:
+            about = environment.describe()
+            trackers = make_trackers(config, workdir, step=step, environment=about)
+        logs = [MetricsLog(folder, step=step, trackers=trackers, on=is_main) for folder in folders]
+        step_logs = []
+        if is_main and config.log.every_steps:
+            step_logs = [
+                StepsLog(
+                    folder,
+                    every=config.log.every_steps,
+                    batch_size=config.batch_size,
+                    lrs=rates_of_steps(config, steps_per_epoch),
+                    step=step,
+                    trackers=trackers,
+                )
+                for folder in folders
+            ]
         for log in logs:
             if log.damage:
                 progress.message(log.damage)
@@ -291,7 +347,7 @@ def train(
             if split is not None
         }
         chosen_on = next(iter(evaluators))
-        accumulator = MetricAccumulator(config.batch_size, record.sums)
+        accumulator = MetricAccumulator(config.batch_size, record.sums, step_logs)
         saved_step = step
         began, before = time.monotonic(), record.seconds
         saved_at = began
@@ -320,6 +376,13 @@ def train(
             if watch:
                 parts["levels"] = codes
             save_began = time.monotonic()
+            if state.ema is not None:
+                parts["ema"] = to_arrays(*state.ema)
+                own = {**metadata, **record.metadata(), "stacked": False}
+                averaged = to_arrays(*network(0))
+                with times.on("checkpoints"):
+                    ema_checkpoints.save(step, own, model=averaged)
+                    ema_checkpoints.wait()  # the newest of a run is in both places
             with times.on("checkpoints"):
                 best_checkpoints.wait()  # a checkpoint names no network that is not on disk
                 checkpoints.save(step, {**metadata, **record.metadata()}, **parts)
@@ -330,13 +393,13 @@ def train(
             if len(referenced) == referenced.maxlen:
                 best_checkpoints.delete(before=referenced[0])
 
-        if step < total_steps:
+        if not is_over():
             progress.message("compiling the training step, which may take minutes ...")
-        signal = 0
+        signal, is_stopped = 0, False
         choices: list[str] = []
         profiled = stack.enter_context(contextlib.closing(Profile(workdir, on=profile and is_main)))
         interrupt = stack.enter_context(Interrupt())
-        while step < total_steps and deadline.left > 0 and not signal:
+        while not is_over() and deadline.left > 0 and not signal and not is_stopped:
             # Step
             step_began, step_before = times.clock(), step
             with operation.choices() as chosen:  # while the step is traced
@@ -379,7 +442,7 @@ def train(
                         accumulator.losses, accumulator.accuracies, strict=True
                     )
                 ]
-                accumulator = MetricAccumulator(config.batch_size, [None] * runs)
+                accumulator = MetricAccumulator(config.batch_size, [None] * runs, step_logs)
                 if skipped := data.skipped():
                     lines[0]["train_skipped"] = len(skipped)
                     report_skipped(progress, "training", skipped)
@@ -394,21 +457,24 @@ def train(
                         line["activations"] = shares
 
                 # Evaluate
-                if epoch % config.eval.every_epochs == 0 or step == total_steps:
+                if epoch % config.eval.every_epochs == 0 or is_over():
                     for run, (line, log) in enumerate(zip(lines, logs, strict=True)):
-                        params, stats = program.of((state.params, state.stats), run)
-                        for name, evaluate in evaluators.items():
-                            with times.on("evaluation"):
-                                evaluation = evaluate(params, stats)
-                            line |= evaluation.metrics(name)
-                            report_skipped(progress, name, evaluation.skipped)
+                        networks = {"": network(run)}
+                        if state.ema is not None:  # the last one is whose confusion is written
+                            raw = program.of((state.params, state.stats), run)
+                            networks = {"raw_": raw, **networks}
+                        for prefix, arrays in networks.items():
+                            for name, evaluate in evaluators.items():
+                                with times.on("evaluation"):
+                                    evaluation = evaluate(*arrays)
+                                line |= evaluation.metrics(f"{prefix}{name}")
+                                if not prefix:
+                                    report_skipped(progress, name, evaluation.skipped)
                         names, confusion = dataset.class_names, evaluation.confusion()
                         log.write_confusion(step, epoch, names, confusion)
 
                         # Best
                         accuracy, best = line[f"{chosen_on}_accuracy"], record.best[run]
-                        if step == total_steps:
-                            record.final[run] = line["test_accuracy"]
                         if best is None or accuracy > best["accuracy"]:
                             record.best[run] = {
                                 "epoch": epoch,
@@ -416,11 +482,14 @@ def train(
                                 "test_accuracy": line["test_accuracy"],
                             }
                             if run == 0:
-                                save_best(network_arrays())
+                                save_best(to_arrays(*network(0)))
+                    if is_over():
+                        record.final = [line["test_accuracy"] for line in lines]
                 for line, log in zip(lines, logs, strict=True):
                     line["time"] = times.fractions()
                     log.write(line)
                 progress.message(epoch_line(lines, config.epochs))
+                is_stopped = stop is not None and "test_accuracy" in lines[0] and stop(lines)
                 seconds = times.clock() - end_began
                 record.epoch_end = max(record.epoch_end, seconds)
                 deadline.worked(seconds)
@@ -429,7 +498,7 @@ def train(
             waited = time.monotonic() - saved_at >= save_seconds
             if epoch_ends and epoch % config.checkpoint.every_epochs == 0 and waited:
                 save_now = True
-            if save_now and step < total_steps and not signal:
+            if save_now and not is_over() and not signal:
                 save()
                 saved_step, saved_at = step, time.monotonic()
             if epoch_ends:
@@ -444,17 +513,22 @@ def train(
         with times.on("checkpoints"):
             checkpoints.close()
             best_checkpoints.close()
+            ema_checkpoints.close()
         for log in logs:
             log.close()
+        if is_over() and step < total_steps:
+            best = record.best[0]
+            progress.message(
+                f"ended early: no higher validation accuracy since epoch {best and best['epoch']}"
+            )
         progress.message(times.sentence())
         deadline.compiled(times.compilation)
-        params, stats = program.of((state.params, state.stats), 0)
-        network, weights = nnx.merge(program.graphdef, params, stats), None
+        trained, weights = nnx.merge(program.graphdef, *network(0)), None
         if watch:
             now = watch.metrics(*(program.of(codes, 0),) * 2)
-            weights = low_bit.table(network, {name: share["zeros"] for name, share in now.items()})
+            weights = low_bit.table(trained, {name: share["zeros"] for name, share in now.items()})
         return Outcome(
-            finished=step >= total_steps,
+            finished=is_over(),
             step=step,
             final=record.final,
             best=record.best,
@@ -463,7 +537,7 @@ def train(
             signal=signal,
             seconds=record.seconds,
             sessions=record.sessions,
-            network=network,
+            network=trained,
             metadata={**metadata, **record.metadata()},
         )
 
@@ -474,7 +548,7 @@ def _with_seed(config: Config, seed: int) -> Config:
     return own
 
 
-def check_together(config: Config, dataset: Dataset, init: str | Path | None) -> None:
+def check_together(config: Config, dataset: Dataset, init: Init | None) -> None:
     """Checks that several seeds of a recipe can be trained in one program.
 
     Raises:
@@ -486,6 +560,8 @@ def check_together(config: Config, dataset: Dataset, init: str | Path | None) ->
         reason = "parallel.fsdp divides one network's parameters"
     elif init is not None:
         reason = "--init is one network"
+    elif config.patience:
+        reason = "with patience each of them ends at an epoch of its own"
     else:
         return
     raise UserError(f"several seeds cannot be trained together: {reason}; train them one by one")

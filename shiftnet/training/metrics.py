@@ -1,4 +1,4 @@
-"""The numbers a run leaves behind: `metrics.jsonl`, TensorBoard events and `confusion.json`."""
+"""The numbers a run leaves behind: `metrics.jsonl`, `steps.jsonl` and `confusion.json`."""
 
 import json
 import math
@@ -13,8 +13,10 @@ import numpy as np
 
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.files import write_atomically
+from shiftnet.training.trackers import Tracker
 
 FILE = "metrics.jsonl"
+STEPS = "steps.jsonl"
 CONFUSION = "confusion.json"
 
 
@@ -25,16 +27,18 @@ class MetricsLog:
       workdir: the run's working directory.
       step: where the run continues from; lines after it, which a run that was cut off left behind,
         are dropped.
-      tensorboard: write TensorBoard events to `workdir/tensorboard` too.
+      trackers: show the numbers too; they are closed with this.
       on: False writes nothing: in a job of several processes only the first one writes.
 
     Attributes:
       damage: a message on the damaged end that was cut off, None where there was none.
     """
 
-    def __init__(self, workdir: Path, *, step: int, tensorboard: bool, on: bool = True):
+    def __init__(
+        self, workdir: Path, *, step: int, trackers: Sequence[Tracker] = (), on: bool = True
+    ):
         self._on = on
-        self._writer = None
+        self._trackers = trackers
         self.damage: str | None = None
         if not on:
             return
@@ -44,16 +48,9 @@ class MetricsLog:
             self.damage = f"cut off the damaged end of {self._path}, from line {damaged} on"
         kept = [line for line in lines if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Appends a line; `metrics` has `"step"` among its names.
-
-        In TensorBoard, names inside names are joined by `/`, and the shares of levels that
-        `low_bit` gives become a histogram.
 
         Raises:
           RunFailed: where it cannot be written, as on a full disk.
@@ -67,9 +64,8 @@ class MetricsLog:
                 os.fsync(file.fileno())  # on disk before a checkpoint counts on it
         except OSError as error:
             raise RunFailed(f"cannot write {self._path}: {error.strerror}") from error
-        if self._writer:
-            self._plot("", metrics, metrics["step"])
-            self._writer.flush()
+        for tracker in self._trackers:
+            tracker.log(metrics, metrics["step"])
 
     def write_confusion(
         self, step: int, epoch: int, class_names: Sequence[str], confusion: Sequence[Sequence[int]]
@@ -99,35 +95,10 @@ class MetricsLog:
         except UserError as error:
             raise RunFailed(str(error)) from error
 
-    def _plot(self, prefix: str, metrics: Mapping[str, Any], step: int) -> None:
-        assert self._writer is not None
-        for key, value in metrics.items():
-            name = f"{prefix}{key}"
-            if key == "levels":
-                self._writer.add_histogram_raw(name, **_histogram(value), global_step=step)
-            elif isinstance(value, Mapping):
-                self._plot(f"{name}/", value, step)
-            elif name != "step":
-                self._writer.add_scalar(name, value, step)
-
     def close(self) -> None:
-        """Closes the files."""
-        if self._writer:
-            self._writer.close()
-
-
-def _histogram(shares: Mapping[str, float]) -> dict[str, Any]:
-    """The arguments of `add_histogram_raw` for the shares of whole levels; one bucket a level."""
-    levels, counts = np.array(list(map(int, shares))), np.array(list(shares.values()))
-    return {
-        "min": levels.min(),
-        "max": levels.max(),
-        "num": counts.sum(),
-        "sum": (levels * counts).sum(),
-        "sum_squares": (levels**2 * counts).sum(),
-        "bucket_limits": (levels + 0.5).tolist(),
-        "bucket_counts": counts.tolist(),
-    }
+        """Closes the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
@@ -142,13 +113,13 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_sound(workdir: Path) -> tuple[list[dict[str, Any]], int, bool]:
-    """Returns the lines of a run's `metrics.jsonl` up to the first one that is damaged.
+def read_sound(workdir: Path, file: str = FILE) -> tuple[list[dict[str, Any]], int, bool]:
+    """Returns the lines of a run's `metrics.jsonl`, or another such file, up to a damaged one.
 
     With them its number, counted from 1, or 0 where there is none; and whether that line is an
     incomplete last one, as a writer that was cut off leaves it behind.
     """
-    path = workdir / FILE
+    path = workdir / file
     if not path.exists():
         return [], 0, False
     lines: list[dict[str, Any]] = []
@@ -167,20 +138,79 @@ def read_sound(workdir: Path) -> tuple[list[dict[str, Any]], int, bool]:
     return lines, 0, False
 
 
+class StepsLog:
+    """One line in `steps.jsonl` for every so-manieth step: its loss, accuracy and learning rate.
+
+    Args:
+      workdir: the run's working directory.
+      every: steps between two lines.
+      batch_size: images per step.
+      lrs: the learning rate of every step.
+      step: where the run continues from; lines after it are dropped.
+      trackers: show the numbers too, as `steps/loss` and so on.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        every: int,
+        batch_size: int,
+        lrs: np.ndarray,
+        step: int,
+        trackers: Sequence[Tracker],
+    ):
+        self._path = workdir / STEPS
+        self._every, self._batch_size, self._lrs = every, batch_size, lrs
+        self._trackers = trackers
+        lines = read_sound(workdir, STEPS)[0] if step else []
+        kept = [line for line in lines if line["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, first: int, losses: np.ndarray, corrects: np.ndarray) -> None:
+        """Takes the losses and the numbers of correctly classified images from step `first` on.
+
+        Raises:
+          RunFailed: where a line cannot be written.
+        """
+        for step, (loss, correct) in enumerate(zip(losses, corrects, strict=True), first):
+            if step % self._every:
+                continue
+            numbers = {
+                "loss": float(loss),
+                "accuracy": int(correct) / self._batch_size,
+                "lr": float(self._lrs[step - 1]),
+            }
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps({"step": step, **numbers}) + "\n")
+            except OSError as error:
+                raise RunFailed(f"cannot write {self._path}: {error.strerror}") from error
+            for tracker in self._trackers:
+                tracker.log({"steps": numbers}, step)
+
+
 class MetricAccumulator:
     """Loss and accuracy of one or more runs over an epoch, summed one call behind the device.
 
     Args:
       batch_size: images per step.
       sums: of each run, from `sums()` of the session this one continues, or None.
+      steps: of each run, what takes the steps' own numbers; empty: nothing does.
 
     Attributes:
       bad: the first loss that was not finite, as its run, its step and itself; None without one.
     """
 
-    def __init__(self, batch_size: int, sums: Sequence[Mapping[str, float] | None]):
+    def __init__(
+        self,
+        batch_size: int,
+        sums: Sequence[Mapping[str, float] | None],
+        steps: Sequence[StepsLog] = (),
+    ):
         empty = {"loss": 0.0, "correct": 0, "steps": 0}
         self._batch_size = batch_size
+        self._steps = steps
         self._sums = [dict(one or empty) for one in sums]
         self._pending: tuple[int, jax.Array, jax.Array] | None = None
         self.bad: tuple[int, int, float] | None = None
@@ -211,6 +241,8 @@ class MetricAccumulator:
                 sums["loss"] += loss
             sums["correct"] += int(np.sum(corrects[run]))
             sums["steps"] += losses.shape[1]
+        for run, log in enumerate(self._steps):
+            log.write(first, losses[run], corrects[run])
 
     def sums(self) -> list[dict[str, float]]:
         """Returns what has been counted of each run, for another accumulator to continue."""

@@ -1,6 +1,7 @@
 """Where a run begins: at its newest good checkpoint, at another network's numbers, or afresh."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,20 @@ import numpy as np
 from flax import nnx
 
 from shiftnet import models, quantizers
-from shiftnet.checkpoint import CheckpointManager, Saved, from_arrays, read, to_arrays
-from shiftnet.config import from_json
+from shiftnet.checkpoint import CheckpointManager, Saved, from_arrays, to_arrays
+from shiftnet.config import Config, from_json
 from shiftnet.data import Dataset
 from shiftnet.errors import UserError
 from shiftnet.models.network import norms_after
+from shiftnet.training.batch_statistics import BATCHES, make_estimator, unfold
+from shiftnet.training.distillation import Teacher
 from shiftnet.training.low_bit import Codes, LevelWatch
 from shiftnet.training.mesh import replicated
 from shiftnet.training.step import Program, StackedProgram, TrainState
+from shiftnet.training.trained import read as read_trained
+
+# Arrays that a message on fresh ones names.
+MOST_NAMED = 12
 
 
 @dataclasses.dataclass
@@ -74,9 +81,10 @@ class Record:
         return {names.get(name, name): value for name, value in values.items()}
 
 
-def facts(dataset: Dataset, steps_per_epoch: int) -> dict[str, Any]:
-    """Describes a run's data in its checkpoints' metadata."""
+def facts(dataset: Dataset, steps_per_epoch: int, teacher: Teacher | None = None) -> dict[str, Any]:
+    """Describes what a run learns from in its checkpoints' metadata."""
     return {
+        **({"teacher": teacher.digest} if teacher else {}),
         "class_names": list(dataset.class_names),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
@@ -86,7 +94,7 @@ def facts(dataset: Dataset, steps_per_epoch: int) -> dict[str, Any]:
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
-    """Compares the data that a checkpoint was trained on with the data that are here.
+    """Compares the data, and the teacher, that a checkpoint was trained on with those here.
 
     Args:
       saved: the checkpoint's metadata; what older ones lack is not compared.
@@ -94,7 +102,8 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
       source: the checkpoint, named in errors.
 
     Raises:
-      UserError: where the classes, the numbers of images or the steps per epoch differ.
+      UserError: where the classes, the numbers of images, the steps per epoch or the teacher
+        differ.
     """
     changes = []
     old, new = (one.get("class_names", []) for one in (saved, now))
@@ -108,6 +117,8 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
     for part, count in saved.get("images", {}).items():
         if count != now["images"][part]:
             changes.append(f"{part} images: {count} -> {now['images'][part]}")
+    if saved.get("teacher") != now.get("teacher"):
+        changes.append("the teacher")
     steps = saved.get("steps_per_epoch", now["steps_per_epoch"])
     if steps != now["steps_per_epoch"]:
         changes.append(f"steps per epoch: {steps} -> {now['steps_per_epoch']}")
@@ -153,6 +164,8 @@ def restore(
 
     like = program.init.eval_shape(seed)  # with its shardings
     parts = {"model": to_arrays(like.params, like.stats), "optimizer": like.opt_state}
+    if like.ema is not None:
+        parts["ema"] = to_arrays(*like.ema)
     if watch:
         parts["levels"] = on_mesh(jax.eval_shape(watch.codes, like.params, like.stats))
     of_old = "seeds" in metadata and "stacked" not in metadata
@@ -171,46 +184,91 @@ def restore(
         params=from_arrays(like.params, found["model"], source),
         stats=from_arrays(like.stats, found["model"], source),
         opt_state=found["optimizer"],
+        ema=like.ema
+        and (
+            from_arrays(like.ema[0], found["ema"], source),
+            from_arrays(like.ema[1], found["ema"], source),
+        ),
     )
     return state, found.get("levels", {}), best
 
 
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """The numbers that a run starts from in place of fresh ones.
+
+    Attributes:
+      path: a checkpoint, or a packed file.
+      partial: take what fits from a network of another architecture.
+      fresh_head: draw the last layer anew.
+    """
+
+    path: str | Path
+    partial: bool = False
+    fresh_head: bool = False
+
+
 def start_from(
-    program: Program, state: TrainState, init: str | Path, num_classes: int
+    program: Program, state: TrainState, init: Init, config: Config, dataset: Dataset
 ) -> tuple[TrainState, str]:
-    """Puts the numbers of a checkpoint into a fresh state.
+    """Puts the numbers of a checkpoint or of a packed file into a fresh state.
 
     Where a layer has another form of weights in the checkpoint, it gets the weights nearest to what
-    it computes with there, see `requantize`; another form of activations starts afresh. Other
-    arrays that the checkpoint lacks stay as they were drawn; so do those of the last layer where
-    the classes differ in number.
+    it computes with there, see `requantize`; another form of activations starts afresh. In the last
+    layer the classes are matched by name;
+    where no name is the same, it is taken as it is if there are as many classes, and stays fresh
+    otherwise. Other arrays that the checkpoint lacks stay as they were drawn. The batch norms of a
+    packed file, which are folded, get statistics anew, see `unfold`.
+
+    Args:
+      program: the run's.
+      state: fresh.
+      init: what to start from.
+      config: the run's.
+      dataset: the run's.
 
     Returns:
       The state, and a message on what was taken.
 
     Raises:
-      UserError: where the checkpoint has none of the arrays, or one of another shape.
+      UserError: where the checkpoint has none of the arrays, or is of another architecture and
+        `init.partial` is not set.
     """
-    saved = read(init)
-    classes = len(saved.metadata["class_names"])
+    saved, notes = _saved(init, program, config, dataset)
     own = to_arrays(state.params, state.stats)
     network = nnx.merge(program.graphdef, state.params, state.stats, copy=True)
-    converted, changes, notes = requantize(network, saved)
+    if not init.partial:
+        _check_same_layers(saved, own)
+    converted, changes, more = requantize(network, saved)
+    last = network.first_and_last[1]
+    head = tuple(f"{layer}." for layer in (last, norms_after(network).get(last)) if layer)
+    given, names = (list(one) for one in (saved.metadata["class_names"], dataset.class_names))
+    columns = {names.index(name): given.index(name) for name in given if name in names}
+    keeps_order = given == names or (not columns and len(given) == len(names))
     taken, fresh = {}, []
     for name, array in own.items():
         other = changes.get(name, None if name.startswith(converted) else saved.arrays.get(name))
-        if other is None:
-            fresh.append(name)
-        elif other.shape == array.shape:
+        if other is not None and name.startswith(head) and (init.fresh_head or not keeps_order):
+            of_classes = (other.shape[-1], array.shape[-1]) == (len(given), len(names))
+            same = other.shape[:-1] == array.shape[:-1]
+            other = (
+                _by_class(array, other, columns)
+                if columns and of_classes and same and not init.fresh_head
+                else None
+            )
+        if other is not None and other.shape == array.shape:
             taken[name] = jax.device_put(np.asarray(other), array.sharding)
-        elif (classes, num_classes) == (other.shape[-1], array.shape[-1]):
+        elif other is None or init.partial:
             fresh.append(name)
         else:
             raise UserError(
-                f"{saved.path}: {name!r} has shape {other.shape}, the network needs {array.shape}"
+                f"{saved.path}: {name!r} has shape {other.shape}, the network needs {array.shape}; "
+                "--init-partial takes what fits"
             )
     if not taken:
         raise UserError(f"{saved.path} has none of the network's arrays")
+    if columns and not keeps_order and not init.fresh_head:
+        notes.append(f"the last layer has {len(columns)} of {len(names)} classes from there")
     arrays = own | taken
     state = dataclasses.replace(
         state,
@@ -218,8 +276,75 @@ def start_from(
         stats=from_arrays(state.stats, arrays, saved.path),
     )
     message = f"started from {saved.path}: {len(taken)} arrays taken"
-    message = f"{message}; fresh: {', '.join(fresh)}" if fresh else message
-    return state, "\n".join([message, *notes])
+    if fresh:
+        more_fresh = len(fresh) - MOST_NAMED
+        message += f"; fresh: {', '.join(fresh[:MOST_NAMED])}"
+        message += f" and {more_fresh} more" if more_fresh > 0 else ""
+    return state, "\n".join([message, *notes, *more])
+
+
+def _saved(
+    init: Init, program: Program, config: Config, dataset: Dataset
+) -> tuple[Saved, list[str]]:
+    """Reads what a run starts from, as a checkpoint has it, and messages on it."""
+    trained = read_trained(init.path, "--init")
+    if trained.saved is not None:
+        return trained.saved, []
+    network = trained.network()
+    model, classes = from_json(trained.metadata["config"]).model, len(trained.class_names)
+    unfold(
+        network,
+        nnx.eval_shape(lambda: models.build(model, classes, rngs=nnx.Rngs(0))),
+        functools.partial(
+            make_estimator,
+            part=dataset.train,
+            data=config.data,
+            mean=dataset.mean,
+            std=dataset.std,
+            batch_size=config.batch_size,
+            batches=BATCHES,
+            mesh=program.mesh,
+        ),
+    )
+    _, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
+    images = min(BATCHES * config.batch_size, len(dataset.train))
+    return (
+        Saved(trained.path, to_arrays(*states), trained.metadata),
+        [f"its batch norms are folded: their statistics are estimated on {images} training images"],
+    )
+
+
+def _check_same_layers(saved: Saved, own: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint's network has the layers of another one.
+
+    Raises:
+      UserError: where it has not.
+    """
+    theirs, ours = ({_layer(name) for name in arrays} for arrays in (saved.arrays, own))
+    if not theirs & ours:
+        raise UserError(f"{saved.path} has none of the network's arrays")
+    for words, some, others in (("has", theirs, ours), ("lacks", ours, theirs)):
+        for layer in sorted(some - others):
+            # A part of a layer, as of its activations, makes no other architecture.
+            if not any(layer.startswith(f"{other}.") for other in others):
+                raise UserError(
+                    f"{saved.path} is of another architecture, which {words} {layer!r}; "
+                    "--init-partial takes what fits"
+                )
+
+
+def _layer(name: str) -> str:
+    """Returns the path of the layer that an array belongs to."""
+    return name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
+
+
+def _by_class(
+    own: jax.Array, other: jax.Array | np.ndarray, columns: Mapping[int, int]
+) -> np.ndarray:
+    """Returns an array of the last layer with another one's numbers for the classes of both."""
+    result = np.array(own)
+    result[..., list(columns)] = np.asarray(other)[..., list(columns.values())]
+    return result
 
 
 def requantize(

@@ -48,6 +48,16 @@ def learning_rates(config: Config, steps_per_epoch: int = 1) -> np.ndarray:
         return np.asarray(rates, np.float64)
 
 
+def rates_of_steps(config: Config, steps_per_epoch: int) -> np.ndarray:
+    """The learning rate of each step, floating `[epochs * steps_per_epoch]`.
+
+    That of the update that it belongs to, where several steps make one.
+    """
+    every = config.optimizer.accumulate
+    steps = np.arange(config.epochs * steps_per_epoch) // every * every
+    return np.broadcast_to(learning_rate(config, steps_per_epoch)(steps), steps.shape)
+
+
 def _schedule(config: Config, steps_per_epoch: int) -> Callable[[Any], jax.Array]:
     """The rate at a step, without regard to `schedule.by` but in the warm-up."""
     schedule, top = config.schedule, config.optimizer.lr

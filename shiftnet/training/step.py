@@ -20,8 +20,11 @@ from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.layers.learned_shift import shift_penalty
+from shiftnet.models.drop_path import count_branches, dropping
 from shiftnet.models.network import Network
-from shiftnet.training.losses import cross_entropy
+from shiftnet.training.averaging import moving_average
+from shiftnet.training.distillation import Arrays, Teacher
+from shiftnet.training.losses import loss_of_recipe
 from shiftnet.training.mesh import (
     BATCH_AXIS,
     batch_sharded,
@@ -35,7 +38,7 @@ from shiftnet.training.optimizer import keep_frozen, make_optimizer
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "stats", "opt_state"],
+    data_fields=["step", "params", "stats", "opt_state", "ema"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class TrainState:
     params: nnx.State
     stats: nnx.State  # batch norm's running statistics
     opt_state: optax.OptState
+    ema: tuple[nnx.State, nnx.State] | None = None  # params and stats averaged, with `ema.decay`
 
 
 class Program:
@@ -61,10 +65,13 @@ class Program:
       std: likewise.
       steps_per_epoch: full batches in the training set.
       mesh: from `make_mesh`.
+      teacher: that of `config.distill`, or None.
 
     Attributes:
       mesh: as given.
       runs: 1.
+      teacher: the teacher's arrays, whole on every device, which `train` and `train_batch` take as
+        their last argument; None without a teacher.
       shardings: where each array of a `TrainState` goes: a tree like it.
       graphdef: the network without its numbers; `nnx.merge(graphdef, params, stats)` joins them.
       order: `order(seed, epoch, num_examples)`, the epoch's order of the training set; see
@@ -84,7 +91,10 @@ class Program:
         std: RGB,
         steps_per_epoch: int,
         mesh: Mesh,
+        teacher: Teacher | None = None,
     ):
+        self._teacher = teacher
+        self.teacher = teacher and teacher.on(mesh)
         self._config = config
         self._num_classes = num_classes
         self._mean, self._std = mean, std
@@ -93,6 +103,7 @@ class Program:
         self.runs = 1
         network = nnx.eval_shape(lambda: self._build(0))
         self.graphdef = nnx.graphdef(network)
+        self._branches = count_branches(network) if config.model.drop_path else 0
         self._optimizer = make_optimizer(
             config, steps_per_epoch, first_and_last=network.first_and_last
         )
@@ -125,7 +136,10 @@ class Program:
         """The state that training starts from; `seed` is uint32 []."""
         _, *states = nnx.split(self._build(seed), nnx.Param, nnx.BatchStat)
         params, stats = states
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, self._optimizer.init(params))
+        # The first step sets it.
+        ema = jax.tree.map(jnp.zeros_like, (params, stats)) if self._config.ema.decay else None
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, stats, self._optimizer.init(params), ema)
 
     @staticmethod
     def of(tree: Any, run: int) -> Any:
@@ -139,6 +153,8 @@ class Program:
         images: jax.Array,
         labels: jax.Array,
         targets: jax.Array | None = None,
+        guidance: jax.Array | None = None,
+        keys: jax.Array | None = None,
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         """One step of gradient descent on one batch.
 
@@ -147,24 +163,25 @@ class Program:
           images: normalised `[N, H, W, 3]`.
           labels: int32 `[N]`.
           targets: `[N, num_classes]` that the loss takes in place of labels, for mixed images.
+          guidance: `[N, num_classes]`, the teacher's logits.
+          keys: random keys `[N]`, for the paths that are dropped.
 
         Returns:
-          The next state, the mean cross entropy before the step (without the weights' regulariser,
+          The next state, the mean loss before the step (without the weights' regulariser,
           though its gradient is taken too), and how many images of the batch
           were classified correctly (int32).
         """
 
         per_device = self._config.parallel.batch_norm == "per_device" and self.mesh.size > 1
 
-        def loss_of(params, stats, images, labels, *targets):
+        def loss_of(params, stats, images, labels, targets, guidance, keys):
             # Gathered for the products, whatever XLA might prefer; `shard_map` does so by itself.
             if self._config.parallel.fsdp and not per_device:
                 params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             model = nnx.merge(self.graphdef, params, stats, copy=True)
-            logits = model(images, train=True)
-            loss = cross_entropy(
-                logits, labels, *targets, smoothing=self._config.loss.label_smoothing
-            )
+            with dropping(keys, self._config.model.drop_path, self._branches):
+                logits = model(images, train=True)
+            loss = loss_of_recipe(self._config, logits, labels, targets, guidance)
             total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
             if self._config.model.shift == "sparse":
                 total += self._config.optimizer.shift_penalty * shift_penalty(model)
@@ -174,7 +191,7 @@ class Program:
         divided = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with contextlib.nullcontext() if per_device else divided:
             gradient = _on_each_device(gradient, self.mesh) if per_device else gradient
-            batch = (images, labels) if targets is None else (images, labels, targets)
+            batch = (images, labels, targets, guidance, keys)
             grads, (loss, stats, logits) = gradient(state.params, state.stats, *batch)
         stats = keep_frozen(state.stats, stats, self._config.optimizer.freeze)
         grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
@@ -182,10 +199,22 @@ class Program:
         params = optax.apply_updates(state.params, updates)
         predictions = logits.argmax(-1).astype(labels.dtype)
         correct = (predictions == labels).sum(dtype=jnp.int32)
-        return TrainState(state.step + 1, params, stats, opt_state), loss, correct
+        ema = state.ema and moving_average(
+            state.ema,
+            (params, stats),
+            state.step,
+            decay=self._config.ema.decay,
+            every=self._config.optimizer.accumulate,
+        )
+        return TrainState(state.step + 1, params, stats, opt_state, ema), loss, correct
 
     def _train_batch(
-        self, state: TrainState, seed: jax.Array, images: jax.Array, labels: jax.Array
+        self,
+        state: TrainState,
+        seed: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+        teacher: Arrays | None = None,
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         """Takes one step on a batch that is cropped and mirrored already.
 
@@ -194,6 +223,7 @@ class Program:
           seed: uint32 [], the recipe's.
           images: uint8 `[N, H, W, 3]`.
           labels: int32 `[N]`.
+          teacher: `self.teacher`.
 
         Returns:
           As `update`.
@@ -211,7 +241,14 @@ class Program:
             targets = jax.nn.one_hot(labels, self._num_classes, dtype=dtype)
             key = augment.mixing_key(seed, state.step)
             images, targets = mix(key, images, targets, mixup=data.mixup, cutmix=data.cutmix)
-        return self.update(state, images, labels, targets)
+        guidance = None
+        if self._teacher is not None and teacher is not None:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                guidance = self._teacher.logits(teacher, images, self._mean, self._std)
+        keys = None
+        if self._config.model.drop_path:
+            keys = augment.path_keys(seed, state.step, len(images))
+        return self.update(state, images, labels, targets, guidance, keys)
 
     def steps(
         self,
@@ -220,6 +257,7 @@ class Program:
         images: jax.Array,
         labels: jax.Array,
         order: jax.Array,
+        teacher: Arrays | None = None,
         *,
         length: int,
     ) -> tuple[TrainState, jax.Array, jax.Array]:
@@ -231,6 +269,7 @@ class Program:
           images: uint8 `[examples, H, W, 3]`, the whole training set.
           labels: int32 `[examples]`.
           order: int32 `[examples]`, the epoch's, from `order`.
+          teacher: `self.teacher`.
           length: number of steps.
 
         Returns:
@@ -249,9 +288,12 @@ class Program:
                 images[chosen],
                 pad=data.pad,
                 pad_mode=data.pad_mode,
-                flip=data.flip,
+                flip=data.flip and data.flip_by == "chance",
             )
-            state, loss, correct = self._train_batch(state, seed, batch, labels[chosen])
+            if data.flip and data.flip_by == "turns":
+                epoch = state.step // self._steps_per_epoch
+                batch = augment.flip_in_turns(seed, epoch, chosen, batch)
+            state, loss, correct = self._train_batch(state, seed, batch, labels[chosen], teacher)
             return state, (loss, correct)
 
         if length == 1:  # no loop at all: XLA's CPU backend runs convolutions in loops very slowly
@@ -276,23 +318,26 @@ class StackedProgram:
       mesh: the program's.
       runs: as given.
       graphdef: the program's.
+      teacher: the program's.
       init: `init(seeds)`, uint32 `[runs]`, gives the states that training starts from.
       order: `order(seeds, epoch, num_examples)`, int32 `[runs, num_examples]`.
-      train: `train(states, seeds, images, labels, orders, length=n)`, see `Program.steps`; losses
-        and numbers of correctly classified images are `[runs, n]`. Donates the states.
+      train: `train(states, seeds, images, labels, orders, teacher, length=n)`, see `Program.steps`;
+        losses and numbers of correctly classified images are `[runs, n]`. Donates the states.
     """
 
     def __init__(self, program: Program, runs: int):
-        def steps(states, seeds, images, labels, orders, *, length):
+        def steps(states, seeds, images, labels, orders, teacher=None, *, length):
             with only_xla():
                 take = jax.vmap(
-                    functools.partial(program.steps, length=length), in_axes=(0, 0, None, None, 0)
+                    functools.partial(program.steps, length=length),
+                    in_axes=(0, 0, None, None, 0, None),
                 )
-                return take(states, seeds, images, labels, orders)
+                return take(states, seeds, images, labels, orders, teacher)
 
         self.mesh = program.mesh
         self.runs = runs
         self.graphdef = program.graphdef
+        self.teacher = program.teacher
         everywhere = replicated(self.mesh)
         order = jax.vmap(augment.epoch_order, in_axes=(0, None, None))
         self.init = compiled_quickly(jax.vmap(program.draw), self.mesh, out_shardings=everywhere)

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,7 +17,7 @@ from shiftnet.config import Config
 from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 
-RECIPE, LOCK = "config.json", "lock"
+RECIPE, ENVIRONMENT, LOCK = "config.json", "environment.json", "lock"
 
 
 class InUse(UserError):
@@ -72,6 +74,25 @@ def write_recipe(workdir: Path, config: Config) -> None:
         with _writing(workdir):
             workdir.mkdir(exist_ok=True)
             write_atomically(workdir / RECIPE, shiftnet.config.to_json(config) + "\n")
+
+
+def write_environment(workdir: Path, step: int, environment: Mapping[str, Any]) -> None:
+    """Adds to a directory's list what its run is trained with from a step on, where that changed.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    if jax.process_index() == 0:
+        path = workdir / ENVIRONMENT
+        try:
+            known = [dict(entry) for entry in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError, RecursionError):
+            known = []
+        before = {k: v for k, v in known[-1].items() if k != "from_step"} if known else None
+        if before != environment:
+            known.append({"from_step": step, **environment})
+            with _writing(workdir):
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from shiftnet.errors import RunFailed, UserError
 from shiftnet.models import build
 from shiftnet.models.counting import count
 from shiftnet.results import reproduce
+from shiftnet.training import environment
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import Outcome
 
@@ -230,7 +231,7 @@ def stop_after(monkeypatch, questions):
 def test_what_was_begun_goes_on_when_more_seeds_are_asked_for(place, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 5)
-        patched.setattr(reproduce, "_session", lambda: {"device": "another", "commit": "1"})
+        patched.setattr(environment, "describe", lambda: {"device": "another", "commit": "1"})
         assert run(place, "--only", "cheap", "--seeds", "1") == 0
     assert "cheap: stopped after step 3, saved" in capsys.readouterr().out
     assert run(place, "--only", "cheap", "--seeds", "3", "--together", "2") == 0
@@ -363,6 +364,18 @@ def test_a_short_schedule_is_kept_apart_and_a_large_network_where_git_does_not_l
     assert evaluate.main(["--ckpt", str(kept)]) == 0
     assert (result["epochs"], result["full_epochs"]) == (1, 2)
     assert result["config"]["schedule"]["boundaries"] == []
+
+
+def test_another_recipe_is_kept_apart_and_counts_after_the_last_epoch(place, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    table = TABLE.replace('"RECIPE"', '"configs/shiftresnet20_c100.py"')
+    (place / "results" / results.TABLE).write_text(table.replace("RECIPE", "configs/quickstart.py"))
+    (job,) = reproduce.find(options_of(place, recipe="short"))
+    assert job.folder == place / "results" / "short"
+    assert (job.config.epochs, job.full_epochs, job.epoch) == (30, 164, "final")
+    assert [workdir.parent.name for _, workdir in job.groups] == ["short"]
+    (job,) = reproduce.find(options_of(place, recipe="short", epochs=3))
+    assert (job.folder.name, job.config.epochs) == ("short-smoke", 3)
 
 
 @pytest.mark.parametrize(

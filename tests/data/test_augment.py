@@ -106,6 +106,23 @@ def test_every_place_is_as_likely_and_half_are_flipped():
     assert abs(np.asarray(flips).mean() - 0.5) < 3.3 * 0.5 / count**0.5
 
 
+def test_in_turns_each_image_is_mirrored_in_every_second_epoch_half_of_them_first():
+    images, order = random_images(400, 4), np.random.default_rng(0).permutation(400)
+    flipped = np.zeros((3, 400), bool)
+    for epoch in range(3):
+        batch = augment.flip_in_turns(5, epoch, jnp.asarray(order), images[order])
+        flipped[epoch, order] = (batch != images[order]).any((1, 2, 3))
+        kept = np.where(
+            flipped[epoch, order, None, None, None], images[order, :, ::-1], images[order]
+        )
+        np.testing.assert_array_equal(batch, kept)
+    np.testing.assert_array_equal(flipped[0], ~flipped[1])
+    np.testing.assert_array_equal(flipped[0], flipped[2])
+    assert abs(flipped[0].mean() - 0.5) < 3.3 * 0.5 / 400**0.5
+    other = augment.flip_in_turns(6, 0, jnp.arange(400), images)
+    assert ((other != images).any((1, 2, 3)) != flipped[0]).any()
+
+
 def test_without_flip_no_image_is_mirrored():
     _, flips = augment.draw(jax.random.key(0), 1000, pad=4, flip=False)
     assert not flips.any()

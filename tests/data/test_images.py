@@ -335,6 +335,17 @@ def test_crops_are_distributed_as_torchvisions(shape):
     assert ours[:, 0].min() >= 0 < theirs[:, 0].min()
 
 
+def test_crops_keep_to_the_parts_and_ratios_asked_for():
+    rng = np.random.default_rng(0)
+    boxes = [images.crop_box(rng, 300, 400, (0.25, 0.5), (1.0, 1.2)) for _ in range(200)]
+    _, _, height, width = np.array(boxes).T
+    area, ratio = height * width / (300 * 400), width / height
+    assert 0.24 < area.min() < 0.27
+    assert 0.47 < area.max() < 0.51
+    assert 0.99 < ratio.min() < 1.02
+    assert 1.18 < ratio.max() < 1.22
+
+
 @pytest.mark.parametrize(
     ("shape", "box"), [((1000, 10), (493, 0, 13, 10)), ((9, 1000), (0, 494, 9, 12))]
 )

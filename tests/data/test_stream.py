@@ -71,6 +71,33 @@ def assert_same(batches, expected):
         np.testing.assert_array_equal(one.images, other.images)
 
 
+def test_files_mirrored_in_turns_are_so_in_every_second_epoch(source):
+    options = {"batch_size": 23, "steps_per_epoch": 1, "total_steps": 3}
+    whole = {"scale": (1.0, 1.0), "ratio": (1e-3, 1e3)}
+    flipped = []
+    for batch in train(source, in_turns=True, **options):
+        (plain,) = (
+            one
+            for number, one in enumerate(train(source, flip=False, **options))
+            if number == len(flipped)
+        )
+        order = np.argsort(batch.labels)
+        is_mirrored = (batch.images != plain.images).any((1, 2, 3))
+        expected = np.where(
+            is_mirrored[:, None, None, None], plain.images[:, :, ::-1], plain.images
+        )
+        np.testing.assert_array_equal(batch.images, expected)
+        flipped.append(is_mirrored[order])
+    np.testing.assert_array_equal(flipped[0], ~flipped[1])
+    np.testing.assert_array_equal(flipped[0], flipped[2])
+    assert 0 < flipped[0].sum() < 23
+    # Crops of the whole image differ only by which image it is.
+    same = [
+        one.images[np.argsort(one.labels)] for one in train(source, flip=False, **options, **whole)
+    ]
+    np.testing.assert_array_equal(same[0], same[1])
+
+
 def examples(batches):
     """The indices in the source, batch by batch."""
     return [(batch.labels - 100).tolist() for batch in batches]

@@ -26,6 +26,8 @@ def main() -> None:
         "optimizers": {},
         "schedules": schedules(),
         "losses": losses(generator),
+        "ema": ema(),
+        "update_bn": update_bn(),
     }
     recipes = {
         "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -77,10 +79,22 @@ def losses(generator):
     labels = torch.tensor([2, 0, 4, 1])
     functional = torch.nn.functional
 
+    def divergence(student, teacher, temperature):
+        return temperature**2 * functional.kl_div(
+            functional.log_softmax(student / temperature, 1),
+            functional.softmax(teacher / temperature, 1),
+            reduction="batchmean",
+        )
+
+    def standardized(logits):  # the code published with arXiv:2403.01427
+        return (logits - logits.mean(-1, keepdims=True)) / (1e-7 + logits.std(-1, keepdims=True))
+
     found = {
         "cross_entropy": functional.cross_entropy(logits, labels),
         "smoothed": functional.cross_entropy(logits, labels, label_smoothing=0.1),
         "soft_targets": functional.cross_entropy(logits, torch.softmax(teacher, 1)),
+        "distillation": divergence(logits, teacher, 4.0),
+        "standardized": divergence(standardized(logits), standardized(teacher), 2.0),
     }
     return {
         "logits": logits.tolist(),
@@ -93,6 +107,47 @@ def losses(generator):
             }
             for name, loss in found.items()
         },
+    }
+
+
+def ema():
+    """Averages of a parameter and a buffer, with a decay of 0.75, after each of five updates."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(5, 2, 3, generator=generator)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.zeros(3))
+    module.register_buffer("mean", torch.zeros(3))
+    swa = torch.optim.swa_utils
+    average = swa.AveragedModel(
+        module, multi_avg_fn=swa.get_ema_multi_avg_fn(0.75), use_buffers=True
+    )
+    averages = []
+    for weight, mean in values:
+        module.weight.data, module.mean = weight.clone(), mean.clone()
+        average.update_parameters(module)
+        averages.append([average.module.weight.tolist(), average.module.mean.tolist()])
+    return {"values": values.tolist(), "averages": averages}
+
+
+def update_bn():
+    """Statistics of two batch norms behind 1x1 convolutions, estimated on three batches of two."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (3, 2, 3, 2, 2), generator=generator)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1, bias=False),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(4, 5, 1, bias=False),
+        torch.nn.BatchNorm2d(5),
+    )
+    for conv in (network[0], network[3]):
+        conv.weight.data = torch.randn(conv.weight.shape, generator=generator)
+    torch.optim.swa_utils.update_bn([(batch / 255 - 0.5) / 0.25 for batch in images], network)
+    return {
+        "images": images.tolist(),
+        "weights": [conv.weight[:, :, 0, 0].tolist() for conv in (network[0], network[3])],
+        "means": [norm.running_mean.tolist() for norm in (network[1], network[4])],
+        "vars": [norm.running_var.tolist() for norm in (network[1], network[4])],
     }
 
 

@@ -108,10 +108,13 @@ def make_workdir(
     return folder
 
 
-def make_result(folder: Path, row: str, runs: list[list[float]], full_epochs: int) -> None:
+def make_result(
+    folder: Path, row: str, runs: list[list[float]], full_epochs: int, recipe: str = ""
+) -> None:
     """A row's result: of each seed the accuracies after every epoch."""
     result = {
         "row": row,
+        "recipe": recipe,
         "config": {},
         "class_names": ["cat", "dog"],
         "epochs": len(runs[0]),
@@ -261,6 +264,16 @@ def test_a_folder_without_a_table_takes_its_parents(folder, tmp_path):
     (both,) = sources.find([folder, inner]).tables
     assert list(both.full) == ["shiftresnet20_3c_c100"]
     assert list(both.shortened) == ["wrn20_1_1bit_c100"]
+
+
+def test_rows_of_another_recipe_are_in_a_table_of_their_own(folder):
+    inner = folder / "short"
+    make_result(inner, "shiftresnet20_3c_c100", [[0.5, 0.6, 0.64]], full_epochs=3, recipe="short")
+    own, other = sources.find([folder, inner]).tables
+    assert own.full["shiftresnet20_3c_c100"].final == [67, 66]
+    assert not other.full
+    assert other.shortened["shiftresnet20_3c_c100"].final == [64]
+    assert other.table.title.endswith(", by the short recipe")
 
 
 def test_short_schedules_are_in_no_figure_with_full_ones(folder):

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from shiftnet import config
+from flax import nnx
+
+from shiftnet import checkpoint, config, data
 from shiftnet.training import metrics
+from tests import networks
 
 
 def recipe(**overrides: Any):
@@ -33,3 +36,17 @@ def epochs(workdir: Path) -> list[dict[str, Any]]:
     """A run's `metrics.jsonl` without what depends on the clock."""
     clock = ("images_per_second", "time")
     return [{k: v for k, v in line.items() if k not in clock} for line in metrics.read(workdir)]
+
+
+def taught(place: Path) -> Path:
+    """A checkpoint of a network with random numbers that knows the digits."""
+    settings, names = recipe(), data.load("digits").class_names
+    network = networks.random(settings.model, 10)
+    arrays = checkpoint.to_arrays(*nnx.split(network, nnx.Param, nnx.BatchStat)[1:])
+    metadata = {
+        "config": config.to_json(settings),
+        "class_names": list(names),
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.6, 0.7],
+    }
+    return checkpoint.write(place, arrays, metadata)

@@ -16,12 +16,13 @@ from shiftnet.data import Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import data_iterator, engine, metrics, workdir
 from shiftnet.training.data_iterator import ResidentData
+from shiftnet.training.evaluation import Evaluation
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicate
-from shiftnet.training.restore import Record, restore
+from shiftnet.training.restore import Record, check_same_data, restore
 from shiftnet.training.step import Program, steps_per_dispatch
-from tests.training.small import epochs, recipe
+from tests.training.small import epochs, recipe, taught
 
 STEPS_PER_EPOCH = 11  # 1442 training digits in batches of 128
 
@@ -105,6 +106,20 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert epochs(tmp_path) == epochs(reference)
 
 
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_another_teacher_is_no_continuation(tmp_path):
+    now = {"images": {}, "steps_per_epoch": 11}
+    check_same_data({"teacher": "abc"}, now | {"teacher": "abc"}, tmp_path)
+    for teacher in ({}, {"teacher": "xyz"}):
+        with pytest.raises(UserError, match=r"trained on other data \(the teacher\)"):
+            check_same_data({"teacher": "abc"}, now | teacher, tmp_path)
+
+
 # Each setting that draws random numbers, or adds to the optimizer's state.
 MODERN = {
     "epochs": 1,
@@ -122,12 +137,19 @@ MODERN = {
     "data__cutmix": 1.0,
     "data__erase": 0.3,
     "data__policy": "trivial",
+    "data__flip": True,
+    "data__flip_by": "turns",
+    "model__drop_path": 0.2,
+    "ema__decay": 0.8,
+    "ema__estimate": 2,
+    "log__every_steps": 4,
 }
 
 
 @jax.numpy_dtype_promotion("standard")  # which optax is written for
-def test_muon_mixed_images_and_a_frozen_layer_continue_bit_for_bit(tmp_path, monkeypatch):
-    config = recipe(**MODERN)
+def test_all_that_is_newer_than_the_originals_continues_bit_for_bit(tmp_path, monkeypatch):
+    teacher = taught(tmp_path / "teacher")
+    config = recipe(**MODERN, distill__teacher=str(teacher), distill__weight=0.5)
     reference = engine.train(config, tmp_path / "whole")
     with monkeypatch.context() as patched:
         _stop_at(patched, 5)  # between the two batches of an update
@@ -137,11 +159,70 @@ def test_muon_mixed_images_and_a_frozen_layer_continue_bit_for_bit(tmp_path, mon
     assert want.keys() == got.keys()
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    assert any(".ema" in name for name in want)
+    for name in ("steps.jsonl", "environment.json"):
+        whole, stopped = (tmp_path / run / name for run in ("whole", "stopped"))
+        assert whole.read_text() == stopped.read_text()
+    ours, averaged = (checkpoint.read(tmp_path / run) for run in ("stopped", "whole/ema"))
+    assert ours.path == tmp_path / "stopped/ema/11", "the network of a run is the averaged one"
+    assert_same(ours.arrays, averaged.arrays)
+    line = epochs(tmp_path / "whole")[-1]
+    assert line["test_accuracy"] == reference.final[0]
+    assert line["test_loss"] != line["raw_test_loss"]
     frozen = {name: value for name, value in want.items() if "'layer1'][0]['bn1']" in name}
     states = [v for k, v in frozen.items() if ".params" in k or ".stats" in k]
     assert len(states) == 4
     for value in states:
         assert np.isin(value, (0.0, 1.0)).all(), "a frozen batch norm has changed"
+
+
+def test_a_run_ends_when_the_validation_accuracy_does_not_rise_any_more(
+    tmp_path, monkeypatch, capsys
+):
+    accuracies = {1: 0.3, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.9}  # of each epoch; the last is not reached
+
+    def make_evaluator(*_, **__):
+        def evaluate(params, stats):
+            del params, stats
+            epoch = len(metrics.read(tmp_path)) + 1
+            nothing = np.zeros(1, np.int32)
+            return Evaluation(1.0, accuracies[epoch], 1.0, nothing, nothing)
+
+        return evaluate
+
+    class Still:
+        """Takes steps of one an epoch that change nothing."""
+
+        def advance(self, state, step):
+            del step
+            return state, np.ones(1, np.float32), np.zeros(1, np.int32)
+
+        def get_state(self):
+            return {}
+
+        def skipped(self):
+            return []
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(engine, "make_evaluator", make_evaluator)
+    monkeypatch.setattr(engine, "make_data_iterator", lambda *_, **__: Still())
+    digits = data.load("digits", validation=20)
+    few = Split(digits.train.images[:128], digits.train.labels[:128])
+    digits = dataclasses.replace(digits, train=few)
+    config = recipe(epochs=5, patience=2, data__validation=20)
+    with monkeypatch.context() as patched:
+        _stop_at(patched, 3)
+        assert not engine.train(config, tmp_path, dataset=digits).finished
+    outcome = engine.train(config, tmp_path, dataset=digits)
+    assert outcome.finished
+    assert (outcome.step, outcome.best[0]["epoch"], outcome.final) == (4, 2, [0.5])
+    assert "ended early: no higher validation accuracy since epoch 2" in capsys.readouterr().out
+    assert engine.train(config, tmp_path, dataset=digits) == outcome
+    assert "already finished, after step 4" in capsys.readouterr().out
+    with pytest.raises(UserError, match="with patience each of them ends at an epoch of its own"):
+        engine.train(config, tmp_path / "several", seeds=[0, 1], dataset=digits)
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted, monkeypatch, capsys):
@@ -361,14 +442,14 @@ def test_the_time_that_did_not_go_into_steps_is_in_the_log(uninterrupted):
 
 def test_tensorboard_shows_the_accuracy_of_every_epoch(uninterrupted):
     (events,) = (uninterrupted[0] / "tensorboard").iterdir()
-    assert b"test_accuracy" in events.read_bytes()
+    assert b"test/accuracy" in events.read_bytes()
 
 
 def test_lines_of_steps_that_were_lost_are_dropped_on_resuming(tmp_path):
     rows = [{"step": 10, "a": 1.0}, {"step": 20, "a": 2.0}, {"step": 30, "a": 3.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "a"'
     (tmp_path / metrics.FILE).write_text(text)
-    log = metrics.MetricsLog(tmp_path, step=20, tensorboard=False)
+    log = metrics.MetricsLog(tmp_path, step=20)
     log.write({"step": 30, "a": 4.0})
     assert metrics.read(tmp_path) == [*rows[:2], {"step": 30, "a": 4.0}]
 
@@ -376,15 +457,15 @@ def test_lines_of_steps_that_were_lost_are_dropped_on_resuming(tmp_path):
 @pytest.mark.parametrize("end", [b"\0" * 900 + b"\n", b'{"step": 20, "a"', b"[1]\n", b"\xff\n"])
 def test_a_damaged_end_of_the_log_is_cut_off_and_said(tmp_path, end):
     (tmp_path / metrics.FILE).write_bytes(b'{"step": 10, "a": 1.0}\n' + end)
-    log = metrics.MetricsLog(tmp_path, step=20, tensorboard=False)
+    log = metrics.MetricsLog(tmp_path, step=20)
     assert log.damage == f"cut off the damaged end of {tmp_path / metrics.FILE}, from line 2 on"
     log.write({"step": 20})
     assert metrics.read(tmp_path) == [{"step": 10, "a": 1.0}, {"step": 20}]
-    assert metrics.MetricsLog(tmp_path, step=20, tensorboard=False).damage is None
+    assert metrics.MetricsLog(tmp_path, step=20).damage is None
 
 
 def test_a_disk_that_is_full_for_the_log_is_a_sentence(tmp_path):
-    log = metrics.MetricsLog(tmp_path, step=0, tensorboard=False)
+    log = metrics.MetricsLog(tmp_path, step=0)
     (tmp_path / metrics.FILE).unlink()
     (tmp_path / metrics.FILE).symlink_to("/dev/full")
     with pytest.raises(RunFailed, match=r"cannot write .*metrics\.jsonl: No space left on device"):
@@ -405,6 +486,7 @@ def test_a_prime_number_of_steps_is_taken_in_few_calls_the_same_after_a_resume(m
     )
 
     class Calls:
+        teacher = None
         lengths: tuple[int, ...] = ()
 
         def order(self, *_):

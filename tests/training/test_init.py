@@ -1,16 +1,18 @@
 """Starting from a checkpoint: what fits is taken, the rest is fresh, and both are said."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import checkpoint, data, quantizers
+from shiftnet import checkpoint, data, packing, quantizers
 from shiftnet.errors import UserError
 from shiftnet.quantizers import LowBitWeight
 from shiftnet.training import engine
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.mesh import make_mesh
-from shiftnet.training.restore import start_from
+from shiftnet.training.restore import Init, start_from
 from shiftnet.training.step import Program
 from tests import networks
 from tests.test_packing import note
@@ -36,6 +38,25 @@ def first_state(monkeypatch, settings, workdir, init):
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
+def started(config, path, dataset, **options):
+    """The program and the state that a run starts from, and the message."""
+    program = Program(
+        config,
+        num_classes=len(dataset.class_names),
+        mean=dataset.mean,
+        std=dataset.std,
+        steps_per_epoch=11,
+        mesh=make_mesh(config.batch_size),
+    )
+    state = program.init(np.uint32(0))
+    return program, *start_from(program, state, Init(path, **options), config, dataset)
+
+
+def arrays_of(state):
+    arrays = checkpoint.to_arrays(state.params, state.stats)
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
 def test_parameters_are_taken_and_the_rest_of_the_run_is_its_own(tmp_path, monkeypatch, capsys):
     given = saved(tmp_path / "ckpt")
     found = first_state(monkeypatch, recipe(), tmp_path / "run", tmp_path / "ckpt")
@@ -58,15 +79,7 @@ def test_low_bit_weights_start_at_the_nearest_levels_of_the_float_ones(tmp_path,
     given = saved(tmp_path / "ckpt")
     config = recipe(model__weights=weights, model__weight_bits=bits)
     dataset = data.load("digits")
-    program = Program(
-        config,
-        num_classes=10,
-        mean=dataset.mean,
-        std=dataset.std,
-        steps_per_epoch=11,
-        mesh=make_mesh(config.batch_size),
-    )
-    state, message = start_from(program, program.init(np.uint32(0)), tmp_path / "ckpt", 10)
+    program, state, message = started(config, tmp_path / "ckpt", dataset)
     found = checkpoint.to_arrays(state.params, state.stats)
     network = nnx.merge(program.graphdef, state.params, state.stats)
     layers = quantizers.of_layers(network)
@@ -128,6 +141,10 @@ def test_a_factor_that_no_batch_norm_takes_up_is_said(tmp_path, monkeypatch, cap
             r"'layer1\.0\.bn1\.bias' has shape \(32,\), the network needs \(16,\)",
         ),
         ({"arch": "wrn8"}, "has none of the network's arrays"),
+        (
+            {"arch": "shiftresnet14"},
+            r"of another architecture, which has 'layer1\.1\.bn1'; --init-partial takes what fits",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused(model, sentence, tmp_path):
@@ -136,6 +153,52 @@ def test_a_checkpoint_of_another_network_is_refused(model, sentence, tmp_path):
         engine.train(recipe(), tmp_path / "run", init=tmp_path / "ckpt")
     with pytest.raises(UserError, match="does not exist"):
         engine.train(recipe(), tmp_path / "other", init=tmp_path / "nowhere")
+
+
+def test_a_part_of_another_architecture_is_taken_where_that_is_asked_for(tmp_path):
+    given = saved(tmp_path / "ckpt", arch="shiftresnet14", expansion=2.0)
+    _, state, message = started(recipe(), tmp_path / "ckpt", data.load("digits"), partial=True)
+    found = arrays_of(state)
+    fits = [name for name in found if name in given and given[name].shape == found[name].shape]
+    assert 0 < len(fits) < len(found)
+    for name in fits:
+        np.testing.assert_array_equal(found[name], given[name], err_msg=name)
+    assert f"{len(fits)} arrays taken; fresh: layer1.0.bn1.bias, " in message
+
+
+def test_the_last_layer_starts_fresh_on_request(tmp_path):
+    given = saved(tmp_path / "ckpt")
+    _, state, message = started(recipe(), tmp_path / "ckpt", data.load("digits"), fresh_head=True)
+    found = arrays_of(state)
+    assert not np.allclose(found["linear.weight.value"], given["linear.weight.value"])
+    np.testing.assert_array_equal(found["conv1.weight.value"], given["conv1.weight.value"])
+    assert message.endswith("; fresh: linear.bias, linear.weight.value")
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    given = saved(tmp_path / "ckpt")  # of "class 0" to "class 9"
+    digits = data.load("digits")
+    names = (*(f"class {9 - i}" for i in range(5)), "zebra", "yak")
+    digits = dataclasses.replace(digits, class_names=names)
+    _, state, message = started(recipe(), tmp_path / "ckpt", digits)
+    found = arrays_of(state)
+    for name in ("linear.bias", "linear.weight.value"):
+        np.testing.assert_array_equal(found[name][..., :5], given[name][..., 9:4:-1])
+        assert np.isfinite(found[name]).all()
+    assert "the last layer has 5 of 7 classes from there" in message
+
+
+def test_a_packed_file_is_started_from_as_it_computes(tmp_path):
+    settings = recipe(model__weights="s3")
+    network, digits = networks.random(settings.model, 10), data.load("digits")
+    packing.write(tmp_path / "net.safetensors", network, note(settings))
+    packed, _ = packing.read(tmp_path / "net.safetensors")
+    program, state, message = started(settings, tmp_path / "net.safetensors", digits)
+    x = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    ours = networks.evaluate(nnx.merge(program.graphdef, state.params, state.stats), x)
+    np.testing.assert_allclose(ours, networks.evaluate(packed, x), rtol=1e-3, atol=1e-4)
+    assert "fresh" not in message
+    assert "statistics are estimated on 1442 training images" in message
 
 
 def test_a_continued_run_is_not_started_again(tmp_path, monkeypatch, capsys):

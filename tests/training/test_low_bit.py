@@ -139,7 +139,7 @@ def test_tensorboard_has_scalars_and_histograms_of_the_weights(uninterrupted):
     # The event file names its charts in plain bytes.
     (events,) = (workdir / "tensorboard").iterdir()
     written = events.read_bytes()
-    for name in ("train_loss", "weights/all/zeros", "weights/layer1.0.conv1/sign_changed"):
+    for name in ("train/loss", "weights/all/zeros", "weights/layer1.0.conv1/sign_changed"):
         assert name.encode() in written, name
     assert b"weights/all/levels" in written
     assert b"weights/all/levels/" not in written  # one histogram, not a chart a level

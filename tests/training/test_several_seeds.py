@@ -10,7 +10,7 @@ import pytest
 
 import shiftnet.data
 from shiftnet import checkpoint
-from shiftnet.checkpoint import BEST, LATEST, CheckpointManager
+from shiftnet.checkpoint import AVERAGED, BEST, LATEST, CheckpointManager
 from shiftnet.data import Split
 from shiftnet.errors import UserError
 from shiftnet.training import deadline as deadline_module
@@ -19,7 +19,7 @@ from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import train
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.step import Program, StackedProgram
-from tests.training.small import epochs, recipe
+from tests.training.small import epochs, recipe, taught
 
 SEEDS = (3, 1)
 
@@ -102,8 +102,11 @@ def test_each_of_several_runs_takes_the_steps_that_it_takes_alone(digits):
 def test_sessions_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
     settings = recipe(
         model__weights="sign",
+        model__drop_path=0.2,
         batch_size=64,
         epochs=3,
+        ema__decay=0.5,
+        distill__teacher=str(taught(tmp_path / "teacher")),
         eval__every_epochs=2,
         checkpoint__every_steps=3,
         checkpoint__every_epochs=5,
@@ -134,10 +137,11 @@ def test_sessions_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
         ]
     assert outcome == whole
     assert list(outcome.sessions) == [{"device": 5}, {"device": 6}]
-    ours, theirs = (checkpoint.read(one / BEST) for one in (place, tmp_path / "whole"))
-    assert ours.metadata["step"] == outcome.best[0]["epoch"] * 2
-    for name, array in theirs.arrays.items():
-        np.testing.assert_array_equal(ours.arrays[name], array, err_msg=name)
+    for part in (BEST, AVERAGED):
+        ours, theirs = (checkpoint.read(one / part) for one in (place, tmp_path / "whole"))
+        assert ours.metadata["step"] == (outcome.best[0]["epoch"] * 2 if part == BEST else 6)
+        for name, array in theirs.arrays.items():
+            np.testing.assert_array_equal(ours.arrays[name], array, err_msg=name)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(outcome.network(x), whole.network(x))
 

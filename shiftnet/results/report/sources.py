@@ -80,6 +80,7 @@ class Outcome:
 
     Attributes:
       training: the runs.
+      recipe: the name of the recipe that stood in for the row's own, or nothing.
       final, best: top-1 on the test set in percent, per seed.
       images_per_second: rate of all seeds that were trained together, the median over the seeds.
       fraction_of_peak: likewise; None if the device's peak is not known.
@@ -90,6 +91,7 @@ class Outcome:
     """
 
     training: Training
+    recipe: str
     final: Sequence[float]
     best: Sequence[float]
     images_per_second: float
@@ -199,10 +201,15 @@ def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
             for folder in folders
             if (outcome := _outcome(folder, row.name))
         ]
-        if whole or outcomes:
-            full = {o.training.name: o for o in outcomes if not o.is_shortened}
-            short = {o.training.name: o for o in outcomes if o.is_shortened}
+        own = [outcome for outcome in outcomes if not outcome.recipe]
+        if whole or own:
+            full = {o.training.name: o for o in own if not o.is_shortened}
+            short = {o.training.name: o for o in own if o.is_shortened}
             filled.append(Filled(table, full, short, whole))
+        for recipe in sorted({outcome.recipe for outcome in outcomes} - {""}):
+            named = dataclasses.replace(table, title=f"{table.title}, by the {recipe} recipe")
+            short = {o.training.name: o for o in outcomes if o.recipe == recipe}
+            filled.append(Filled(named, {}, short, whole=False))
     return filled
 
 
@@ -232,6 +239,7 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
                 runs=[Run(run["seed"], _checked(run["epochs"])) for run in runs],
                 confusion=confusion,
             ),
+            recipe=str(result.get("recipe", "")),
             final=[float(accuracy) for accuracy in results.accuracies(result, "final")],
             best=[float(accuracy) for accuracy in results.accuracies(result, "best")],
             images_per_second=statistics.median(float(run["images_per_second"]) for run in runs),

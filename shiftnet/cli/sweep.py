@@ -1,0 +1,74 @@
+"""Searches the settings of a recipe for the best accuracy on held-out training images.
+
+    shiftnet sweep --config configs/shiftresnet20_c100.py:recipe=short \\
+        --config.data.validation=5000 --over optimizer.muon_lr=0.02..0.2:log --over data.pad=0,2,4
+
+Each trial is a run in a directory of its own. The same command continues a sweep that was stopped.
+"""
+
+from collections.abc import Sequence
+
+from shiftnet import config as config_lib
+from shiftnet.cli import prog
+from shiftnet.cli.reproduce import MOST_SEEDS, seconds_of
+from shiftnet.errors import UserError, reported
+from shiftnet.files import path_of
+from shiftnet.training import sweep
+from shiftnet.training.deadline import Deadline
+from shiftnet.training.processes import use_compilation_cache
+
+
+@reported
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains the trials of what the command line names; returns the exit code."""
+    parser = config_lib.Parser(
+        prog=prog("sweep"),
+        description=__doc__,
+        usage="%(prog)s --config FILE[:ARGUMENT] --over FIELD=VALUES [--over ...] [...]",
+    )
+    parser.add_argument(
+        "--over",
+        metavar="FIELD=VALUES",
+        action="append",
+        default=[],
+        help="a setting to search: A,B,... for a list, LOW..HIGH for a range of numbers, "
+        "LOW..HIGH:log for one on a logarithmic scale",
+    )
+    parser.add_argument("--trials", metavar="N", type=int, default=20, help="in all (default: 20)")
+    parser.add_argument(
+        "--seeds",
+        metavar="N",
+        type=int,
+        default=1,
+        help="of each trial, trained in one program, which a large chip has room for (default: 1)",
+    )
+    parser.add_argument(
+        "--no-prune", action="store_true", help="train every trial to its end, also poor ones"
+    )
+    parser.add_argument(
+        "--workdir", metavar="DIR", default="runs/sweep", help="default: runs/sweep"
+    )
+    parser.add_argument("--budget", metavar="TIME", help="stop and save within 90s, 9m, 2h, ...")
+    config_lib.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    deadline = Deadline(seconds_of(arguments.budget) if arguments.budget else None)
+    if not arguments.over:
+        raise UserError("--over is missing: name a setting to search, see --help")
+    for name, most in (("trials", 10**6), ("seeds", MOST_SEEDS)):
+        if not 1 <= getattr(arguments, name) <= most:
+            found = getattr(arguments, name)
+            raise UserError(f"--{name} must be from 1 to {most}, found {found}")
+    space = [sweep.Values.parse(text) for text in arguments.over]
+    fields = [values.field for values in space]
+    if twice := {field for field in fields if fields.count(field) > 1}:
+        raise UserError(f"--over names {min(twice)} twice")
+    options = sweep.Options(
+        config=config_lib.from_arguments(arguments),
+        space=space,
+        workdir=path_of(arguments.workdir, "--workdir"),
+        trials=arguments.trials,
+        seeds=arguments.seeds,
+        prune=not arguments.no_prune,
+    )
+    use_compilation_cache()
+    return sweep.run(options, deadline)

@@ -1,0 +1,171 @@
+"""Batch norms' running statistics, estimated anew on training images."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from shiftnet.config import DataConfig
+from shiftnet.data import RGB, Source, Split, Subset, augment
+from shiftnet.data.workers import num_workers
+from shiftnet.kernels.layouts import affine, wide_dtype
+from shiftnet.layers.batch_norm import EPSILON, MOMENTUM, BatchNorm
+from shiftnet.layers.moments import other_axes, pixels
+from shiftnet.training.mesh import batch_sharded, compiled, replicated, shard_batch
+
+# Batches that the statistics of a packed file's network are estimated on.
+BATCHES = 20
+
+Estimator = Callable[[nnx.State, nnx.State], nnx.State]
+
+
+def make_estimator(
+    graphdef: nnx.GraphDef,
+    part: Split | Source,
+    data: DataConfig,
+    *,
+    mean: RGB,
+    std: RGB,
+    batch_size: int,
+    batches: int,
+    mesh: Mesh,
+) -> Estimator:
+    """Makes `estimator(params, stats)`, which returns running statistics in place of `stats`.
+
+    They are the means of the batches' own, as PyTorch's `update_bn` takes them with a momentum of
+    None, over training images that are chosen once and for all, prepared as for evaluation.
+
+    Args:
+      graphdef: the network, from `nnx.graphdef`.
+      part: the training images.
+      data: how image files are read.
+      mean, std: per channel, for pixels in [0, 1].
+      batch_size: images per batch, a multiple of the devices.
+      batches: how many, or as many as there are images for.
+      mesh: from `make_mesh`.
+    """
+    count = max(1, min(batches, len(part) // batch_size)) * batch_size
+    # RandomState, not Generator: NumPy promises never to change what it draws.
+    chosen = np.resize(np.random.RandomState(0).permutation(len(part)), count)
+
+    def step(params: nnx.State, average: nnx.State, number: jax.Array, images: jax.Array):
+        images = jax.lax.with_sharding_constraint(images, batch_sharded(mesh))
+        # From 0, a running statistic becomes the batch's own times the momentum.
+        zeros = jax.tree.map(jnp.zeros_like, average)
+        network = nnx.merge(graphdef, params, zeros, copy=True)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            network(augment.normalize(images, mean, std), train=True)
+        found = nnx.state(network, nnx.BatchStat)
+        return jax.tree.map(
+            lambda old, new: old + (new / MOMENTUM - old) / number.astype(old.dtype), average, found
+        )
+
+    run = compiled(step, mesh)
+
+    def estimate(params: nnx.State, stats: nnx.State) -> nnx.State:
+        stats = jax.tree.map(jnp.zeros_like, stats)
+        params, stats = jax.device_put((params, stats), replicated(mesh))
+        for number, images in enumerate(_batches(part, chosen, data, batch_size), 1):
+            stats = run(params, stats, np.float32(number), shard_batch(images, mesh))
+        return stats
+
+    return estimate
+
+
+def _batches(
+    part: Split | Source, chosen: np.ndarray, data: DataConfig, batch_size: int
+) -> Iterator[np.ndarray]:
+    """Yields this process's part of each batch, uint8 `[images, H, W, 3]`."""
+    index, processes = jax.process_index(), jax.process_count()
+    if isinstance(part, Split):
+        share = batch_size // processes
+        for start in range(index * share, len(chosen), batch_size):
+            yield part.images[chosen[start : start + share]]
+        return
+    from shiftnet.data.stream import EvalStream  # Grain takes seconds to import
+
+    stream = EvalStream(
+        Subset(part, chosen),
+        size=data.size,
+        resize=data.resize or round(data.size * 8 / 7),
+        batch_size=batch_size,
+        on_corrupt=data.on_corrupt,
+        workers=num_workers(data.workers, len(chosen)),
+        process_index=index,
+        process_count=processes,
+    )
+    for batch in stream:
+        yield batch.images
+
+
+def unfold(network: nnx.Module, like: nnx.Module, make: Callable[..., Estimator]) -> None:
+    """Gives a network whose batch norms are folded running statistics again.
+
+    It computes the same with them as before, but for rounding, and can be trained. Batch norms with
+    `scale` and `bias` get the statistics of what they see on training images; the numbers of those
+    without follow from the folded ones alone.
+
+    Args:
+      network: changed in place.
+      like: the same network with batch norms that are not folded; its numbers are not used.
+      make: `make_estimator` but for the graphdef.
+    """
+    measured = nnx.clone(network)
+    _replace(measured, _Measured)
+    graphdef, *states = nnx.split(measured, nnx.Param, nnx.BatchStat)
+    params, stats = states
+    found = nnx.merge(graphdef, params, make(graphdef)(params, stats))
+    seen = {path: norm for path, norm in nnx.iter_modules(found) if isinstance(norm, BatchNorm)}
+    wanted = {path: norm for path, norm in nnx.iter_modules(like) if isinstance(norm, BatchNorm)}
+    for path, norm in nnx.iter_modules(network):
+        if not isinstance(norm, BatchNorm):
+            continue
+        assert norm.scale is not None
+        assert norm.bias is not None
+        scale, bias = (np.asarray(v[...], np.float64) for v in (norm.scale, norm.bias))
+        if wanted[path].scale is None:
+            mean, var = -bias / scale, 1 / np.square(scale) - EPSILON
+            norm.scale = norm.bias = None
+        else:
+            mean, var = (np.asarray(v[...], np.float64) for v in (seen[path].mean, seen[path].var))
+            deviation = np.sqrt(var + EPSILON)
+            norm.scale = nnx.Param(jnp.asarray(scale * deviation, jnp.float32))
+            norm.bias = nnx.Param(jnp.asarray(bias + scale * mean, jnp.float32))
+        norm.mean = nnx.BatchStat(jnp.asarray(mean, jnp.float32))
+        norm.var = nnx.BatchStat(jnp.asarray(var, jnp.float32))
+
+
+class _Measured(BatchNorm):
+    """A folded batch norm that goes on computing the same, and measures what it sees."""
+
+    def __init__(self, folded: BatchNorm):
+        super().__init__(folded.features)
+        self.scale, self.bias = folded.scale, folded.bias
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        wide = x.astype(wide_dtype(x.dtype))
+        if train:
+            self.update(wide.mean(other_axes(x)), wide.var(other_axes(x)), pixels(x))
+        return affine(x, *self._affine(wide.dtype))
+
+    def scale_and_bias(
+        self, dtype: jnp.dtype, statistics: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        del statistics
+        return self._affine(dtype)
+
+
+def _replace(network: nnx.Module, make: Callable[[BatchNorm], BatchNorm]) -> None:
+    """Puts another batch norm in the place of each one."""
+    for _, module in list(nnx.iter_modules(network)):
+        inside: Any = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
+        for name, value in list(inside):
+            if isinstance(value, BatchNorm):
+                if isinstance(module, nnx.List):
+                    module[name] = make(value)
+                else:
+                    setattr(module, name, make(value))
