@@ -9,11 +9,11 @@ from typing import Any
 import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
-from shiftnet import models
+from shiftnet import zoo
 from shiftnet.cli import prog
-from shiftnet.data import cifar, classes
+from shiftnet.data import classes
 from shiftnet.errors import UserError, reported
-from shiftnet.files import expand_pattern, path_of
+from shiftnet.files import path_of
 from shiftnet.inference import Classifier
 from shiftnet.training.evaluation import Evaluation, Reading, make_evaluator
 from shiftnet.training.mesh import make_mesh
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True,
         metavar="PATH",
         help="checkpoints: a run's working directory (its last), its best/, one step, a converted "
-        "one, a packed .safetensors file, or a glob",
+        "one, a packed .safetensors file, or a glob; or a trained network's name, see shiftnet "
+        "models",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: what each was trained on")
     parser.add_argument(
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
 
     use_compilation_cache()
-    paths = [path for pattern in arguments.ckpt for path in expand_pattern(pattern, "--ckpt")]
+    paths = [path for pattern in arguments.ckpt for path in zoo.find_all(pattern, "--ckpt")]
     rows = []
     for path in paths:
         model = shiftnet.load(path)
@@ -94,7 +95,12 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     result = make_evaluator(
         model.graphdef,
         classes.relabel(test.part, labels),
-        _reading(model, arguments.on_corrupt or data.on_corrupt),
+        Reading(
+            model.preprocess.size,
+            model.preprocess.resize,
+            data.workers,
+            arguments.on_corrupt or data.on_corrupt,
+        ),
         mean=model.mean,
         std=model.std,
         batch_size=arguments.batch_size or model.config.eval.batch_size,
@@ -151,20 +157,6 @@ def _is_tfds(directory: Path) -> bool:
         return True
     prepared = directory.glob("*/*.*.*/dataset_info.json")
     return (directory / "downloads").is_dir() or any(prepared)
-
-
-def _reading(model: Classifier, on_corrupt: str) -> Reading:
-    """Returns how image files are brought to the size that the network was trained on."""
-    data = model.config.data
-    size, resize = data.size, data.resize
-    if data.source == "tfds" and data.name != shiftnet.data.IMAGENET:
-        # Not trained on files: whole images, in its data set's size or that of its family.
-        family, _ = models.parse_arch(model.config.model.arch)
-        in_memory = data.name in shiftnet.data.IN_MEMORY
-        usual = cifar.SIDE if in_memory else models.FAMILIES[family].image_size
-        if usual != size:
-            size = resize = usual
-    return Reading(size, resize, data.workers, on_corrupt)
 
 
 def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from shiftnet import config as config_lib
+from shiftnet import zoo
 from shiftnet.cli import prog
 from shiftnet.config import Config
 from shiftnet.errors import reported
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--init",
         metavar="CKPT",
-        help="a checkpoint, converted ones too, to start from; the last layer starts fresh where "
-        "the classes differ in number",
+        help="a checkpoint, converted ones too, or a trained network's name, to start from; the "
+        "last layer starts fresh where the classes differ in number",
     )
     parser.add_argument(
         "--plan",
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = path_of(arguments.workdir or _default_workdir(arguments.config), "--workdir")
-    outcome = train(config, workdir, init=arguments.init, profile=arguments.profile)
+    init = None if arguments.init is None else zoo.find_trainable(arguments.init, "--init")
+    outcome = train(config, workdir, init=init, profile=arguments.profile)
     if jax.process_index() == 0:
         given = sys.argv[1:] if argv is None else argv
         print(_report(outcome, workdir, _command(given, workdir)))

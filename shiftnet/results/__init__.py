@@ -2,9 +2,13 @@
 
 A folder of results holds `table.toml`, the rows with what was reported for them; `NAME.json` for
 each row that was trained, written by `python -m shiftnet reproduce` and never by hand; and
-`NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes; one of more
-than 5 MB is in `large/`, which is no part of the repository. The folder `smoke/` holds such files
-of shortened schedules.
+`NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes, packed;
+`trainable/NAME.safetensors` is the same network as float32 numbers with its batch norms, which
+`train.py --init` takes. A file of more than 5 MB is in `large/`, which is no part of the
+repository. The folder `smoke/` holds such files of shortened schedules.
+
+The same folder is `shiftnet/zoo/results`, a link in a checkout; a wheel has the table, the JSON
+files and the packed networks of up to 5 MB there.
 
 A row's JSON file:
 
@@ -24,8 +28,10 @@ A row's JSON file:
       where that is not known); `earlier`: such three of other visits that trained it before, where
       any of them differed; `finished` (when, UTC);
 - `checkpoint`: of the network that is kept: `file` (from the JSON file's folder on), `bytes`,
-  `seed`, `epoch`, `test_accuracy` (as `evaluate.py` finds it in that file), and `confusion`, a list
-  of `[label, prediction, images]` for what occurs.
+  `sha256`, `seed`, `epoch`; `test_accuracy`, as `evaluate.py` finds it in that file, and
+  `confusion`, a list of `[label, prediction, images]` for what occurs, both with products in
+  float32 on `device`; `trainable`: `file`, `bytes` and `sha256` of the other file. (Until 2026-11
+  there were no `sha256`, `device` and `trainable`, and a GPU rounded products.)
 """
 
 import dataclasses
@@ -42,6 +48,7 @@ from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 
 TABLE = "table.toml"
+OTHERS = "others.toml"
 EPOCHS = ("best", "final")
 
 # What must be there, and of which types; numbers are finite and not negative.
@@ -84,6 +91,23 @@ class Row:
     spread: float | None = None
     older: float | None = None
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A public network of others on CIFAR-100, to compare with.
+
+    Attributes:
+      name: short.
+      accuracy: top-1 on the test set in per cent.
+      bytes: of its parameters at their width.
+      source: where both are stated.
+    """
+
+    name: str
+    accuracy: float
+    bytes: int
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +160,26 @@ def tables(folder: Path) -> list[Table]:
     names = [row.name for table in found for row in table.rows]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has two rows named {min(twice)}")
+    return found
+
+
+def others(folder: Path) -> list[Other]:
+    """The networks of others that `folder` lists in `others.toml`, if it does.
+
+    Raises:
+      UserError: where it is not what it should be.
+    """
+    path = folder / OTHERS
+    try:
+        found = [Other(**entry) for entry in tomllib.loads(path.read_text())["networks"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    kinds = {"name": str, "accuracy": _NUMBER, "bytes": int, "source": str}
+    for other in found:
+        if lacking := _lacking(vars(other), kinds):
+            raise UserError(f"{path}: of {other.name!r} {lacking}")
     return found
 
 

@@ -9,7 +9,6 @@ from shiftnet.results.report import sources
 from shiftnet.results.report.sources import Filled, Outcome, Training
 from shiftnet.tables import duration
 
-NOT_RUN = "not run yet"
 NONE = "\N{EN DASH}"
 FAR = 1.0  # points; a row that differs by more from what was reported is marked
 NOTHING = "The given paths have no results."
@@ -61,25 +60,33 @@ def reading(filled: Filled) -> str:
 
 
 def compared(filled: Filled) -> Grid:
-    """Returns every row of a table, on the full schedule: what was reported, and ours."""
-    older = any(row.older is not None for row in filled.table.rows)
-    rows = [row for row in filled.table.rows if filled.whole or row.name in filled.full]
+    """Returns the rows that were trained on the full schedule: what was reported, and ours."""
+    older = _has_older(filled)
+    rows = [row for row in filled.table.rows if row.name in filled.full]
     head = ["row", "parameters", "reported", *(["older"] if older else [])]
     return Grid(
         head=[*head, "ours, final", "ours, best", "difference", "n", *_KEPT_AND_SPEED, "recipe"],
         rows=[
             [
-                Cell(row.name),
-                Cell(f"{row.parameters:,}"),
-                _reported(row),
-                *([Cell(_points(row.older))] if older else []),
-                *_ours(filled.full.get(row.name)),
+                *_reported_row(row, older),
+                *_ours(filled.full[row.name]),
                 _difference(filled, row),
-                *_seeds_network_and_speed(filled.full.get(row.name)),
+                *_seeds_network_and_speed(filled.full[row.name]),
                 Cell(row.recipe),
             ]
             for row in rows
         ],
+        notes=[(row.name, row.note) for row in rows if row.note],
+    )
+
+
+def waiting(filled: Filled) -> Grid:
+    """Returns the rows that were not trained on the full schedule: what was reported."""
+    older = _has_older(filled)
+    rows = [row for row in filled.table.rows if row.name not in filled.full]
+    return Grid(
+        head=["row", "parameters", "reported", *(["older"] if older else []), "recipe"],
+        rows=[[*_reported_row(row, older), Cell(row.recipe)] for row in rows],
         notes=[(row.name, row.note) for row in rows if row.note],
     )
 
@@ -138,6 +145,11 @@ def missing(filled: Filled) -> int:
     return len(filled.table.rows) - len(filled.full)
 
 
+def missing_words(filled: Filled) -> str:
+    """Returns a title for the rows of `waiting`."""
+    return f"{missing(filled)} of {len(filled.table.rows)} rows have not been trained yet"
+
+
 def schedule(training: Training) -> str:
     """Returns how far the runs are, and whether that is the recipe's whole schedule."""
     if training.epochs < training.full_epochs:
@@ -151,29 +163,34 @@ _WORDS = ("row", "run", "schedule", "device", "recipe", "class", "predicted")
 _KEPT_AND_SPEED = ("kept network", "images/s (of peak)", "time, all seeds", "device")
 
 
+def _has_older(filled: Filled) -> bool:
+    return any(row.older is not None for row in filled.table.rows)
+
+
+def _reported_row(row: Row, older: bool) -> list[Cell]:
+    cells = [Cell(row.name), Cell(f"{row.parameters:,}"), _reported(row)]
+    return [*cells, Cell(_points(row.older))] if older else cells
+
+
 def _reported(row: Row) -> Cell:
     spread = "" if row.spread is None else f" ± {row.spread:.2f}"
     return Cell(_points(row.reported) + spread)
 
 
-def _ours(outcome: Outcome | None) -> list[Cell]:
-    if outcome is None:
-        return [Cell(NOT_RUN), Cell(NONE)]
+def _ours(outcome: Outcome) -> list[Cell]:
     return [_mean(outcome.final), _mean(outcome.best)]
 
 
 def _difference(filled: Filled, row: Row) -> Cell:
     """Returns ours minus what was reported, for the epoch that the table compares."""
-    outcome = filled.full.get(row.name)
-    if outcome is None or row.reported is None:
+    if row.reported is None:
         return Cell(NONE)
-    points = round(statistics.mean(getattr(outcome, filled.table.epoch)) - row.reported, 2)
+    ours = statistics.mean(getattr(filled.full[row.name], filled.table.epoch))
+    points = round(ours - row.reported, 2)
     return Cell(f"{points:+.2f}".replace("-", "\N{MINUS SIGN}"), marked=abs(points) > FAR)
 
 
-def _seeds_network_and_speed(outcome: Outcome | None) -> list[Cell]:
-    if outcome is None:
-        return [Cell(NONE)] * (1 + len(_KEPT_AND_SPEED))
+def _seeds_network_and_speed(outcome: Outcome) -> list[Cell]:
     peak = outcome.fraction_of_peak
     rate = f"{outcome.images_per_second:,.0f}" + ("" if peak is None else f" ({peak:.1%})")
     return [
