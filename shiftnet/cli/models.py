@@ -7,6 +7,12 @@ from shiftnet import config as config_lib
 from shiftnet import zoo
 from shiftnet.errors import UserError, reported
 
+# What --json prints of a network.
+FIELDS = (
+    *("name", "dataset", "accuracy", "over_seeds", "epoch", "reported"),
+    *("parameters", "multiply_adds", "bytes", "recipe"),
+)
+
 
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         zoo.named(arguments.pattern, "PATTERN")  # a single name is answered with the nearest
         raise UserError(f"no trained network matches {arguments.pattern!r}")
     if arguments.json:
-        fields = ("name", "dataset", "accuracy", "over_seeds", "epoch", "reported")
-        fields += ("parameters", "multiply_adds", "bytes", "recipe")
-        rows = [{field: getattr(model, field) for field in fields} for model in models]
+        rows = [{field: getattr(model, field) for field in FIELDS} for model in models]
         print(json.dumps(rows, indent=2))
     elif arguments.card:
         from shiftnet.inference import Classifier  # these import JAX

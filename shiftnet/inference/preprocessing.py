@@ -142,4 +142,4 @@ def each(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """Returns the images of an iterable, or the one that was given alone."""
     if isinstance(images, str | os.PathLike | Image.Image):
         return [images]
-    return images  # type: ignore[return-value]
+    return images
