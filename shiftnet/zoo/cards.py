@@ -117,7 +117,7 @@ def _what(model: Classifier, size: int) -> str:
 def _accuracy(info: Model) -> str:
     kept, runs = info.result["checkpoint"], info.result["runs"]
     images = sum(entry[2] for entry in kept["confusion"])
-    device = f", as {kept['device']} computes it in float32" if kept.get("device") else ""
+    device = f", computed in float32 on {kept['device']}" if kept.get("device") else ""
     lines = [
         f"**{info.accuracy:.2f} % top-1** on the {images:,} test images of {info.dataset}: this "
         f"file (seed {kept['seed']}, epoch {kept['epoch']}){device}."
@@ -211,8 +211,8 @@ def _limits(model: Classifier, info: Model | None) -> str:
         )
     if info:
         lines.append(
-            "- The file stores what is not low-bit in float16. Devices that round the factors of "
-            "float32 products (TF32, bfloat16) may classify a few test images otherwise."
+            "- The file has float weights and biases in float16. Devices that round the factors of "
+            "float32 products (to TF32 or bfloat16) may classify a few test images otherwise."
         )
     return "\n".join(lines)
 
