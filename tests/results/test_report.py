@@ -1,6 +1,7 @@
 """The report: its numbers, what it leaves alone, and the page in a real browser."""
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -201,6 +202,21 @@ def test_a_difference_of_a_point_is_not_marked(folder):
         (folder / "table.toml").write_text(table.replace("65.83", reported))
         text = markdown.render(sources.find([folder]))
         assert shown in cells(text.split("## Shortened")[0], "shiftresnet20_3c_c100")
+
+
+def test_networks_of_a_size_are_compared_from_three_seeds_on(folder):
+    assert grids.rivals(sources.find([folder]).tables[0]) is None  # one of the two alone
+    three = [[0.5, 0.68], [0.5, 0.69], [0.5, 0.70]]
+    make_result(folder, "resnet20_3c_c100", [[0.5, 0.6], [0.5, 0.61], [0.5, 0.62]], 2)
+    text = markdown.render(sources.find([folder]))
+    (line,) = (line for line in text.splitlines() if "| resnet20_3c_c100 | 101,492 / " in line)
+    found = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert found[0] == "shiftresnet20_3c_c100"
+    assert found[3:] == ["68.50 ± 0.71", "61.00 ± 1.00", "2 / 3", "–", "+5.11"]  # noqa: RUF001
+    make_result(folder, "shiftresnet20_3c_c100", three, 2)
+    text = markdown.render(sources.find([folder]))
+    error = math.sqrt(2 * 1.0**2 / 3)
+    assert f"| **+8.00 ± {error:.2f}** | +5.11 |" in text
 
 
 def test_the_brief_table_lists_what_was_trained(folder, tmp_path):

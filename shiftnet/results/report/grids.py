@@ -1,5 +1,7 @@
 """Makes the tables of the report, as texts in cells, for both the page and Markdown."""
 
+import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +13,14 @@ from shiftnet.tables import duration
 
 NONE = "\N{EN DASH}"
 FAR = 1.0  # points; a row that differs by more from what was reported is marked
+# Families that a shift network is compared with at the same size, by the start of their names.
+RIVALS = ("", "depthwise")
+FEWEST_SEEDS = 3  # of both, or no difference is stated
+EQUAL_SIZE = (
+    "Shift networks against networks of about their size, as trained here. The difference has its "
+    f"standard error, and is given from {FEWEST_SEEDS} seeds of both on; it is in bold if it is "
+    "more than twice that."
+)
 NOTHING = "The given paths have no results."
 SHORT = (
     "These runs show that a recipe learns. Their accuracies are not those of the full schedule, "
@@ -91,6 +101,53 @@ def waiting(filled: Filled) -> Grid:
     )
 
 
+def rivals(filled: Filled) -> Grid | None:
+    """Returns shift networks against the networks of about their size, where both were trained.
+
+    A row is a pair such as shiftresnet20_3c_c100 and resnet20_3c_c100.
+    """
+    epoch, rows = filled.table.epoch, {row.name: row for row in filled.table.rows}
+    found = []
+    for name, outcome in filled.full.items():
+        match = re.fullmatch(r"shift(resnet\d+_\d+c_\w+)", name)
+        if match is None:
+            continue
+        for prefix in RIVALS:
+            other = filled.full.get(f"{prefix}{match[1]}")
+            if other is None:
+                continue
+            row, rival = rows[name], rows[other.training.name]
+            ours, theirs = (list(getattr(one, epoch)) for one in (outcome, other))
+            reported = (
+                None
+                if row.reported is None or rival.reported is None
+                else row.reported - rival.reported
+            )
+            found.append(
+                [
+                    Cell(name),
+                    Cell(rival.name),
+                    Cell(f"{row.parameters:,} / {rival.parameters:,}"),
+                    _mean(ours),
+                    _mean(theirs),
+                    Cell(f"{len(ours)} / {len(theirs)}"),
+                    _gap(ours, theirs),
+                    Cell(NONE if reported is None else _signed(reported)),
+                ]
+            )
+    head = ["row", "rival", "parameters", "ours", "the rival's", "n", "difference", "reported"]
+    return Grid(head, found) if found else None
+
+
+def _gap(ours: Sequence[float], theirs: Sequence[float]) -> Cell:
+    """Returns the difference of two means and its standard error, if there are seeds enough."""
+    if min(len(ours), len(theirs)) < FEWEST_SEEDS:
+        return Cell(NONE)
+    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (ours, theirs)))
+    gap = statistics.mean(ours) - statistics.mean(theirs)
+    return Cell(f"{_signed(gap)} ± {error:.2f}", marked=abs(gap) > 2 * error)
+
+
 def brief(filled: Filled) -> Grid:
     """Returns the rows that were trained, with only the accuracy that is compared."""
     epoch = filled.table.epoch
@@ -159,7 +216,7 @@ def schedule(training: Training) -> str:
     return f"{training.epochs} epochs"
 
 
-_WORDS = ("row", "run", "schedule", "device", "recipe", "class", "predicted")
+_WORDS = ("row", "rival", "run", "schedule", "device", "recipe", "class", "predicted")
 _KEPT_AND_SPEED = ("kept network", "images/s (of peak)", "time, all seeds", "device")
 
 
@@ -187,7 +244,7 @@ def _difference(filled: Filled, row: Row) -> Cell:
         return Cell(NONE)
     ours = statistics.mean(getattr(filled.full[row.name], filled.table.epoch))
     points = round(ours - row.reported, 2)
-    return Cell(f"{points:+.2f}".replace("-", "\N{MINUS SIGN}"), marked=abs(points) > FAR)
+    return Cell(_signed(points), marked=abs(points) > FAR)
 
 
 def _seeds_network_and_speed(outcome: Outcome) -> list[Cell]:
@@ -231,6 +288,10 @@ def _percents(lines: Sequence[sources.Line], name: str) -> list[float]:
 
 def _mean(values: Sequence[float]) -> Cell:
     return Cell(mean_and_spread(values) if values else NONE)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _points(value: float | None) -> str:

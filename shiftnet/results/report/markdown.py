@@ -28,6 +28,8 @@ def render(found: Found, *, brief: bool = False) -> str:
             parts += [f"## {text(table.title)}", *_source(filled)]
             if filled.full:
                 parts += _grid(grids.compared(filled))
+            if found_rivals := grids.rivals(filled):
+                parts += [text(grids.EQUAL_SIZE), *_grid(found_rivals)]
             if filled.whole and grids.missing(filled):
                 parts += _folded(grids.missing_words(filled), grids.waiting(filled))
     if brief:

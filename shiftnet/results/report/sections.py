@@ -61,10 +61,14 @@ def _table(filled: Filled, families: Sequence[str]) -> Section:
             "There is no figure, since nothing was reported and nothing has been trained."
         )
     trainings = [outcome.training for outcome in filled.full.values()]
+    compared = [("Reported and ours", grids.compared(filled))] if filled.full else []
+    if found := grids.rivals(filled):
+        sentences.append(f"The second table: {grids.EQUAL_SIZE[0].lower()}{grids.EQUAL_SIZE[1:]}")
+        compared.append(("At equal size", found))
     return Section(
         table.title,
         sentences,
-        [("Reported and ours", grids.compared(filled))] if filled.full else [],
+        compared,
         [*drawn, *(charts.curves(trainings, means=True) if len(trainings) > 1 else [])],
         [*folded, *(of_training(training) for training in trainings)],
     )
