@@ -15,6 +15,8 @@ A row's JSON file:
 - `row`: its name; `config`: the recipe (an object; its `seed` is of no meaning); `class_names`;
 - `epochs`: how many the recipe has; `full_epochs`: how many the row's own has, more where the
   schedule was shortened;
+- `init`: `row` and `sha256` of the network that the training started from; null for none (and in
+  older files);
 - `parameters`, `multiply_adds` (an image), `bytes` (of all parameters, low-bit weights packed);
 - `runs`: a list, one for each seed:
     - `seed`; `epochs`: a list of the lines of its `metrics.jsonl`, one an epoch, without `time`;
@@ -80,6 +82,7 @@ class Row:
       spread: the standard deviation that was reported with it.
       older: what an older version of the source reports instead.
       note: a sentence on what is odd about it, or nothing.
+      init: the row whose trainable network its training starts from, or nothing.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Row:
     spread: float | None = None
     older: float | None = None
     note: str = ""
+    init: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,10 @@ def tables(folder: Path) -> list[Table]:
     names = [row.name for table in found for row in table.rows]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has two rows named {min(twice)}")
+    for table in found:
+        for row in table.rows:
+            if row.init and row.init not in names:
+                raise UserError(f"{path}: {row.name} starts from {row.init!r}, which is no row")
     return found
 
 

@@ -205,7 +205,8 @@ def find(options: Options) -> Iterator[Job]:
             done = _seeds_of(result)
             missing = [seed for seed in range(options.seeds) if seed not in done]
         workdir = options.workdir / apart
-        groups = list(_groups(row, missing, options.together, workdir))
+        together = 1 if row.init else options.together  # a program starts from one network
+        groups = list(_groups(row, missing, together, workdir))
         yield Job(row, table.epoch, config, full_epochs, folder / apart, result, stale, groups)
 
 
@@ -304,10 +305,12 @@ def _train(
     dataset = shiftnet.data.of_recipe(job.config.data)
     job.config.data.dir = ""  # of this machine alone
     check_size(job.row.name, job.config.data, dataset)
+    init = _start(job, options)
     print(f"{job.row.name}, seeds {_names(seeds)}, in {workdir}", flush=True)
     outcome = train(
         job.config,
         workdir,
+        init=init,
         seeds=seeds,
         dataset=dataset,
         deadline=deadline,
@@ -319,10 +322,30 @@ def _train(
             # Other seeds of the row may have been finished since it was looked up.
             before = results.read(job.folder, job.row.name)
             result = _result(job, before, seeds, outcome, dataset, workdir)
+            result["init"] = init and {"row": job.row.init, "sha256": sha256_of(init)}
             results.write(job.folder, result)
         shutil.rmtree(workdir)  # all that it is good for is in the results
         print(_summary(job, result), flush=True)
     return outcome
+
+
+def _start(job: Job, options: Options) -> Path | None:
+    """Returns the network that a row's training starts from; None where it starts afresh.
+
+    Raises:
+      RunFailed: where there is no such network yet.
+    """
+    if not job.row.init:
+        return None
+    for folder in (options.results, job.folder):
+        kept = (results.read(folder, job.row.init) or {}).get("checkpoint") or {}
+        path = folder / kept.get("trainable", {}).get("file", "")
+        if path.is_file():
+            return path
+    raise RunFailed(
+        f"it starts from {job.row.init}, of which there is no trainable network yet; "
+        "train that first"
+    )
 
 
 def check_size(row: str, data: DataConfig, dataset: Dataset) -> None:

@@ -178,6 +178,25 @@ def test_a_number_of_another_device_is_replaced_by_one_of_this(trained, tmp_path
     assert after == {**before, "checkpoint": {k: v for k, v in kept.items() if k != "trainable"}}
 
 
+def test_a_row_starts_from_another_rows_network(trained, place, capsys, monkeypatch):
+    starts = []
+
+    def train(*_, init, seeds, **__):
+        starts.append((init, seeds))
+        return Outcome(False, 0, [None], [None], "test")
+
+    monkeypatch.setattr(reproduce, "train", train)
+    path = place / "results" / results.TABLE
+    path.write_text(path.read_text().replace('name = "dear"', 'name = "dear"\ninit = "cheap"'))
+    assert run(place, "--only", "dear") == 1
+    assert "it starts from cheap, of which there is no trainable" in capsys.readouterr().err
+    shutil.copytree(trained / "results", place / "results", dirs_exist_ok=True)
+    path.write_text(path.read_text().replace('name = "dear"', 'name = "dear"\ninit = "cheap"'))
+    assert run(place, "--only", "dear", "--seeds", "2", "--together", "2") == 0
+    assert run(place, "--only", "cheap", "--seeds", "3") == 0
+    assert starts == [(place / "results/trainable/cheap.safetensors", [0]), (None, [2])]
+
+
 def test_the_list_says_what_is_done(trained, capsys):
     assert run(trained, "--list", "--seeds", "2") == 0
     table = capsys.readouterr().out
@@ -451,6 +470,10 @@ def test_bad_input_is_a_sentence(place, arguments, message, capsys):
         (TABLE.replace("bytes = 8", "byte = 8"), "is damaged"),
         (TABLE.replace("bytes = 8", "bytes = '8'"), "bytes is '8"),
         (TABLE.replace('"dear"', '"../dear"'), "'../dear' is no name for a row"),
+        (
+            TABLE.replace('"dear"', '"dear"\ninit = "none"'),
+            "dear starts from 'none', which is no row",
+        ),
     ],
 )
 def test_a_damaged_table_is_a_sentence(tmp_path, content, message):
