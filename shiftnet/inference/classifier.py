@@ -19,7 +19,7 @@ import shiftnet.config
 from shiftnet import checkpoint, models, packing, tensor_file
 from shiftnet.config import Config
 from shiftnet.data import RGB
-from shiftnet.errors import unknown
+from shiftnet.errors import UserError
 from shiftnet.files import path_of
 from shiftnet.inference.preprocessing import ImageLike, Preprocessing, each, stacked
 from shiftnet.kernels.implementations import compiler_options
@@ -242,7 +242,7 @@ class Classifier:
         Raises:
           ValueError: for images as in calling.
           UserError: for a layer that there is not, or that is computed as a part of another one;
-            the message names the nearest that there is. Also a `ValueError`.
+            the message lists those that there are. Also a `ValueError`.
         """
         x = _normalized(x)
         with self._lock:
@@ -268,7 +268,8 @@ class Classifier:
         shape = jax.ShapeDtypeStruct((1, self.preprocess.size, self.preprocess.size, 3), "float32")
         known = jax.eval_shape(functools.partial(run, wanted=None), state, shape)
         if layer is not None and layer not in known:
-            raise unknown("layer", layer, known)
+            names = ", ".join(known)
+            raise UserError(f"no layer {layer!r} is computed on its own; there are {names}")
         at = last if layer is None else layer
         options = compiler_options(jax.default_backend())
         program = jax.jit(lambda state, x: run(state, x, at)[at], compiler_options=options)
