@@ -7,7 +7,7 @@
 #                   damaged image files and 500 odd folders of images, none of which may crash, hang
 #                   or leave a file behind (6 to 10 minutes)
 # make torture      kill 60 training runs at critical moments and compare how they end (20 minutes)
-# make results      write the tables in docs/results.md and README.md from results/
+# make results      write the tables in docs/results.md and README.md and the figure from results/
 # make clean        remove the environment and the quickstart's run
 
 # The first of these that runs and is new enough; to use another: make test PYTHON=/path/to/python
@@ -74,6 +74,7 @@ fuzz: $(VENV)/dev
 results: $(VENV)/dev
 	$(BIN)/python -m shiftnet report results results/smoke --out docs/results.md
 	$(BIN)/python -m shiftnet report results --brief --out README.md
+	$(BIN)/python -m shiftnet report results --out docs/accuracy_against_bytes.svg
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.torture

@@ -13,11 +13,13 @@ run averages; what reads the run then takes that one. Each checkpoint holds
   the position of the data iterator;
 - `digests.json`: the SHA-256 of every other file, written last. Orbax restores an array with a
   flipped bit as other numbers, without an error (0.12.8), so these are compared before reading.
+
+A network alone can also lie in one `.safetensors` file (`write_file`), with the same names and
+metadata, from which a run can start as from any other checkpoint.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -37,11 +39,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from shiftnet import tensor_file
 from shiftnet.errors import RunFailed, UserError
-from shiftnet.files import path_of, write_atomically
+from shiftnet.files import path_of, sha256_of, write_atomically
 
 LATEST, BEST, AVERAGED = "checkpoints", "best", "ema"
 DIGESTS = "digests.json"
+FILE_FORMAT = "shiftnet checkpoint 1"  # of a network in one file
 UNSEALED = ".unsealed"
 # The metadata that a network cannot be built or fed without.
 REQUIRED = ("config", "class_names", "mean", "std")
@@ -293,7 +297,7 @@ def verify(path: Path) -> str | None:
         return f"its {DIGESTS} is damaged"
     for name, digest in known.items():
         try:
-            if _digest(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 return f"its file {name} is damaged: its SHA-256 is not the one in {DIGESTS}"
         except OSError as error:
             return f"its file {name} cannot be read: {error.strerror}"
@@ -319,12 +323,15 @@ def read(path: str | os.PathLike[str], sharding: Sharding | None = None) -> Save
     A run may write and delete checkpoints meanwhile.
 
     Args:
-      path: as for `find`.
+      path: as for `find`, or a file that `write_file` wrote.
       sharding: of the arrays; by default each is whole on the first device.
 
     Raises:
       UserError: if there is no checkpoint, all are damaged, or they are not shiftnet's.
     """
+    file = path_of(path, "the checkpoint")
+    if file.is_file() and (kind := tensor_file.kind_of(file)) and kind.startswith("shiftnet"):
+        return _read_file(file.absolute(), kind, sharding)
     for _ in range(ATTEMPTS):
         skipped: list[str] = []
         for candidate in _newest_first(path):
@@ -383,12 +390,45 @@ def write(
     return directory
 
 
+def write_file(path: Path, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]) -> None:
+    """Writes a checkpoint of a network alone as one `.safetensors` file, in one step.
+
+    Args:
+      path: the file, in a directory that exists.
+      arrays: as `to_arrays` returns them.
+      metadata: as in the other checkpoints.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    tensors = {name: np.asarray(array) for name, array in arrays.items()}
+    texts = {"metadata": json.dumps(dict(metadata))}
+    write_atomically(path, tensor_file.to_bytes(tensors, texts, FILE_FORMAT))
+
+
 def foreign_file(path: Path) -> UserError:
     """Returns the error for a file in place of a checkpoint."""
     return UserError(
         f"{path} is a file, not a checkpoint of shiftnet's; "
         f"convert one of other code by python -m shiftnet.convert_torch {path}"
     )
+
+
+def _read_file(path: Path, kind: str, sharding: Sharding | None) -> Saved:
+    if kind != FILE_FORMAT:
+        raise UserError(
+            f"{path} is a packed network, whose batch norms are folded: it can be used, not trained"
+        )
+    tensors, texts = tensor_file.read(path, FILE_FORMAT)
+    try:
+        metadata = json.loads(texts["metadata"])
+        if {*REQUIRED} - metadata.keys():
+            raise ValueError("it is not a network's")
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} has metadata that cannot be read: {error}") from error
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    arrays = {name: jax.device_put(array, sharding) for name, array in tensors.items()}
+    return Saved(path, arrays, metadata)
 
 
 def _read(path: Path, sharding: Sharding | None) -> Saved:
@@ -472,13 +512,8 @@ def _seal(path: Path, arrays: Mapping[str, Any]) -> None:
         if _arrays(found.get(name)) != expected:
             raise OSError(f"the arrays of {name} cannot be opened after they were written")
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != DIGESTS)
-    digests = {str(file.relative_to(path)): _digest(file) for file in files}
+    digests = {str(file.relative_to(path)): sha256_of(file) for file in files}
     write_atomically(path / DIGESTS, json.dumps({"sha256": digests}, indent=1))
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

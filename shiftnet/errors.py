@@ -99,6 +99,10 @@ def say(sentence: str, code: int) -> int:
 
     Line breaks and terminal control characters in names are escaped.
     """
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
-    print(f"error: {''.join(shown)}", file=sys.stderr)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """Escapes line breaks and terminal control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

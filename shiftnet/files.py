@@ -1,8 +1,11 @@
-"""Paths as people type them, and files that are replaced in one step."""
+"""Paths as people type them, downloads, and files that are replaced in one step."""
 
 import glob
+import hashlib
+import http.client
 import os
 import re
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -46,6 +49,43 @@ def expand_pattern(text: str | os.PathLike[str], what: str) -> list[Path]:
     if not matches:
         raise UserError(f"no file matches {what} {os.fspath(text)!r}")
     return [Path(match) for match in matches]
+
+
+class NotDownloaded(UserError):
+    """What a URL names could not be fetched."""
+
+
+def download(url: str, sha256: str) -> bytes:
+    """Returns what a URL gives.
+
+    Args:
+      url: an `http`, `https`, `ftp` or `file` URL.
+      sha256: what it must hash to, in lower-case hexadecimal.
+
+    Raises:
+      NotDownloaded: if it cannot be fetched.
+      UserError: if it has another digest.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    # No such server, no such file there, cut off, or (ValueError) not a URL. URLError, TimeoutError
+    # and errors of TLS are OSErrors.
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NotDownloaded(f"{url} cannot be downloaded ({error})") from error
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise UserError(f"{url} has SHA-256 {found}, expected {sha256}; nothing was kept")
+    return content
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, in lower-case hexadecimal.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

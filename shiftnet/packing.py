@@ -12,7 +12,6 @@ Such a file holds, by the names that the arrays have in the network,
   tensor and of the other metadata.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -21,11 +20,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
-from shiftnet import config, models, quantizers
+from shiftnet import config, models, quantizers, tensor_file
 from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 from shiftnet.layers import BatchNorm
@@ -55,9 +52,7 @@ def write(
     fold_batch_norms(network)
     tensors = {name: _narrowed(name, array, rest) for name, array in _tensors(network).items()}
     metadata = {name: json.dumps(note[name]) for name in NOTE}
-    metadata |= {"format": FORMAT, "tensors": json.dumps(_digests(tensors))}
-    metadata["sha256"] = _digest_of_text(metadata)
-    write_atomically(Path(path), _file(tensors, metadata))
+    write_atomically(Path(path), tensor_file.to_bytes(tensors, metadata, FORMAT))
 
 
 def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
@@ -69,31 +64,14 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
       UserError: where it is not one, or was cut off or changed; it names the tensor.
     """
     path = Path(path)
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a whole safetensors file: {reason}") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is a safetensors file, but not one of shiftnet's; "
-            f"convert it by python -m shiftnet.convert_torch {path}"
-        )
-    if metadata.get("sha256") != _digest_of_text(metadata):
-        raise UserError(f"{path} was changed: its metadata does not have its checksum")
+    tensors, metadata = tensor_file.read(path, FORMAT)
     try:
         note = {name: json.loads(metadata[name]) for name in NOTE}
-        digests = dict(json.loads(metadata["tensors"]))
         kinds = [(note["class_names"], str), (note["mean"], float), (note["std"], float)]
         if not all(values and all(isinstance(v, kind) for v in values) for values, kind in kinds):
             raise TypeError("class_names, mean or std is not a list of what it should be")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} has metadata that cannot be read: {error}") from error
-    for name in {**digests, **tensors}:
-        if name not in tensors or name not in digests or _digest(tensors[name]) != digests[name]:
-            raise UserError(f"{path} was changed: tensor {name!r} does not have its checksum")
     recipe = config.from_json(note["config"])
     network = _abstract(recipe.model, len(note["class_names"]))
     _fill(network, tensors, path)
@@ -184,31 +162,3 @@ def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.
     ]
     inside = tuple(f"{layer}.weight." for layer in forms)
     return [(name, leaf) for name, leaf in found if not name.startswith(inside)]
-
-
-def _file(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """Returns the bytes of a safetensors file, the same ones for the same contents.
-
-    The library writes the metadata in an order that changes from one call to the next. So its
-    header is written anew here, as JSON with sorted keys, padded to a multiple of 8 bytes.
-    """
-    content = safetensors.numpy.save(dict(tensors), metadata)
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":"))
-    encoded = header.encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
-
-
-def _digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    return {name: _digest(array) for name, array in tensors.items()}
-
-
-def _digest(array: np.ndarray) -> str:
-    head = f"{array.dtype} {array.shape} ".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _digest_of_text(metadata: Mapping[str, str]) -> str:
-    others = {name: text for name, text in metadata.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()

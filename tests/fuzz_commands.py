@@ -40,6 +40,7 @@ from flax import nnx
 
 from shiftnet import checkpoint, config, data, models
 from shiftnet.cli import convert, count, evaluate, export, pack, reproduce, train
+from shiftnet.cli.models import main as models_main
 from shiftnet.cli.report import main as report
 from shiftnet.errors import UserError
 from shiftnet.layers import Linear
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert_torch": convert.main,
     "pack": pack.main,
     "export": export.main,
+    "models": models_main,
     "reproduce": reproduce.main,
     "report": report,
 }
@@ -93,11 +95,13 @@ LINES = {
         "wrn8.npz --out new --dataset cifar10 --weights float",
         "text.txt --out=new",
     ],
+    "models": ["", "*c100*", "shiftresnet20_1c_c100 --json"],
     "pack": ["run new.safetensors", "run/best new.safetensors --rest float16"],
     "export": [
         "run new.stablehlo --image-size 32",
         "run new.npz --packed",
         "run/best new.safetensors",
+        "run --hub new",
         "run new.onnx",
         "run new.pth",
     ],

@@ -244,7 +244,7 @@ def test_a_checkpoint_that_its_run_replaces_while_it_is_read_gives_the_newer(
 def test_a_checkpoint_that_vanishes_while_its_digests_are_compared_is_not_damaged(
     tmp_path, monkeypatch
 ):
-    steps, digest = networks(tmp_path, 1), checkpoint._digest
+    steps, digest = networks(tmp_path, 1), checkpoint.sha256_of
 
     def replaced_before(file):
         if "1" in file.parts:
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_vanishes_while_its_digests_are_compared_is_not_damage
             networks(tmp_path, 2)
         return digest(file)
 
-    monkeypatch.setattr(checkpoint, "_digest", replaced_before)
+    monkeypatch.setattr(checkpoint, "sha256_of", replaced_before)
     assert checkpoint.read(tmp_path).path == steps / "2"
 
 

@@ -8,7 +8,7 @@ import safetensors.numpy
 from flax import nnx
 
 import shiftnet
-from shiftnet import checkpoint, packing, quantizers
+from shiftnet import checkpoint, packing, quantizers, tensor_file
 from shiftnet import config as config_lib
 from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
@@ -249,7 +249,7 @@ def test_metadata_that_was_made_up_with_a_right_checksum_is_refused(good, tmp_pa
         metadata[name] = text
         if text is None:
             del metadata[name]
-        metadata["sha256"] = packing._digest_of_text(metadata)
+        metadata["sha256"] = tensor_file.digest_of_text(metadata)
 
     assert "metadata that cannot be read" in altered(good, tmp_path, change)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 COMMANDS = {
     "train": "train a network, or continue a run",
     "evaluate": "evaluate trained networks on a data set",
+    "predict": "classify images",
+    "models": "list the trained networks that can be named",
     "count": "count parameters, multiply-adds, bits and bytes",
     "convert": "convert a checkpoint of the original PyTorch codes",
     "pack": "write a network with its low-bit weights at their true width",
-    "export": "write StableHLO, ONNX, or arrays under the original's names",
+    "export": "write StableHLO, ONNX, a folder for the Hugging Face hub, or arrays",
     "shifts": "draw where the channels of learned shifts went",
     "sweep": "search a recipe's settings on held-out images",
     "reproduce": "train rows of the results table",

@@ -11,11 +11,11 @@ from typing import Any
 import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
-from shiftnet import models
+from shiftnet import zoo
 from shiftnet.cli import add_network, allow_network, prog
 from shiftnet.data import Source, Split, cifar, classes
 from shiftnet.errors import UserError, reported
-from shiftnet.files import expand_pattern, path_of, write_atomically
+from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
 from shiftnet.interchange.convert import UNKNOWN
 from shiftnet.training.evaluation import Evaluation, Reading, make_evaluator
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         metavar="PATH",
         help="checkpoints: a run's working directory (its last), its best/, one step, a converted "
-        "one, a packed .safetensors file, or a glob",
+        "one, a packed .safetensors file, or a glob; or a trained network's name, see shiftnet "
+        "models",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: what each was trained on")
     parser.add_argument(
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
 
     use_compilation_cache()
-    paths = [path for pattern in patterns for path in expand_pattern(pattern, "--ckpt")]
+    paths = [path for pattern in patterns for path in zoo.find_all(pattern, "--ckpt")]
     if arguments.predictions and len(paths) > 1:
         raise UserError(f"--predictions takes one checkpoint, found {len(paths)}")
     rows = []
@@ -141,7 +142,12 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     result = make_evaluator(
         model.graphdef,
         part,
-        _reading(model, arguments.on_corrupt or data.on_corrupt),
+        Reading(
+            model.preprocess.size,
+            model.preprocess.resize,
+            data.workers,
+            arguments.on_corrupt or data.on_corrupt,
+        ),
         mean=model.mean,
         std=model.std,
         batch_size=arguments.batch_size or model.config.eval.batch_size,
@@ -218,19 +224,6 @@ def _listing(directory: str) -> Iterator[Path]:
         yield from path.iterdir()
     except OSError as error:
         raise UserError(f"--data-dir {path} cannot be read: {error.strerror}") from error
-
-
-def _reading(model: Classifier, on_corrupt: str) -> Reading:
-    """Returns how image files are brought to the size that the network was trained on."""
-    data = model.config.data
-    usual = models.image_size(model.config.model.arch)
-    size, resize = data.size or usual, data.resize
-    if data.source == "tfds" and data.name in (*shiftnet.data.IN_MEMORY, UNKNOWN):
-        # Not trained on files: whole images, in its data set's size or that of its family.
-        usual = cifar.SIDE if data.name in shiftnet.data.IN_MEMORY else usual
-        if usual != data.size:
-            size = resize = usual
-    return Reading(size, resize, data.workers, on_corrupt)
 
 
 def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float | None]]:

@@ -1,4 +1,4 @@
-"""Writes a trained network for use elsewhere; the ending of OUT says as what.
+"""Writes a trained network for use elsewhere; the ending of OUT says as what, or --hub DIR.
 
 .stablehlo: a program of its own (jax.export) from uint8 images [batch, height, width, 3] to float32
 logits [batch, classes], for CPU, CUDA and TPU and any batch, with the normalisation inside. It runs
@@ -20,6 +20,10 @@ description of the network, by which convert_torch brings all of it back; .pth n
 integers (int8, or int16 for 4-bit denseshift and 5-bit pot) under the weight's name and a float32
 number under that name and _scale, the weight being their product; float layers, biases and batch
 norms as above (y = (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias).
+
+--hub DIR writes a folder as the Hugging Face hub has them: model.safetensors (the packed network),
+config.json and README.md, the card. shiftnet.load takes such a folder, and hf://OWNER/NAME where it
+was uploaded.
 """
 
 import argparse
@@ -30,7 +34,7 @@ import numpy as np
 
 import shiftnet
 from shiftnet import config as config_lib
-from shiftnet import models
+from shiftnet import tensor_file, zoo
 from shiftnet.cli import add_network, allow_network
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
@@ -38,6 +42,7 @@ from shiftnet.inference import Classifier
 from shiftnet.interchange import originals
 from shiftnet.interchange.onnx import onnx
 from shiftnet.interchange.stablehlo import stablehlo
+from shiftnet.zoo import layout
 
 PROGRAMS = (".stablehlo", ".onnx")
 ENDINGS = (*PROGRAMS, *originals.ENDINGS)
@@ -51,8 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, as evaluate.py takes it")
-    parser.add_argument("out", metavar="OUT", help=f"the file to write, {', '.join(ENDINGS)}")
+    parser.add_argument(
+        "ckpt", metavar="CKPT", help="a checkpoint or a name, as evaluate.py takes it"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", help=f"the file to write, {', '.join(ENDINGS)}"
+    )
+    parser.add_argument("--hub", metavar="DIR", help="the folder to write, see above")
     parser.add_argument(
         "--image-size",
         metavar="PIXELS",
@@ -74,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_network(parser)
     arguments = parser.parse_args(argv)
     allow_network(arguments)
+    if (arguments.out is None) == (arguments.hub is None):
+        raise UserError("expected either OUT, the file to write, or --hub DIR, the folder")
+    if arguments.hub is not None:
+        return _hub(arguments)
     out = path_of(arguments.out, "OUT")
     if out.suffix not in ENDINGS:
         raise UserError(f"{out} must end in one of {', '.join(ENDINGS)}")
@@ -86,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = shiftnet.load(arguments.ckpt)
     if out.suffix in PROGRAMS:
-        size = arguments.image_size or image_size(model)
+        size = arguments.image_size or model.preprocess.size
         if out.suffix == ".onnx":
             content = onnx(model.network, model.mean, model.std, size, model.class_names)
             if model.config.model.dtype != "float32":
@@ -116,6 +130,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _hub(arguments: argparse.Namespace) -> int:
+    for option in ("image_size", "packed", "integers"):
+        if getattr(arguments, option):
+            raise UserError(f"--{option.replace('_', '-')} does not apply to --hub")
+    info = zoo.named(arguments.ckpt, "CKPT")
+    folder = layout.write(arguments.hub, shiftnet.load(arguments.ckpt), info)
+    names = (tensor_file.HUB_NAME, layout.CONFIG, layout.CARD)
+    sizes = (f"{name} {(folder / name).stat().st_size:,} bytes" for name in names)
+    print(f"{folder}: {', '.join(sizes)}")
+    return 0
+
+
 def arrays(model: Classifier, *, packed: bool, integers: bool) -> dict[str, np.ndarray]:
     """The network's arrays in the form that the command line names."""
     form = originals.arrays
@@ -124,14 +150,6 @@ def arrays(model: Classifier, *, packed: bool, integers: bool) -> dict[str, np.n
     elif integers:
         form = originals.integers
     return form(model.network, model.config.model)
-
-
-def image_size(model: Classifier) -> int:
-    """Height and width of the images that a network was trained on, in pixels."""
-    recipe, usual = model.config, models.image_size(model.config.model.arch)
-    if recipe.data.source == "folder" or usual != 32:
-        return recipe.data.size or usual
-    return usual
 
 
 def _require(ending: str) -> None:

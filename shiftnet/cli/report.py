@@ -22,22 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         required=True,
         metavar="FILE",
-        help="the page to write (.html), or Markdown (.md); in an existing Markdown file only the "
-        f"part between the lines {markdown.BEGIN} and {markdown.END} is replaced",
+        help="the page to write (.html), the figure of accuracy against bytes alone (.svg), or "
+        f"Markdown (.md); in an existing Markdown file only the part between the lines "
+        f"{markdown.BEGIN} and {markdown.END} is replaced",
     )
     parser.add_argument(
         "--brief", action="store_true", help="write only the rows that were trained (Markdown)"
     )
     arguments = parser.parse_args(argv)
     out = path_of(arguments.out, "--out")
-    if out.suffix not in (".html", ".md"):
-        raise UserError(f"--out {out} must end in .html or .md")
+    if out.suffix not in (".html", ".svg", ".md"):
+        raise UserError(f"--out {out} must end in .html, .svg or .md")
     if arguments.brief and out.suffix != ".md":
         raise UserError(f"--brief applies to Markdown only: --out must end in .md, found {out}")
 
     found = sources.find([path_of(path, "PATH") for path in arguments.paths])
     if out.suffix == ".html":
         text = page.render(found)
+    elif out.suffix == ".svg":
+        text = page.figure(found)
     else:
         text = markdown.into(out, markdown.render(found, brief=arguments.brief))
     write_atomically(out, text)

@@ -1,7 +1,7 @@
 """Trains the rows of the results' tables, several seeds at a time, and keeps what came out.
 
-Without --only and --next it lists the rows and trains nothing. A row that was stopped, by --budget
-or Ctrl-C, continues exactly where it was when it is chosen again.
+Without --only, --next and --reevaluate it lists the rows and trains nothing. A row that was
+stopped, by --budget or Ctrl-C, continues exactly where it was when it is chosen again.
 """
 
 import re
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs=arguments.epochs,
         recipe=arguments.recipe,
     )
+    if arguments.reevaluate:
+        return reproduce.reevaluate(options)
     if arguments.list or not (arguments.only or arguments.next):
         print(reproduce.table(list(reproduce.find(options)), arguments.seeds))
         if not arguments.list:
@@ -57,6 +59,12 @@ def seconds_of(text: str) -> float:
 def _arguments(argv: Sequence[str] | None) -> Any:
     parser = config_lib.Parser(prog="shiftnet reproduce", description=__doc__)
     parser.add_argument("--list", action="store_true", help="list the rows, train nothing")
+    parser.add_argument(
+        "--reevaluate",
+        action="store_true",
+        help="train nothing: evaluate the kept networks again, in float32, and write what is found "
+        "into their results",
+    )
     parser.add_argument(
         "--only", metavar="PATTERN", help="the rows or tables of that name, e.g. 'shiftresnet20_*'"
     )
@@ -99,6 +107,8 @@ def _arguments(argv: Sequence[str] | None) -> Any:
             raise UserError(f"--{name} must be at least 1, found {value}")
     if arguments.seeds > MOST_SEEDS:
         raise UserError(f"--seeds must be at most {MOST_SEEDS}, found {arguments.seeds}")
+    if arguments.reevaluate and (arguments.list or arguments.next):
+        raise UserError("--reevaluate excludes --list and --next")
     if arguments.only and arguments.next:
         raise UserError("--only and --next exclude each other")
     if arguments.budget is not None:

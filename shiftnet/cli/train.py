@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from shiftnet import config as config_lib
+from shiftnet import zoo
 from shiftnet.cli import prog
 from shiftnet.config import Config
 from shiftnet.errors import UserError, reported
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--init",
         metavar="CKPT",
-        help="a checkpoint or packed file, converted ones too, to start from; in the last layer "
-        "classes are matched by name",
+        help="a checkpoint or packed file, converted ones too, or a trained network's name, to "
+        "start from; in the last layer classes are matched by name",
     )
     parser.add_argument(
         "--init-partial",
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own.allow(config.model.arch)
     init = None
     if arguments.init is not None:
-        init = Init(arguments.init, arguments.init_partial, arguments.init_fresh_head)
+        source = zoo.find_trainable(arguments.init, "--init")
+        init = Init(source, arguments.init_partial, arguments.init_fresh_head)
     elif arguments.init_partial or arguments.init_fresh_head:
         raise UserError("--init-partial and --init-fresh-head say what to take from an --init CKPT")
     if arguments.plan is not None:

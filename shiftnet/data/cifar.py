@@ -25,7 +25,7 @@ import numpy as np
 from shiftnet.data import cifar_archive, cifar_python
 from shiftnet.data.cifar_archive import ARCHIVES, CLASS_NAMES, NAMES, SIDE, VERSION, Splits
 from shiftnet.errors import UserError
-from shiftnet.files import path_of, write_atomically
+from shiftnet.files import path_of, sha256_of, write_atomically
 
 __all__ = [
     "ARCHIVES",
@@ -172,7 +172,7 @@ def prepare(name: str, root: Path, url: str, sha256: str) -> None:
     if not path.exists():
         _say(f"{name}: downloading {url} to {path}{_lies_there(name, root)}")
         cifar_archive.download(name, folder, path, url, sha256)
-    elif (found := cifar_archive.digest(path)) != sha256:
+    elif (found := sha256_of(path)) != sha256:
         raise UserError(
             f"{path} has SHA-256 {found}, expected {sha256}; remove it to have it downloaded again"
         )

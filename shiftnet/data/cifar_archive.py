@@ -1,11 +1,6 @@
 """The official archives of CIFAR-10 and CIFAR-100: where they are, and what is in them."""
 
-import hashlib
-import http.client
-import ssl
 import tarfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import shiftnet.files
 from shiftnet.errors import UserError
-from shiftnet.files import write_atomically
 
 NAMES = ("cifar10", "cifar100")
 VERSION = "3.0.2"  # of the TFDS data sets; the directory is named after it
@@ -91,35 +86,18 @@ def download(name: str, folder: Path, path: Path, url: str, sha256: str) -> None
       UserError: if it cannot be fetched or written, or has another digest; then nothing is kept.
     """
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-    # No such server, no such file there, cut off, or (ValueError) not a URL.
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        ConnectionError,
-        TimeoutError,
-        ssl.SSLError,
-        ValueError,
-    ) as error:
+        content = shiftnet.files.download(url, sha256)
+    except shiftnet.files.NotDownloaded as error:
         raise UserError(
-            f"{name} is not prepared in {folder} and {url} cannot be downloaded ({error}); connect "
+            f"{name} is not prepared in {folder} and {error}; connect "
             f"to the network, or set data.dir or $TFDS_DATA_DIR to a directory that holds "
             f"{name}/{VERSION}, or put the archive in place as {path}"
         ) from error
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise UserError(f"{url} has SHA-256 {found}, expected {sha256}; nothing was kept")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error})") from error
-    write_atomically(path, content)
-
-
-def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, in lower-case hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    shiftnet.files.write_atomically(path, content)
 
 
 def read(name: str, path: Path) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:

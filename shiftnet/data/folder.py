@@ -228,6 +228,15 @@ def open_test(directory: str, *, exif: bool) -> FolderSource:
     return FolderSource(test or root, exif=exif)
 
 
+def images_in(folder: Path) -> list[Path]:
+    """Returns the image files of a folder and of those within it, sorted, the folder's own first.
+
+    Raises:
+      OSError: if a folder cannot be read.
+    """
+    return [folder / file for file in _images(folder, "", [], _LeftOut())]
+
+
 def found(*given: FolderSource | None) -> str:
     """Returns what was found and what was left out, for a person to read, in one line."""
     sources = [source for source in given if source is not None]

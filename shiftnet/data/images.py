@@ -158,16 +158,28 @@ def for_evaluation(
     if size > resize:
         raise ValueError(f"size is {size}, more than the {resize} that images are resized to")
     try:
-        image = _read(data, exif)
-        shorter, longer = sorted(image.size)
-        other = int(resize * longer / shorter)
-        width, height = (resize, other) if image.width <= image.height else (other, resize)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        # `round` is Python's, to even.
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        return np.asarray(image.crop((left, top, left + size, top + size)))
+        return middle(_open(data), size=size, resize=resize, exif=exif)
     except Exception as error:
         raise _corrupt(name, data, error) from error
+
+
+def middle(image: Image.Image, *, size: int, resize: int, exif: bool = False) -> np.ndarray:
+    """Takes the middle of an image that Pillow opened; see `for_evaluation`.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      Exception: whatever Pillow raises if it cannot be decoded.
+    """
+    image = _upright(image, exif)
+    shorter, longer = sorted(image.size)
+    other = int(resize * longer / shorter)
+    width, height = (resize, other) if image.width <= image.height else (other, resize)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    # `round` is Python's, to even.
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def for_training(
@@ -282,7 +294,11 @@ def _open(data: bytes) -> Image.Image:
 
 def _read(data: bytes, exif: bool) -> Image.Image:
     """Decodes an image in full, in mode RGB."""
-    image = _open(data)
+    return _upright(_open(data), exif)
+
+
+def _upright(image: Image.Image, exif: bool) -> Image.Image:
+    """Returns an image in mode RGB, turned as its EXIF orientation says if `exif`."""
     image.load()  # a TIFF's reader turns the image, and then no longer knows of an orientation
     orientation = _orientation(image) if exif else 1
     image = _rgb(image)

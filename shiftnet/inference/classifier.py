@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import numpy as np
 from flax import nnx
 
 import shiftnet.config
-from shiftnet import checkpoint, models, packing
+from shiftnet import checkpoint, models, packing, tensor_file
 from shiftnet.config import Config
-from shiftnet.data import RGB, augment
+from shiftnet.data import RGB
+from shiftnet.errors import UserError
 from shiftnet.files import path_of
+from shiftnet.inference.preprocessing import ImageLike, Preprocessing, each, stacked
 from shiftnet.kernels.implementations import compiler_options
 from shiftnet.layers.folding import fix_weights
 from shiftnet.layers.learned_shift import fold_shifts
@@ -35,11 +39,27 @@ class Predictions:
       classes: int32 `[N]`.
       names: the classes' names, N of them.
       probabilities: float32 `[N, num_classes]`, each row summing to 1.
+      class_names: of all classes, by class number.
     """
 
     classes: np.ndarray
     names: list[str]
     probabilities: np.ndarray
+    class_names: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Returns each image's `k` most probable classes, `(name, probability)`, the first first.
+
+        Classes that are equally probable keep their order.
+        """
+        order = np.argsort(-self.probabilities, axis=-1, kind="stable")[:, :k]
+        return [
+            [(self.class_names[label], float(row[label])) for label in labels]
+            for row, labels in zip(self.probabilities, order, strict=True)
+        ]
 
 
 class Classifier:
@@ -52,6 +72,8 @@ class Classifier:
       class_names: by class number.
       mean: per channel, for pixels in [0, 1]; `predict` subtracts it and divides by `std`.
       std: likewise.
+      preprocess: from people's images to `__call__`'s input, `preprocess(images)`; a tuple of the
+        numbers that it was trained with, see `Preprocessing`.
       path: the checkpoint or file that it was read from.
       metadata: the checkpoint's: among others the recipe, the step and the accuracies.
     """
@@ -62,6 +84,7 @@ class Classifier:
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
         self.mean: RGB = tuple(metadata["mean"])
         self.std: RGB = tuple(metadata["std"])
+        self.preprocess = Preprocessing.of(self.config, self.mean, self.std)
         self.metadata = metadata
         fold_shifts(network)
         self.graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
@@ -69,30 +92,38 @@ class Classifier:
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        compiled = ("_lock", "_inputs", "_fixed", "_compiled")
+        compiled = ("_lock", "_inputs", "_fixed", "_compiled", "_features")
         return {name: value for name, value in vars(self).items() if name not in compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.Lock()  # held while something is compiled
         self._inputs: set[Any] = set()  # the shapes and dtypes of images that have a program
+        self._features: dict[str | None, Callable[[jax.Array], jax.Array]] = {}  # by layer
 
     def __repr__(self) -> str:
         model = self.config.model
         bits = f"{model.weight_bits}-bit " if model.weight_bits else ""
         return (
             f"Classifier({model.arch} with {bits}{model.weights} weights, "
-            f"{len(self.class_names)} classes of {self.config.data.name}, from {self.path})"
+            f"{len(self.class_names)} classes of {self.config.data.name}, "
+            f"{self.preprocess.size}x{self.preprocess.size} images, from {self.path})"
         )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Classifier":
-        """Reads a checkpoint or a packed file; see `shiftnet.load`."""
+        """Reads a checkpoint, a packed file or a folder in the hub's layout."""
         path = path_of(path, "the checkpoint")
-        if path.is_file() and path.suffix == ".safetensors":
-            network, metadata = packing.read(path)
-            return cls(path.absolute(), metadata, network)
-        return cls.of(checkpoint.read(path))
+        in_hub_layout = path / tensor_file.HUB_NAME
+        file = in_hub_layout if in_hub_layout.is_file() else path
+        if (
+            file.suffix == tensor_file.SUFFIX
+            and file.is_file()
+            and tensor_file.kind_of(file) != checkpoint.FILE_FORMAT
+        ):
+            network, metadata = packing.read(file)
+            return cls(file.absolute(), metadata, network)
+        return cls.of(checkpoint.read(file))
 
     @classmethod
     def of(cls, saved: checkpoint.Saved) -> "Classifier":
@@ -115,12 +146,7 @@ class Classifier:
         Raises:
           ValueError: for another shape, or a dtype that is not floating.
         """
-        x = jnp.asarray(x)
-        if x.ndim != 4 or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                "expected normalised floating [N, H, W, 3] "
-                f"(predict takes uint8), got {x.dtype} {x.shape}"
-            )
+        x = _normalized(x)
         if isinstance(x, jax.core.Tracer):  # JAX takes no options of a program within another
             with self._lock:
                 fixed = self._fixed
@@ -158,7 +184,12 @@ class Classifier:
             return functools.partial(jax.jit(logits, compiler_options=options), state)
         return jax.jit(functools.partial(logits, state), compiler_options=options)
 
-    def predict(self, images: np.ndarray, *, batch_size: int = 500) -> Predictions:
+    def predict(
+        self,
+        images: np.ndarray | ImageLike | Iterable[ImageLike],
+        *,
+        batch_size: int = 500,
+    ) -> Predictions:
         """Classifies images.
 
         Compiles one program per image size for each power of two below `batch_size`, and for
@@ -166,25 +197,119 @@ class Classifier:
         result depends on.
 
         Args:
-          images: uint8 `[N, H, W, 3]` as stored, not normalised.
+          images: one or more paths, images of Pillow's or arrays (uint8 `[H, W, 3]` or `[H, W]`),
+            which are resized and cut as `preprocess` says; or a uint8 array `[N, H, W, 3]` of
+            images in the network's size, which are taken as they are.
           batch_size: images per call of the network.
 
         Raises:
-          ValueError: for images of another shape or dtype, or a `batch_size` below 1.
+          CorruptImage: for a file that cannot be read (`shiftnet.data.images`); a `ValueError`.
+          ValueError: for an array of another shape or dtype, or a `batch_size` below 1.
+          TypeError: for what is no image.
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"expected uint8 [N, H, W, 3], got {images.dtype} {images.shape}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         rows = [np.zeros((0, len(self.class_names)), np.float32)]
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
+        for batch in self._batches(images, batch_size):
             count = len(batch)
             size = min(1 << (count - 1).bit_length(), batch_size)
             filled = np.pad(batch, [(0, size - count), (0, 0), (0, 0), (0, 0)])
-            x = augment.normalize(jnp.asarray(filled), self.mean, self.std)
+            x = self.preprocess.normalize(filled)
             rows.append(np.asarray(jax.nn.softmax(self(x)))[:count])
         probabilities = np.concatenate(rows)
         classes = probabilities.argmax(-1).astype(np.int32)
-        return Predictions(classes, [self.class_names[c] for c in classes], probabilities)
+        names = [self.class_names[label] for label in classes]
+        return Predictions(classes, names, probabilities, self.class_names)
+
+    def _batches(self, images: Any, batch_size: int) -> Iterator[np.ndarray]:
+        """Yields uint8 `[at most batch_size, H, W, 3]`; files are read when their turn comes."""
+        if (array := stacked(images)) is not None:
+            for start in range(0, len(array), batch_size):
+                yield array[start : start + batch_size]
+            return
+        left = iter(each(images))
+        while some := list(itertools.islice(left, batch_size)):
+            yield self.preprocess.stack(some)
+
+    def features(self, x: jax.Array | np.ndarray, layer: str | None = None) -> jax.Array:
+        """Returns what a layer computes, for example as the input of another classifier.
+
+        Compiles one program per layer, shape and dtype.
+
+        Args:
+          x: normalized images `[N, H, W, 3]`, as in calling and as `preprocess` makes them.
+          layer: the path of a module in the network, such as `"layer3.2"`, whose output is
+            returned; None: what goes into the last layer, `[N, features]`.
+
+        Raises:
+          ValueError: for images as in calling.
+          UserError: for a layer that there is not, or that is computed as a part of another one;
+            the message lists those that there are. Also a `ValueError`.
+        """
+        x = _normalized(x)
+        with self._lock:
+            if layer not in self._features:
+                self._features[layer] = self._recorder(layer)
+            compute = self._features[layer]
+        return compute(x)
+
+    def _recorder(self, layer: str | None) -> Callable[[jax.Array], jax.Array]:
+        graphdef, state = self._fixed
+
+        def run(state: nnx.State, x: jax.Array, wanted: str | None) -> dict[str, jax.Array]:
+            network: Any = nnx.merge(graphdef, state)
+            found: dict[str, jax.Array] = {}
+            for path, module in list(nnx.iter_modules(network)):
+                name = ".".join(map(str, path))
+                if name and callable(module) and wanted in (None, name):
+                    _record(module, name, found, inputs=wanted == last and layer is None)
+            network.logits(x.astype(network.dtype or x.dtype), train=False)
+            return found
+
+        last = nnx.merge(graphdef, state).first_and_last[1]  # type: ignore[attr-defined]
+        shape = jax.ShapeDtypeStruct((1, self.preprocess.size, self.preprocess.size, 3), "float32")
+        known = jax.eval_shape(functools.partial(run, wanted=None), state, shape)
+        if layer is not None and layer not in known:
+            names = ", ".join(known)
+            raise UserError(f"no layer {layer!r} is computed on its own; there are {names}")
+        at = last if layer is None else layer
+        options = compiler_options(jax.default_backend())
+        program = jax.jit(lambda state, x: run(state, x, at)[at], compiler_options=options)
+        return functools.partial(program, state)
+
+
+def _normalized(x: jax.Array | np.ndarray) -> jax.Array:
+    """Returns `x` as an array of JAX's.
+
+    Raises:
+      ValueError: if it is not floating `[N, H, W, 3]`.
+    """
+    x = jnp.asarray(x)
+    if x.ndim != 4 or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            "expected normalised floating [N, H, W, 3] "
+            f"(predict takes uint8), got {x.dtype} {x.shape}"
+        )
+    return x
+
+
+def _record(
+    module: nnx.Module, name: str, found: MutableMapping[str, jax.Array], *, inputs: bool
+) -> None:
+    """Lets a module write what it is called with, or returns, into `found` when it is called.
+
+    It becomes an instance of a class of its own, so that it is still one of its former class.
+    """
+    former: Any = type(module)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = former.__call__(self, *args, **kwargs)
+        if args and isinstance(result, jax.Array):  # weights are called with nothing
+            found[name] = args[0] if inputs else result
+        return result
+
+    body = {"__call__": call}
+    recording = types.new_class(
+        former.__name__, (former,), exec_body=lambda space: space.update(body)
+    )
+    object.__setattr__(module, "__class__", recording)

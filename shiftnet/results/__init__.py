@@ -2,9 +2,14 @@
 
 A folder of results holds `table.toml`, the rows with what was reported for them; `NAME.json` for
 each row that was trained, written by `python -m shiftnet reproduce` and never by hand; and
-`NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes; one of more
-than 5 MB is in `large/`, which is no part of the repository. The folder `smoke/` holds such files
-of shortened schedules, and `short/` those of the recipe of that name.
+`NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes, packed;
+`trainable/NAME.safetensors` is the same network as float32 numbers with its batch norms, which
+`train.py --init` takes. A file of more than 5 MB is in `large/`, which is no part of the
+repository. The folder `smoke/` holds such files of shortened schedules, and `short/` those of the
+recipe of that name.
+
+The same folder is `shiftnet/zoo/results`, a link in a checkout; a wheel has the table, the JSON
+files and the packed networks of up to 5 MB there.
 
 A row's JSON file:
 
@@ -12,6 +17,8 @@ A row's JSON file:
 - `config`: the recipe (an object; its `seed` is of no meaning); `class_names`;
 - `epochs`: how many the recipe has; `full_epochs`: how many the row's own has, more where the
   schedule was shortened;
+- `init`: `row` and `sha256` of the network that the training started from; null for none (and in
+  older files);
 - `parameters`, `multiply_adds` (an image), `bytes` (of all parameters, low-bit weights packed);
 - `runs`: a list, one for each seed:
     - `seed`; `epochs`: a list of the lines of its `metrics.jsonl`, one an epoch, without `time`;
@@ -25,8 +32,10 @@ A row's JSON file:
       where that is not known); `earlier`: such three of other visits that trained it before, where
       any of them differed; `finished` (when, UTC);
 - `checkpoint`: of the network that is kept: `file` (from the JSON file's folder on), `bytes`,
-  `seed`, `epoch`, `test_accuracy` (as `evaluate.py` finds it in that file), and `confusion`, a list
-  of `[label, prediction, images]` for what occurs.
+  `sha256`, `seed`, `epoch`; `test_accuracy`, as `evaluate.py` finds it in that file, and
+  `confusion`, a list of `[label, prediction, images]` for what occurs, both with products in
+  float32 on `device`; `trainable`: `file`, `bytes` and `sha256` of the other file. (Until 2026-11
+  there were no `sha256`, `device` and `trainable`, and a GPU rounded products.)
 """
 
 import dataclasses
@@ -43,6 +52,7 @@ from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 
 TABLE = "table.toml"
+OTHERS = "others.toml"
 EPOCHS = ("best", "final")
 
 # What must be there, and of which types; numbers are finite and not negative.
@@ -74,6 +84,7 @@ class Row:
       spread: the standard deviation that was reported with it.
       older: what an older version of the source reports instead.
       note: a sentence on what is odd about it, or nothing.
+      init: the row whose trainable network its training starts from, or nothing.
     """
 
     name: str
@@ -85,6 +96,24 @@ class Row:
     spread: float | None = None
     older: float | None = None
     note: str = ""
+    init: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A public network of others on CIFAR-100, to compare with.
+
+    Attributes:
+      name: short.
+      accuracy: top-1 on the test set in per cent.
+      bytes: of its parameters at their width.
+      source: where both are stated.
+    """
+
+    name: str
+    accuracy: float
+    bytes: int
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +166,30 @@ def tables(folder: Path) -> list[Table]:
     names = [row.name for table in found for row in table.rows]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has two rows named {min(twice)}")
+    for table in found:
+        for row in table.rows:
+            if row.init and row.init not in names:
+                raise UserError(f"{path}: {row.name} starts from {row.init!r}, which is no row")
+    return found
+
+
+def others(folder: Path) -> list[Other]:
+    """The networks of others that `folder` lists in `others.toml`, if it does.
+
+    Raises:
+      UserError: where it is not what it should be.
+    """
+    path = folder / OTHERS
+    try:
+        found = [Other(**entry) for entry in tomllib.loads(path.read_text())["networks"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    kinds = {"name": str, "accuracy": _NUMBER, "bytes": int, "source": str}
+    for other in found:
+        if lacking := _lacking(vars(other), kinds):
+            raise UserError(f"{path}: of {other.name!r} {lacking}")
     return found
 
 

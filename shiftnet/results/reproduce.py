@@ -9,21 +9,24 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 import shiftnet.data
+from shiftnet import checkpoint, models, packing, results, tables
 from shiftnet import config as config_lib
-from shiftnet import models, packing, results, tables
 from shiftnet.checkpoint import BEST, DIGESTS, LATEST
 from shiftnet.config import Config, DataConfig
 from shiftnet.data import Dataset
 from shiftnet.errors import RunFailed, UserError, say
+from shiftnet.files import sha256_of
 from shiftnet.inference import Classifier
 from shiftnet.planning.plan import CHIPS, TRAINING_IMAGES
+from shiftnet.tensor_file import SUFFIX
 from shiftnet.training import environment, metrics
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import Outcome, train
@@ -36,6 +39,8 @@ REST = "float16"
 SHORT = "smoke"
 # Where networks of more bytes go, which are too large to be kept in a repository.
 LARGE, LARGE_BYTES = "large", 5_000_000
+# Where networks are that can be trained further.
+TRAINABLE = "trainable"
 TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "digits": 355, "imagenet2012": 50_000}
 # A state is saved at the end of an epoch when this many seconds have passed since it was last.
 SAVE_EVERY = 120.0
@@ -203,7 +208,8 @@ def find(options: Options) -> Iterator[Job]:
             done = _seeds_of(result)
             missing = [seed for seed in range(options.seeds) if seed not in done]
         workdir = options.workdir / apart
-        groups = list(_groups(row, missing, options.together, workdir))
+        together = 1 if row.init else options.together  # a program starts from one network
+        groups = list(_groups(row, missing, together, workdir))
         yield Job(
             row=row,
             epoch=epoch,
@@ -318,10 +324,12 @@ def _train(
     dataset = shiftnet.data.of_recipe(job.config.data)
     job.config.data.dir = ""  # of this machine alone
     check_size(job.row.name, job.config.data, dataset)
+    init = _start(job, options)
     print(f"{job.row.name}, seeds {_names(seeds)}, in {workdir}", flush=True)
     outcome = train(
         job.config,
         workdir,
+        init=init,
         seeds=seeds,
         dataset=dataset,
         deadline=deadline,
@@ -333,10 +341,30 @@ def _train(
             # Other seeds of the row may have been finished since it was looked up.
             before = results.read(job.folder, job.row.name)
             result = _result(job, before, seeds, outcome, dataset, workdir)
+            result["init"] = init and {"row": job.row.init, "sha256": sha256_of(init)}
             results.write(job.folder, result)
         shutil.rmtree(workdir)  # all that it is good for is in the results
         print(_summary(job, result), flush=True)
     return outcome
+
+
+def _start(job: Job, options: Options) -> Path | None:
+    """Returns the network that a row's training starts from; None where it starts afresh.
+
+    Raises:
+      RunFailed: where there is no such network yet.
+    """
+    if not job.row.init:
+        return None
+    for folder in (options.results, job.folder):
+        kept = (results.read(folder, job.row.init) or {}).get("checkpoint") or {}
+        path = folder / kept.get("trainable", {}).get("file", "")
+        if path.is_file():
+            return path
+    raise RunFailed(
+        f"it starts from {job.row.init}, of which there is no trainable network yet; "
+        "train that first"
+    )
 
 
 def check_size(row: str, data: DataConfig, dataset: Dataset) -> None:
@@ -428,36 +456,89 @@ def _result(
 
 def _keep(job: Job, seed: int, outcome: Outcome, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     """Writes the first seed's network beside the result, and evaluates what was written."""
-    path = job.folder / f"{job.row.name}.safetensors"
+    name = f"{job.row.name}{SUFFIX}"
     network, metadata, epoch = outcome.network, outcome.metadata, job.config.epochs
     if job.epoch == "best":
         best = Classifier.load(workdir / BEST)
         network, metadata = best.network, best.metadata
         epoch = metadata["step"] * epoch // outcome.step
     assert network is not None
-    job.folder.mkdir(parents=True, exist_ok=True)
-    packing.write(path, network, metadata, REST)
+    states = nnx.split(network, nnx.Param, nnx.BatchStat)[1:]
+    note = {key: metadata[key] for key in packing.NOTE}
+    trainable = _written(
+        job.folder,
+        f"{TRAINABLE}/{name}",
+        lambda path: checkpoint.write_file(path, checkpoint.to_arrays(*states), note),
+    )
+    packed = _written(job.folder, name, lambda path: packing.write(path, network, note, REST))
+    found = _evaluated(job.folder / packed["file"], dataset)
+    return {**packed, "seed": seed, "epoch": epoch, **found, "trainable": trainable}
+
+
+def _written(folder: Path, name: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Writes a file where its size belongs; returns what a result says of it."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
     if path.stat().st_size > LARGE_BYTES:
-        (job.folder / LARGE).mkdir(exist_ok=True)
-        path = path.replace(job.folder / LARGE / path.name)
+        elsewhere = folder / LARGE / name
+        elsewhere.parent.mkdir(parents=True, exist_ok=True)
+        path = path.replace(elsewhere)
+    return {"file": path.relative_to(folder).as_posix(), **_identity(path)}
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _evaluated(path: Path, dataset: Dataset) -> dict[str, Any]:
+    """Evaluates a packed file on one device, with products in float32."""
     model = Classifier.load(path)
-    evaluation = make_evaluator(
-        model.graphdef,
-        dataset.test,
-        model.config.data,
-        mean=model.mean,
-        std=model.std,
-        batch_size=model.config.eval.batch_size,
-        mesh=make_mesh(devices=jax.local_devices()[:1]),
-    )(model.params, model.stats)
+    with jax.default_matmul_precision("float32"):
+        evaluation = make_evaluator(
+            model.graphdef,
+            dataset.test,
+            model.config.data,
+            mean=model.mean,
+            std=model.std,
+            batch_size=model.config.eval.batch_size,
+            mesh=make_mesh(devices=jax.local_devices()[:1]),
+        )(model.params, model.stats)
     return {
-        "file": path.relative_to(job.folder).as_posix(),
-        "bytes": path.stat().st_size,
-        "seed": seed,
-        "epoch": epoch,
         "test_accuracy": evaluation.top1,
+        "device": environment.device(),
         "confusion": evaluation.confusion(),
     }
+
+
+def reevaluate(options: Options) -> int:
+    """Evaluates the networks of finished rows again, and writes what is found into their results.
+
+    Returns:
+      The exit code.
+    """
+    failed = 0
+    for job in find(options):
+        if job.result is None:
+            continue
+        kept = job.result["checkpoint"]
+        path = job.folder / kept["file"]
+        if not path.is_file():
+            failed = say(f"{job.row.name}: {path} does not exist", 1)
+            continue
+        job.config.data.dir = options.data_dir
+        dataset = shiftnet.data.of_recipe(job.config.data)
+        check_size(job.row.name, job.config.data, dataset)
+        found = {**_identity(path), **_evaluated(path, dataset)}
+        with _locked(options.results):
+            result = results.read(job.folder, job.row.name)
+            assert result is not None
+            result["checkpoint"] = {**result["checkpoint"], **found}
+            results.write(job.folder, result)
+        before, after = kept["test_accuracy"], found["test_accuracy"]
+        change = "" if before == after else f", where its file had {before:.2%}"
+        print(f"{job.row.name}: {after:.2%}{change}", flush=True)
+    return failed
 
 
 def _fraction_of_peak(job: Job, outcome: Outcome, rate: float) -> float | None:

@@ -14,6 +14,7 @@ from PIL import Image
 import shiftnet
 from shiftnet import config
 from shiftnet.cli import evaluate
+from shiftnet.inference import Preprocessing
 
 COLOURS = {"ant": (230, 20, 20), "bee": (20, 230, 20), "cat": (20, 20, 230)}
 NAMES = tuple(COLOURS)
@@ -51,6 +52,7 @@ def evaluated(tmp_path, monkeypatch, capsys):
             class_names=tuple(names),
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
+            preprocess=Preprocessing.of(recipe, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
             path=Path("run"),
             metadata={"step": 7},
             graphdef=graphdef,

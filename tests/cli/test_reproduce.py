@@ -1,6 +1,7 @@
 """The rows of the results: from the table to a file that `evaluate.py` takes."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -13,11 +14,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax import nnx
 
+import shiftnet
 import shiftnet.data
-from shiftnet import config, results
+from shiftnet import checkpoint, config, results
 from shiftnet.checkpoint import DIGESTS, LATEST
 from shiftnet.cli import evaluate
 from shiftnet.cli import reproduce as command
@@ -137,6 +140,62 @@ def test_evaluate_prints_the_number_of_the_kept_network(trained, capsys):
     assert row["step"] == kept["epoch"] * (1442 // 128)
     # Numbers of 16 bits: a few images near a border may fall to the other side.
     assert abs(row["top1"] - result["runs"][0]["best_accuracy"]) < 0.01
+
+
+def test_the_kept_network_can_be_trained_further(trained):
+    kept = results.read(trained / "results", "cheap")["checkpoint"]
+    path = trained / "results" / kept["trainable"]["file"]
+    assert path == trained / "results/trainable/cheap.safetensors"
+    for entry in (kept, kept["trainable"]):
+        content = (trained / "results" / entry["file"]).read_bytes()
+        assert entry["bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+    whole, packed = (
+        shiftnet.load(trained / "results" / e["file"]) for e in (kept["trainable"], kept)
+    )
+    images = shiftnet.data.load("digits").test.images[:50]
+    np.testing.assert_allclose(  # the packed numbers have 16 bits
+        whole.predict(images).probabilities, packed.predict(images).probabilities, atol=0.02
+    )
+    saved = checkpoint.read(path)
+    assert saved.arrays["bn1.var"].dtype == np.float32
+    assert saved.metadata["step"] == packed.metadata["step"]
+    with pytest.raises(UserError, match="is a packed network, whose batch norms are folded"):
+        checkpoint.read(trained / "results" / kept["file"])
+
+
+def test_a_number_of_another_device_is_replaced_by_one_of_this(trained, tmp_path, capsys):
+    place = tmp_path / "copy"
+    shutil.copytree(trained, place)
+    before = results.read(place / "results", "cheap")
+    kept = before["checkpoint"]
+    old = {name: kept[name] for name in ("file", "bytes", "seed", "epoch", "confusion")}
+    results.write(place / "results", {**before, "checkpoint": {**old, "test_accuracy": 0.25}})
+    assert run(place, "--reevaluate") == 0
+    assert capsys.readouterr().out == (
+        f"cheap: {kept['test_accuracy']:.2%}, where its file had 25.00%\n"
+    )
+    after = results.read(place / "results", "cheap")
+    assert after == {**before, "checkpoint": {k: v for k, v in kept.items() if k != "trainable"}}
+
+
+def test_a_row_starts_from_another_rows_network(trained, place, capsys, monkeypatch):
+    starts = []
+
+    def train(*_, init, seeds, **__):
+        starts.append((init, seeds))
+        return Outcome(False, 0, [None], [None], "test")
+
+    monkeypatch.setattr(reproduce, "train", train)
+    path = place / "results" / results.TABLE
+    path.write_text(path.read_text().replace('name = "dear"', 'name = "dear"\ninit = "cheap"'))
+    assert run(place, "--only", "dear") == 1
+    assert "it starts from cheap, of which there is no trainable" in capsys.readouterr().err
+    shutil.copytree(trained / "results", place / "results", dirs_exist_ok=True)
+    path.write_text(path.read_text().replace('name = "dear"', 'name = "dear"\ninit = "cheap"'))
+    assert run(place, "--only", "dear", "--seeds", "2", "--together", "2") == 0
+    assert run(place, "--only", "cheap", "--seeds", "3") == 0
+    assert starts == [(place / "results/trainable/cheap.safetensors", [0]), (None, [2])]
 
 
 def test_the_list_says_what_is_done(trained, capsys):
@@ -360,7 +419,10 @@ def test_a_short_schedule_is_kept_apart_and_a_large_network_where_git_does_not_l
     result = results.read(folder, "cheap")
     kept = folder / result["checkpoint"]["file"]
     assert str(kept) in told
-    assert list(folder.glob("**/*.safetensors")) == [kept] == [folder / "large/cheap.safetensors"]
+    trainable = folder / result["checkpoint"]["trainable"]["file"]
+    assert kept == folder / "large/cheap.safetensors"
+    assert trainable == folder / "large/trainable/cheap.safetensors"
+    assert {*folder.glob("**/*.safetensors")} == {kept, trainable}
     assert evaluate.main(["--ckpt", str(kept)]) == 0
     assert (result["epochs"], result["full_epochs"]) == (1, 2)
     assert result["config"]["schedule"]["boundaries"] == []
@@ -401,6 +463,7 @@ def test_a_shortened_schedule_keeps_its_form(name, boundaries, expected):
         (["--seeds", "0"], "--seeds must be at least 1, found 0"),
         (["--seeds", "9999999999"], "--seeds must be at most 1000, found 9999999999"),
         (["--only", "cheap", "--next"], "--only and --next exclude each other"),
+        (["--next", "--reevaluate"], "--reevaluate excludes --list and --next"),
     ],
 )
 def test_bad_input_is_a_sentence(place, arguments, message, capsys):
@@ -420,6 +483,10 @@ def test_bad_input_is_a_sentence(place, arguments, message, capsys):
         (TABLE.replace("bytes = 8", "byte = 8"), "is damaged"),
         (TABLE.replace("bytes = 8", "bytes = '8'"), "bytes is '8"),
         (TABLE.replace('"dear"', '"../dear"'), "'../dear' is no name for a row"),
+        (
+            TABLE.replace('"dear"', '"dear"\ninit = "none"'),
+            "dear starts from 'none', which is no row",
+        ),
     ],
 )
 def test_a_damaged_table_is_a_sentence(tmp_path, content, message):

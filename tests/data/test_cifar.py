@@ -1,6 +1,5 @@
 """CIFAR from archive to arrays, on small archives of the official layout served on loopback."""
 
-import functools
 import hashlib
 import http.server
 import io
@@ -8,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from tensorflow_datasets.core.download import checksums
 from shiftnet import data
 from shiftnet.data import cifar, cifar_tfds
 from shiftnet.errors import UserError
+from tests.loopback import QuietHandler, Server
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "cifar"
@@ -87,36 +86,6 @@ def tar(files):
 
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
-
-
-class Server:
-    """Serves whatever is put into its folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        handler = functools.partial(QuietHandler, directory=folder)
-        self.http = QuietServer(("127.0.0.1", 0), handler)
-        self.thread = threading.Thread(target=self.http.serve_forever)
-        self.thread.start()
-
-    def put(self, content, name="archive.tar.gz"):
-        (self.folder / name).write_bytes(content)
-        return f"http://127.0.0.1:{self.http.server_port}/{name}"
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
-
-
-class QuietServer(http.server.ThreadingHTTPServer):
-    def handle_error(self, request, client_address):
-        pass  # a client that hangs up early is a test's business, not ours
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture

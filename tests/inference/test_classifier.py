@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import shiftnet
 from shiftnet import packing
+from shiftnet.data.images import CorruptImage
 from shiftnet.errors import UserError
 from tests.test_packing import images, note, small
 
@@ -104,8 +106,99 @@ def test_threads_share_one_compilation(model, pixels, caplog):
 
 def test_it_says_what_it_is(model):
     assert repr(model) == (
-        f"Classifier(shiftresnet8 with 3-bit s3 weights, 10 classes of digits, from {model.path})"
+        "Classifier(shiftresnet8 with 3-bit s3 weights, 10 classes of digits, 32x32 images, "
+        f"from {model.path})"
     )
+
+
+def as_seen(image):
+    """What a network for 32x32 images sees, by Pillow alone: shorter side 32, then the middle."""
+    scale = 32 / min(image.size)
+    width, height = (int(scale * side) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - 32) / 2), round((height - 32) / 2)
+    return np.asarray(image.crop((left, top, left + 32, top + 32)))
+
+
+def test_people_give_paths_images_and_arrays(model, tmp_path):
+    drawn = np.random.default_rng(5).integers(0, 256, (64, 96, 3), np.uint8)
+    photo = Image.fromarray(drawn)
+    photo.save(tmp_path / "photo.png")
+    expected = model.predict(as_seen(photo)[None]).probabilities
+    assert expected.shape == (1, 10)
+    for given in (tmp_path / "photo.png", str(tmp_path / "photo.png"), photo, [drawn], [photo]):
+        np.testing.assert_array_equal(model.predict(given).probabilities, expected)
+    mixed = model.predict(iter([drawn, tmp_path / "photo.png", photo.convert("L")]))
+    assert len(mixed) == 3
+    np.testing.assert_allclose(mixed.probabilities[:2], expected.repeat(2, 0), rtol=1e-4, atol=1e-6)
+    grey = np.asarray(photo.convert("L"))
+    np.testing.assert_array_equal(
+        model.preprocess.pixels(grey), as_seen(photo.convert("L").convert("RGB"))
+    )
+    x = model.preprocess([tmp_path / "photo.png"])
+    normalized = (as_seen(photo) / 255 - np.array(model.mean)) / np.array(model.std)
+    np.testing.assert_allclose(x, normalized[None], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.nn.softmax(model(x)), expected, rtol=1e-4, atol=1e-6)
+    assert model.predict([]).names == []
+
+
+def test_the_most_probable_classes_come_first(model, pixels):
+    predictions = model.predict(pixels[:2])
+    for row, name, top in zip(
+        predictions.probabilities, predictions.names, predictions.top(3), strict=True
+    ):
+        assert [share for _, share in top] == sorted(row.tolist(), reverse=True)[:3]
+        assert top[0][0] == name
+
+
+def test_photos_are_turned_as_their_exif_says(model, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # turn by 90 degrees to show it
+    photo = Image.fromarray(np.random.default_rng(6).integers(0, 256, (40, 60, 3), np.uint8))
+    photo.save(tmp_path / "photo.png", exif=turned)
+    shown = photo.transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(model.preprocess.pixels(tmp_path / "photo.png"), as_seen(shown))
+    stored = model.preprocess._replace(exif=False)
+    np.testing.assert_array_equal(stored.pixels(tmp_path / "photo.png"), as_seen(photo))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (["none.jpg"], CorruptImage, r"none.jpg cannot be read \(No such file or directory\)"),
+        (
+            [np.zeros((8, 8, 3))],
+            ValueError,
+            r"expected an image as uint8 .*got float64 \(8, 8, 3\)",
+        ),
+        ([np.zeros((8, 8, 4), np.uint8)], ValueError, "expected an image as uint8"),
+        ([3], TypeError, "expected a path, a PIL image or an array, got int"),
+    ],
+)
+def test_what_is_no_image_is_refused(model, images, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(images)
+
+
+def test_features_are_what_the_last_layer_computes_with(model, pixels):
+    x = model.preprocess(pixels[:3])
+    features = np.asarray(model.features(x))
+    assert features.shape == (3, 64)
+    linear = model.network.linear
+    logits = features @ np.asarray(linear.weight()) + np.asarray(linear.bias[...])
+    np.testing.assert_allclose(logits, model(x), rtol=1e-4, atol=1e-4 * abs(logits).max())
+    block = np.asarray(model.features(x, "layer3.0"))
+    assert block.shape == (3, 2, 2, 64)
+    np.testing.assert_allclose(
+        block.mean((1, 2)), features, rtol=1e-4, atol=1e-4 * abs(block).max()
+    )
+    np.testing.assert_allclose(model.features(x, "linear"), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        UserError, match=r"no layer 'layer3.1' is computed on its own; there are .*layer3.0"
+    ):
+        model.features(x, "layer3.1")
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy.features(x), features)
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.t7", "nets.zip"])

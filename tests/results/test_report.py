@@ -1,6 +1,7 @@
 """The report: its numbers, what it leaves alone, and the page in a real browser."""
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -183,8 +184,11 @@ def test_numbers_of_the_table(folder, tmp_path):
         *("**+2.67**", "2", "67.00", "12,345 (3.1%)", "2 min", "a device"),
         "configs/shiftresnet20_c100.py:expansion=3",
     ]
-    assert cells(full, "resnet20_3c_c100")[2:5] == ["60.72", "61.00", "not run yet"]
-    assert cells(full, "wrn20_1_1bit_c100")[4] == "not run yet"
+    waiting = full.split("<summary>")[1].partition("</details>")[0]
+    assert waiting.startswith("2 of 3 rows have not been trained yet</summary>")
+    assert cells(waiting, "resnet20_3c_c100")[2:4] == ["60.72", "61.00"]
+    assert cells(waiting, "wrn20_1_1bit_c100")[2] == "–"  # noqa: RUF001
+    assert "shiftresnet20_3c_c100 |" not in waiting
     assert cells(short, "wrn20_1_1bit_c100")[1:5] == [
         "2 of 256 epochs",
         "274,296",
@@ -201,6 +205,21 @@ def test_a_difference_of_a_point_is_not_marked(folder):
         (folder / "table.toml").write_text(table.replace("65.83", reported))
         text = markdown.render(sources.find([folder]))
         assert shown in cells(text.split("## Shortened")[0], "shiftresnet20_3c_c100")
+
+
+def test_networks_of_a_size_are_compared_from_three_seeds_on(folder):
+    assert grids.rivals(sources.find([folder]).tables[0]) is None  # one of the two alone
+    three = [[0.5, 0.68], [0.5, 0.69], [0.5, 0.70]]
+    make_result(folder, "resnet20_3c_c100", [[0.5, 0.6], [0.5, 0.61], [0.5, 0.62]], 2)
+    text = markdown.render(sources.find([folder]))
+    (line,) = (line for line in text.splitlines() if "| resnet20_3c_c100 | 101,492 / " in line)
+    found = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert found[0] == "shiftresnet20_3c_c100"
+    assert found[3:] == ["68.50 ± 0.71", "61.00 ± 1.00", "2 / 3", "–", "+5.11"]  # noqa: RUF001
+    make_result(folder, "shiftresnet20_3c_c100", three, 2)
+    text = markdown.render(sources.find([folder]))
+    error = math.sqrt(2 * 1.0**2 / 3)
+    assert f"| **+8.00 ± {error:.2f}** | +5.11 |" in text
 
 
 def test_the_brief_table_lists_what_was_trained(folder, tmp_path):
@@ -260,7 +279,7 @@ def test_a_folder_without_a_table_takes_its_parents(folder, tmp_path):
     assert not alone.whole
     assert list(alone.shortened) == ["wrn20_1_1bit_c100"]
     text = markdown.render(sources.find([inner]))
-    assert "not run yet" not in text
+    assert "<details>" not in text
     (both,) = sources.find([folder, inner]).tables
     assert list(both.full) == ["shiftresnet20_3c_c100"]
     assert list(both.shortened) == ["wrn20_1_1bit_c100"]
@@ -422,7 +441,7 @@ def test_damaged_files_are_a_sentence(folder, tmp_path, capsys, name, text, sent
     ("arguments", "sentence"),
     [
         (["nowhere", "--out", "report.html"], "nowhere is neither a run's working directory"),
-        (["results", "--out", "report.pdf"], "must end in .html or .md"),
+        (["results", "--out", "report.pdf"], "must end in .html, .svg or .md"),
         (["results", "--out", "report.html", "--brief"], "--brief applies to Markdown"),
         (["results", "--out", "no/folder/report.html"], "cannot write no/folder/report.html"),
         (["results"], "--out"),
@@ -510,10 +529,10 @@ def test_pointing_at_a_result_tells_its_name(tab, folder, tmp_path):
     out = tmp_path / "report.html"
     assert main([str(folder), "--out", str(out)]) == 0
     tab.show(out, width=1280, dark=False)
-    tab.wait_for("'drawn' in charts[0].dataset")
+    tab.wait_for("'drawn' in charts[1].dataset")
     point = tab.evaluate(
         """(() => {
-          const marks = charts[0].querySelectorAll(".mark-symbol.role-mark path");
+          const marks = charts[1].querySelectorAll(".mark-symbol.role-mark path");
           marks[marks.length - 1].scrollIntoView({block: "center"});
           const {x, y, width, height} = marks[marks.length - 1].getBoundingClientRect();
           return {x: x + width / 2, y: y + height / 2};
@@ -550,6 +569,37 @@ def test_the_tables_in_the_docs_are_those_of_the_results(file, folders, brief):
     assert markdown.into(root / file, markdown.render(found, brief=brief)) == words, "make results"
 
 
+def test_the_figure_has_ours_at_the_size_of_its_file_and_others_with_their_sources(
+    folder, tmp_path, capsys
+):
+    out = tmp_path / "figure.svg"
+    (folder / "others.toml").write_text(
+        '[[networks]]\nname = "theirs"\naccuracy = 80.5\nbytes = 5000\nsource = "a paper"\n'
+    )
+    figure = charts.sizes(sources.find([folder]))
+    points = {(p["kind"], p["name"]): p for p in figure.spec["datasets"]["records"]}
+    ours = points["trained here", "shiftresnet20_3c_c100"]
+    assert (ours["accuracy"], ours["bytes"]) == (67.0, 1)
+    reported = points["reported for networks here", "resnet20_3c_c100"]
+    assert (reported["accuracy"], reported["bytes"]) == (60.72, 408224)
+    theirs = points["others", "theirs"]
+    assert (theirs["accuracy"], theirs["bytes"], theirs["source"]) == (80.5, 5000, "a paper")
+    assert ("trained here", "wrn20_1_1bit_c100") not in points  # on a short schedule
+    assert main([str(folder), "--out", str(out)]) == 0
+    assert ">theirs</text>" in out.read_text()
+    (folder / "others.toml").write_text('[[networks]]\nname = "theirs"\naccuracy = "80"\n')
+    assert main([str(folder), "--out", str(out)]) == 2
+    assert "others.toml is damaged" in capsys.readouterr().err
+
+
+def test_the_others_of_the_figure_are_sound_and_have_a_source():
+    found = results.others(Path(__file__).parents[2] / "results")
+    assert len(found) >= 10
+    assert all("github.com/" in other.source for other in found)
+    (winner,) = (other for other in found if other.name == "RIAIR")
+    assert (winner.accuracy, round(winner.bytes / 1000)) == (80.17, 199)
+
+
 def test_a_folder_beside_the_table_without_results_is_refused(tmp_path):
     table = Path(__file__).parents[2] / "results" / "table.toml"
     (tmp_path / "table.toml").write_bytes(table.read_bytes())
@@ -560,5 +610,8 @@ def test_a_folder_beside_the_table_without_results_is_refused(tmp_path):
 
 def test_what_is_kept_in_the_repository_is_small():
     results = Path(__file__).parents[2] / "results"
-    kept = [path for path in results.glob("**/*.safetensors") if path.parent.name != "large"]
-    assert sum(path.stat().st_size for path in kept) <= 10_000_000
+    kept = [path for path in results.glob("**/*.safetensors") if "large" not in path.parts]
+    sizes = {path: path.stat().st_size for path in kept}
+    trainable = sum(size for path, size in sizes.items() if path.parent.name == "trainable")
+    assert trainable <= 30_000_000
+    assert sum(sizes.values()) - trainable <= 10_000_000

@@ -66,6 +66,16 @@ def test_parameters_are_taken_and_the_rest_of_the_run_is_its_own(tmp_path, monke
     assert f"{len(given)} arrays taken\n" in capsys.readouterr().out
 
 
+def test_one_file_is_as_good_as_a_directory(tmp_path, monkeypatch):
+    given = saved(tmp_path / "ckpt")
+    read = checkpoint.read(tmp_path / "ckpt")
+    checkpoint.write_file(tmp_path / "net.safetensors", read.arrays, read.metadata)
+    found = first_state(monkeypatch, recipe(), tmp_path / "run", tmp_path / "net.safetensors")
+    for name, array in given.items():
+        if not name.endswith((".mean", ".var")):  # the step moved those
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 def test_a_head_for_other_classes_starts_fresh_and_is_named(tmp_path, monkeypatch, capsys):
     given = saved(tmp_path / "ckpt", classes=100)
     found = first_state(monkeypatch, recipe(), tmp_path / "run", tmp_path / "ckpt")

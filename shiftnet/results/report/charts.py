@@ -13,7 +13,7 @@ from typing import Any
 import altair as alt
 
 from shiftnet.results.report import sources
-from shiftnet.results.report.sources import Confusion, Filled, Run, Training
+from shiftnet.results.report.sources import Confusion, Filled, Found, Run, Training
 
 Records = list[dict[str, Any]]
 
@@ -147,6 +147,77 @@ def _cost(reported: Records, ours: Records, cost: str, families: Sequence[str]) 
     drawn = [chart for records, chart in layers if records]
     datasets = {"joined": joined, "reported": reported, "ours": ours}
     return _spec(alt.LayerChart(layer=drawn), datasets)
+
+
+def sizes(found: Found) -> Chart | None:
+    """Draws accuracy against bytes on CIFAR-100: ours, what was reported, and others' networks.
+
+    Returns:
+      The figure; None if none of ours is in it.
+    """
+    kinds = ("trained here", "reported for networks here", "others")
+    records: Records = []
+    for filled in found.tables:
+        for row in filled.table.rows:
+            if "_c100" not in row.name:
+                continue
+            outcome = filled.full.get(row.name)
+            if outcome and outcome.kept is not None:
+                records.append(_size(row.name, kinds[0], outcome.kept, outcome.kept_bytes))
+            if row.reported is not None:
+                source = filled.table.source
+                records.append(_size(row.name, kinds[1], row.reported, row.bytes, source))
+    if not any(record["kind"] == kinds[0] for record in records):
+        return None
+    for other in found.others:
+        records.append(_size(other.name, kinds[2], other.accuracy, other.bytes, other.source))
+    records.sort(key=lambda record: -kinds.index(record["kind"]))  # ours above the others
+    x = alt.X(
+        "bytes:Q",
+        title="bytes",
+        scale=alt.Scale(type="log", nice=False, padding=16),
+        axis=alt.Axis(format="~s", tickCount=5, grid=False, labelSeparation=12),
+    )
+    y = alt.Y("accuracy:Q", title="top-1, %", scale=alt.Scale(zero=False, padding=16))
+    scale = alt.Scale(domain=list(kinds))
+    legend = alt.Legend(title=None, orient="top")
+    tooltip = [
+        alt.Tooltip("name:N"),
+        alt.Tooltip("accuracy:Q", format=".2f", title="top-1, %"),
+        alt.Tooltip("bytes:Q", format=","),
+        alt.Tooltip("source:N"),
+    ]
+    base = alt.Chart(_named("records")).encode(x=x, y=y)
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(
+        color=alt.Color("kind:N", scale=scale, legend=legend),
+        shape=alt.Shape("kind:N", scale=scale, legend=legend),
+        tooltip=tooltip,
+    )
+    names = base.mark_text(align="left", dx=7, dy=-6, fontSize=10).encode(
+        text="label:N", color=alt.Color("kind:N", scale=scale, legend=legend)
+    )
+    note = (
+        "Trained here: the accuracy and the size of the file that is kept, metadata included. "
+        "Reported: parameters in float32, low-bit weights packed. Others: as their sources count; "
+        "those at 80 % are of the MicroNet challenge of 2019, which RIAIR won."
+    )
+    spec = _spec(alt.LayerChart(layer=[points, names]), records, height=420)
+    return Chart("Accuracy against bytes on CIFAR-100", spec, note, wide=True)
+
+
+def _size(
+    name: str, kind: str, accuracy: float, size: int, source: str = "results/"
+) -> dict[str, Any]:
+    """Returns a point of `sizes`; networks that only the originals have are not labelled."""
+    label = "" if kind.startswith("reported") else name.removesuffix("_c100")
+    return {
+        "name": name,
+        "kind": kind,
+        "accuracy": _short(accuracy),
+        "bytes": size,
+        "source": source,
+        "label": label,
+    }
 
 
 def curves(trainings: Sequence[Training], *, means: bool = False) -> list[Chart]:

@@ -1,5 +1,7 @@
 """Makes the tables of the report, as texts in cells, for both the page and Markdown."""
 
+import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +11,16 @@ from shiftnet.results.report import sources
 from shiftnet.results.report.sources import Filled, Outcome, Training
 from shiftnet.tables import duration
 
-NOT_RUN = "not run yet"
 NONE = "\N{EN DASH}"
 FAR = 1.0  # points; a row that differs by more from what was reported is marked
+# Families that a shift network is compared with at the same size, by the start of their names.
+RIVALS = ("", "depthwise")
+FEWEST_SEEDS = 3  # of both, or no difference is stated
+EQUAL_SIZE = (
+    "Shift networks against networks of about their size, as trained here. The difference has its "
+    f"standard error, and is given from {FEWEST_SEEDS} seeds of both on; it is in bold if it is "
+    "more than twice that."
+)
 NOTHING = "The given paths have no results."
 SHORT = (
     "These runs show that a recipe learns. Their accuracies are not those of the full schedule, "
@@ -61,27 +70,82 @@ def reading(filled: Filled) -> str:
 
 
 def compared(filled: Filled) -> Grid:
-    """Returns every row of a table, on the full schedule: what was reported, and ours."""
-    older = any(row.older is not None for row in filled.table.rows)
-    rows = [row for row in filled.table.rows if filled.whole or row.name in filled.full]
+    """Returns the rows that were trained on the full schedule: what was reported, and ours."""
+    older = _has_older(filled)
+    rows = [row for row in filled.table.rows if row.name in filled.full]
     head = ["row", "parameters", "reported", *(["older"] if older else [])]
     return Grid(
         head=[*head, "ours, final", "ours, best", "difference", "n", *_KEPT_AND_SPEED, "recipe"],
         rows=[
             [
-                Cell(row.name),
-                Cell(f"{row.parameters:,}"),
-                _reported(row),
-                *([Cell(_points(row.older))] if older else []),
-                *_ours(filled.full.get(row.name)),
+                *_reported_row(row, older),
+                *_ours(filled.full[row.name]),
                 _difference(filled, row),
-                *_seeds_network_and_speed(filled.full.get(row.name)),
+                *_seeds_network_and_speed(filled.full[row.name]),
                 Cell(row.recipe),
             ]
             for row in rows
         ],
         notes=[(row.name, row.note) for row in rows if row.note],
     )
+
+
+def waiting(filled: Filled) -> Grid:
+    """Returns the rows that were not trained on the full schedule: what was reported."""
+    older = _has_older(filled)
+    rows = [row for row in filled.table.rows if row.name not in filled.full]
+    return Grid(
+        head=["row", "parameters", "reported", *(["older"] if older else []), "recipe"],
+        rows=[[*_reported_row(row, older), Cell(row.recipe)] for row in rows],
+        notes=[(row.name, row.note) for row in rows if row.note],
+    )
+
+
+def rivals(filled: Filled) -> Grid | None:
+    """Returns shift networks against the networks of about their size, where both were trained.
+
+    A row is a pair such as shiftresnet20_3c_c100 and resnet20_3c_c100.
+    """
+    epoch, rows = filled.table.epoch, {row.name: row for row in filled.table.rows}
+    found = []
+    for name, outcome in filled.full.items():
+        match = re.fullmatch(r"shift(resnet\d+_\d+c_\w+)", name)
+        if match is None:
+            continue
+        for prefix in RIVALS:
+            other = filled.full.get(f"{prefix}{match[1]}")
+            if other is None:
+                continue
+            row, rival = rows[name], rows[other.training.name]
+            ours, theirs = (list(getattr(one, epoch)) for one in (outcome, other))
+            reported = (
+                None
+                if row.reported is None or rival.reported is None
+                else row.reported - rival.reported
+            )
+            found.append(
+                [
+                    Cell(name),
+                    Cell(rival.name),
+                    Cell(f"{row.parameters:,} / {rival.parameters:,}"),
+                    _mean(ours),
+                    _mean(theirs),
+                    Cell(f"{len(ours)} / {len(theirs)}"),
+                    _gap(ours, theirs),
+                    Cell(NONE if reported is None else _signed(reported)),
+                ]
+            )
+    head = ["row", "rival", "parameters", "ours", "the rival's", "n", "difference", "reported"]
+    return Grid(head, found) if found else None
+
+
+def _gap(ours: Sequence[float], theirs: Sequence[float]) -> Cell:
+    """Returns the difference of two means and its standard error, if there are seeds enough."""
+    if min(len(ours), len(theirs)) < FEWEST_SEEDS:
+        return Cell(NONE)
+    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (ours, theirs)))
+    gap = statistics.mean(ours) - statistics.mean(theirs)
+    return Cell(f"{_signed(gap)} ± {error:.2f}", marked=abs(gap) > 2 * error)
 
 
 def brief(filled: Filled) -> Grid:
@@ -138,6 +202,11 @@ def missing(filled: Filled) -> int:
     return len(filled.table.rows) - len(filled.full)
 
 
+def missing_words(filled: Filled) -> str:
+    """Returns a title for the rows of `waiting`."""
+    return f"{missing(filled)} of {len(filled.table.rows)} rows have not been trained yet"
+
+
 def schedule(training: Training) -> str:
     """Returns how far the runs are, and whether that is the recipe's whole schedule."""
     if training.epochs < training.full_epochs:
@@ -147,8 +216,17 @@ def schedule(training: Training) -> str:
     return f"{training.epochs} epochs"
 
 
-_WORDS = ("row", "run", "schedule", "device", "recipe", "class", "predicted")
+_WORDS = ("row", "rival", "run", "schedule", "device", "recipe", "class", "predicted")
 _KEPT_AND_SPEED = ("kept network", "images/s (of peak)", "time, all seeds", "device")
+
+
+def _has_older(filled: Filled) -> bool:
+    return any(row.older is not None for row in filled.table.rows)
+
+
+def _reported_row(row: Row, older: bool) -> list[Cell]:
+    cells = [Cell(row.name), Cell(f"{row.parameters:,}"), _reported(row)]
+    return [*cells, Cell(_points(row.older))] if older else cells
 
 
 def _reported(row: Row) -> Cell:
@@ -156,24 +234,20 @@ def _reported(row: Row) -> Cell:
     return Cell(_points(row.reported) + spread)
 
 
-def _ours(outcome: Outcome | None) -> list[Cell]:
-    if outcome is None:
-        return [Cell(NOT_RUN), Cell(NONE)]
+def _ours(outcome: Outcome) -> list[Cell]:
     return [_mean(outcome.final), _mean(outcome.best)]
 
 
 def _difference(filled: Filled, row: Row) -> Cell:
     """Returns ours minus what was reported, for the epoch that the table compares."""
-    outcome = filled.full.get(row.name)
-    if outcome is None or row.reported is None:
+    if row.reported is None:
         return Cell(NONE)
-    points = round(statistics.mean(getattr(outcome, filled.table.epoch)) - row.reported, 2)
-    return Cell(f"{points:+.2f}".replace("-", "\N{MINUS SIGN}"), marked=abs(points) > FAR)
+    ours = statistics.mean(getattr(filled.full[row.name], filled.table.epoch))
+    points = round(ours - row.reported, 2)
+    return Cell(_signed(points), marked=abs(points) > FAR)
 
 
-def _seeds_network_and_speed(outcome: Outcome | None) -> list[Cell]:
-    if outcome is None:
-        return [Cell(NONE)] * (1 + len(_KEPT_AND_SPEED))
+def _seeds_network_and_speed(outcome: Outcome) -> list[Cell]:
     peak = outcome.fraction_of_peak
     rate = f"{outcome.images_per_second:,.0f}" + ("" if peak is None else f" ({peak:.1%})")
     return [
@@ -214,6 +288,10 @@ def _percents(lines: Sequence[sources.Line], name: str) -> list[float]:
 
 def _mean(values: Sequence[float]) -> Cell:
     return Cell(mean_and_spread(values) if values else NONE)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _points(value: float | None) -> str:

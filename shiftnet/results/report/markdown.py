@@ -25,7 +25,13 @@ def render(found: Found, *, brief: bool = False) -> str:
         if brief and filled.full:
             parts += [f"### {text(table.title)}", *_source(filled), *_grid(grids.brief(filled))]
         elif not brief and (filled.whole or filled.full):
-            parts += [f"## {text(table.title)}", *_source(filled), *_grid(grids.compared(filled))]
+            parts += [f"## {text(table.title)}", *_source(filled)]
+            if filled.full:
+                parts += _grid(grids.compared(filled))
+            if found_rivals := grids.rivals(filled):
+                parts += [text(grids.EQUAL_SIZE), *_grid(found_rivals)]
+            if filled.whole and grids.missing(filled):
+                parts += _folded(grids.missing_words(filled), grids.waiting(filled))
     if brief:
         missing = sum(grids.missing(filled) for filled in found.tables)
         rows = sum(len(filled.table.rows) for filled in found.tables)
@@ -79,6 +85,11 @@ def _grid(grid: Grid) -> list[str]:
     table = "\n".join(_line(cells) for cells in ([text(t) for t in grid.head], ruler, *rows))
     notes = "\n".join(f"- {text(row)}: {text(note)}" for row, note in grid.notes)
     return [table, notes] if notes else [table]
+
+
+def _folded(title: str, grid: Grid) -> list[str]:
+    """Returns a table that the reader opens."""
+    return [f"<details>\n<summary>{text(title)}</summary>", *_grid(grid), "</details>"]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -13,6 +13,10 @@ from shiftnet.results.report.sources import Found
 if TYPE_CHECKING:
     from shiftnet.results.report.charts import Chart
 
+FIGURE_WIDTH = 760  # pixels
+# Of an SVG; those of the page's light theme.
+COLORS = ("#d55e00", "#0072b2", "#6e7781")
+
 
 def render(found: Found) -> str:
     """Returns the page as HTML.
@@ -43,10 +47,33 @@ def render(found: Found) -> str:
     environment.filters["drawn"] = lambda chart: markupsafe.Markup(_drawn(chart))
     return environment.from_string(template).render(
         sections=sections(found),
-        empty=(grids.NONE, grids.NOT_RUN),
+        empty=(grids.NONE,),
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def figure(found: Found) -> str:
+    """Returns the figure of accuracy against bytes on CIFAR-100 as SVG, for a light page.
+
+    Raises:
+      UserError: if there is nothing to draw, or the libraries that draw are not installed.
+    """
+    try:
+        import vl_convert
+
+        from shiftnet.results.report import charts
+    except ImportError as error:
+        raise UserError(
+            f"the figure needs {error.name}, which is not installed: "
+            "pip install altair vl-convert-python"
+        ) from error
+    chart = charts.sizes(found)
+    if chart is None:
+        raise UserError("there is no trained network of CIFAR-100 to draw")
+    spec = {**chart.spec, "width": FIGURE_WIDTH, "background": "white"}
+    spec["config"] = {"font": "sans-serif", "range": {"category": COLORS}, "view": {"stroke": None}}
+    return vl_convert.vegalite_to_svg(spec)
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

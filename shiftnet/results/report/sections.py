@@ -39,6 +39,8 @@ def sections(found: Found) -> list[Section]:
     names = [row.name for filled in found.tables for row in filled.table.rows]
     families = list(dict.fromkeys(map(sources.family, names)))
     parts = [_table(filled, families) for filled in found.tables if filled.whole or filled.full]
+    if figure := charts.sizes(found):
+        parts.insert(0, Section("Accuracy against bytes", charts=[figure]))
     if any(filled.shortened for filled in found.tables):
         parts.append(_shortened(found.tables))
     if found.trainings:
@@ -49,20 +51,26 @@ def sections(found: Found) -> list[Section]:
 def _table(filled: Filled, families: Sequence[str]) -> Section:
     table = filled.table
     sentences = [words for words in (grids.reading(filled), table.note) if words]
-    if missing := grids.missing(filled):
-        sentences.append(f"{missing} of {len(table.rows)} rows have not been trained yet.")
+    folded = []
+    if filled.whole and grids.missing(filled):
+        grid = ("Reported", grids.waiting(filled))
+        folded.append(Section(grids.missing_words(filled), grids=[grid]))
     drawn = charts.costs(filled, families)
     if not drawn:
         sentences.append(
             "There is no figure, since nothing was reported and nothing has been trained."
         )
     trainings = [outcome.training for outcome in filled.full.values()]
+    compared = [("Reported and ours", grids.compared(filled))] if filled.full else []
+    if found := grids.rivals(filled):
+        sentences.append(f"The second table: {grids.EQUAL_SIZE[0].lower()}{grids.EQUAL_SIZE[1:]}")
+        compared.append(("At equal size", found))
     return Section(
         table.title,
         sentences,
-        [("Reported and ours", grids.compared(filled))],
+        compared,
         [*drawn, *(charts.curves(trainings, means=True) if len(trainings) > 1 else [])],
-        [of_training(training) for training in trainings],
+        [*folded, *(of_training(training) for training in trainings)],
     )
 
 

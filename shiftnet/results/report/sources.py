@@ -88,6 +88,7 @@ class Outcome:
       device: the devices they were trained on.
       kept: top-1 in percent of the network that is kept, as `evaluate.py` prints it; None if there
         is none.
+      kept_bytes: of its file; 0 if there is none.
     """
 
     training: Training
@@ -99,6 +100,7 @@ class Outcome:
     seconds: float
     device: str
     kept: float | None
+    kept_bytes: int
 
     @property
     def is_shortened(self) -> bool:
@@ -120,6 +122,7 @@ class Found(NamedTuple):
 
     tables: Sequence[Filled]
     trainings: Sequence[Training]  # of working directories
+    others: Sequence[results.Other] = ()  # networks of others on CIFAR-100
 
 
 def find(paths: Sequence[Path]) -> Found:
@@ -150,7 +153,8 @@ def find(paths: Sequence[Path]) -> Found:
                 f"nor a folder of results, which has {results.TABLE} or lies beside it"
             )
     tables = [table for owner, inside in folders.items() for table in _filled(owner, inside)]
-    return Found(tables, _trainings(workdirs))
+    others = [other for owner in folders for other in results.others(owner)]
+    return Found(tables, _trainings(workdirs), others)
 
 
 def family(row: str) -> str:
@@ -248,6 +252,7 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
             seconds=sum(run["seconds"] / run["together"] for run in runs),
             device=", ".join(dict.fromkeys(name for run in runs for name in results.devices(run))),
             kept=100 * float(kept["test_accuracy"]) if kept else None,
+            kept_bytes=int(kept["bytes"]) if kept else 0,
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged: {_words(error)}") from error

@@ -1,0 +1,24 @@
+"""The trained networks, by name.
+
+A name is that of a row of the results (`results/table.toml`) that was trained on its full schedule.
+Its file and its numbers are what `python -m shiftnet reproduce` left in `results/`, which is
+`shiftnet/zoo/results` here and in an installed package. Files that are too large for the package
+are fetched, see `shiftnet.zoo.storage`.
+
+Wherever a checkpoint is named, a path that exists wins over a name.
+"""
+
+from shiftnet.zoo.index import Model, Models, get, list_models
+from shiftnet.zoo.names import file_of, find, find_all, find_trainable, named
+
+__all__ = [
+    "Model",
+    "Models",
+    "file_of",
+    "find",
+    "find_all",
+    "find_trainable",
+    "get",
+    "list_models",
+    "named",
+]
