@@ -12,7 +12,10 @@ from shiftnet.models.resnet import Shortcut
 
 
 class DepthwiseBlock(nnx.Module):
-    """1x1 → BN → ReLU → 3x3 depthwise → BN (no ReLU) → 1x1(stride) → BN → add → ReLU."""
+    """1x1 → BN → ReLU → 3x3 depthwise → BN (no ReLU) → 1x1(stride) → BN → add → ReLU.
+
+    Nothing is added without `skip`.
+    """
 
     normalized_by: ClassVar = {"conv1": "bn1", "depth": "bn2", "conv3": "bn3"}
 
@@ -23,6 +26,7 @@ class DepthwiseBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
+        skip: bool = True,
         **layer: Any,
     ):
         self.conv1 = Conv(in_features, middle_features, 1, **layer)
@@ -31,13 +35,16 @@ class DepthwiseBlock(nnx.Module):
         self.bn2 = BatchNorm(middle_features)
         self.conv3 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, **layer)
+        self.shortcut = Shortcut(in_features, out_features, stride, **layer) if skip else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.depth(y), train=train)
         y = self.bn3(self.conv3(y), train=train)
-        return nnx.relu(y + self.shortcut(x, train=train))
+        return nnx.relu(y if self.shortcut is None else y + self.shortcut(x, train=train))
 
 
-build = functools.partial(resnet.build, block_type=DepthwiseBlock)
+def build(depth: int, num_classes: int, *, depthwise_skip: bool, **options: Any) -> resnet.ResNet:
+    """Builds a DepthwiseResNet; the options are those of `resnet.build`."""
+    block = functools.partial(DepthwiseBlock, skip=depthwise_skip)
+    return resnet.build(depth, num_classes, block_type=block, **options)
