@@ -250,12 +250,18 @@ class ModelConfig(Settings, group="model"):
         1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
     )
     reduction: float = setting(
-        1.0, "divides the channels of a resnet or depthwiseresnet, see reduction_mode", FACTOR
+        1.0,
+        "divides the channels of a resnet, depthwiseresnet, mobileresnet or shuffleresnet, see "
+        "reduction_mode",
+        FACTOR,
     )
     reduction_mode: Literal["block", "net"] = setting(
         "net",
         "block: divides the middle channels of each block by the reduction; net: divides all "
         "channels by its square root",
+    )
+    depthwise_skip: bool = setting(
+        True, "shortcuts around the blocks of a depthwiseresnet; false: none"
     )
     width: float = setting(
         1.0, "widens a wrn: its stages have 16, 32 and 64 times as many channels", FACTOR

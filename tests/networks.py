@@ -43,8 +43,11 @@ def model_config(hyper: Mapping[str, Any]) -> dict[str, Any]:
         fields |= {"arch": f"resnet{hyper['depth']}", "weights": "s3"}
     else:
         fields |= {name: hyper[name] for name in fields if name in hyper}
-        if arch.startswith("depthwise"):  # the original has one reduction, that of its blocks
-            fields["reduction_mode"] = "block"
+        mode = fields["reduction_mode"]
+        if mode in ("mobile", "shuffle", "depthwise"):  # modes of the original's ResNet
+            fields |= {"arch": f"{mode}{arch}", "depthwise_skip": mode != "depthwise"}
+        if fields["arch"].startswith(("depthwise", "mobile", "shuffle")):
+            fields["reduction_mode"] = "block"  # its only one for them
     return fields
 
 
@@ -92,11 +95,14 @@ def evaluate(model: nnx.Module, x: np.ndarray) -> np.ndarray:
     return np.asarray(run(state, jnp.asarray(channels_last(x))))
 
 
-def zero_gradients(arch: str, names: Any) -> list[str]:
+def zero_gradients(hyper: Mapping[str, Any], names: Any) -> list[str]:
     """The biases that reach the loss only through a batch norm, which takes them away again.
 
     In training, and with no ReLU between the two. Their true gradient is zero.
     """
+    if "zero_gradients_in_train" in hyper:
+        return hyper["zero_gradients_in_train"]
+    arch = hyper["arch"]
     if arch.startswith("depthwiseresnet"):
         return [name for name in names if name.endswith("bn2.bias")]
     if arch.startswith("shiftresnet"):

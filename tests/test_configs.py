@@ -7,21 +7,23 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from shiftnet import config, models, results
 from shiftnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-FAMILIES = ("shiftresnet", "resnet", "depthwiseresnet")
+FAMILIES = ("shiftresnet", "resnet", "depthwiseresnet", "mobileresnet", "shuffleresnet")
 TABLE_RECIPES = [
     f"{family}{depth}_{data}"
     for family in FAMILIES
     for depth in (20, 56, 110)
     for data in ("c10", "c100")
-]
+] + [f"shiftresnet{depth}_{data}" for depth in (32, 44) for data in ("c10", "c100")]
 LOW_BIT_RECIPES = [
     *(f"wrn20_10{bits}_{data}" for bits in ("", "_1bit") for data in ("c10", "c100")),
     *(f"s3_resnet20_{data}" for data in ("c10", "c100")),
@@ -31,12 +33,26 @@ IMAGENET_RECIPES = [
     "denseshift_resnet18_imagenet",
     "shiftnet_a_imagenet",
     "shiftnet_b_imagenet",
+    "shiftnet_c_imagenet",
 ]
 RECIPES = ["quickstart", *TABLE_RECIPES, *LOW_BIT_RECIPES, *IMAGENET_RECIPES]
 FAMILY_FILES = [f"{family}_family" for family in ("shift", "wrn", "s3", "shiftnet")]
 # The results' table, by name of its rows.
 ROWS = {row.name: row for table in results.tables(ROOT / "results") for row in table.rows}
 
+# Columns that stood on earlier versions of the page, CIFAR-100: depth, column, and per cent for 1c,
+# 3c, 6c and 9c.
+EARLIER = {
+    (20, "net"): (49.58, 58.16, 63.22, 65.31),
+    (56, "net"): (56.62, 64.49, 67.45, 68.63),
+    (110, "net"): (60.44, 66.61, 68.87, 70.14),
+    (20, "mobile"): (57.25, 66.31, 68.91, 65.77),
+    (56, "mobile"): (67.71, 70.23, 66.86, None),
+    (110, "mobile"): (68.33, 66.83, None, None),
+    (20, "shuffle"): (58.18, 67.05, None, None),
+    **{(depth, "shuffle"): (None,) * 4 for depth in (56, 110)},
+    **{(depth, "noskip"): (None,) * 4 for depth in (20, 56, 110)},
+}
 # The rows of the page, as they stand there. CIFAR-100: model, e, accuracy of the shift, conv and
 # depthwise net, parameters in millions, reduction (in parentheses the one used for the conv net
 # where it differs), r of the depthwise net, r of the shuffle net.
@@ -185,10 +201,61 @@ def test_every_cell_of_the_page_is_a_row_that_can_be_trained(cell, monkeypatch):
     assert recipe.data.name == {"c10": "cifar10", "c100": "cifar100"}[cell.data]
 
 
+def earlier() -> dict[str, tuple]:
+    """Name, accuracy, architecture, reduction, its mode and skip of each row of `EARLIER`.
+
+    The reductions are in the last two columns of today's page, for shuffle and for the others.
+    """
+    found = {}
+    for line in CIFAR100.splitlines():
+        depth, row, *_, others, shuffle = re.sub(r"ResNet|[%()]", "", line).split()
+        if row == "--":
+            continue
+        for (column_depth, column), accuracies in EARLIER.items():
+            if column_depth == int(depth):
+                kind = {"net": "", "noskip": "depthwise"}.get(column, column)
+                suffix = f"_{column}" if column in ("net", "noskip") else ""
+                reduction = {"net": None, "shuffle": float(shuffle)}.get(column, float(others))
+                found[f"{kind}resnet{depth}_{row}{suffix}_c100"] = (
+                    accuracies["1369".index(row[0])],
+                    f"{kind}resnet{depth}",
+                    reduction,
+                    "net" if column == "net" else "block",
+                    column != "noskip",
+                )
+    return found
+
+
+@pytest.mark.parametrize("name", earlier())
+def test_every_cell_of_an_earlier_page_is_a_row_that_can_be_trained(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    accuracy, arch, reduction, mode, skip = earlier()[name]
+    assert ROWS[name].reported == accuracy
+    model = config.load(ROWS[name].recipe).model
+    assert (model.arch, model.reduction_mode, model.depthwise_skip) == (arch, mode, skip)
+    assert reduction in (None, model.reduction)
+
+
+def test_reductions_that_no_page_gives_bring_the_parameters_closest_to_the_shift_networks():
+    def parameters(**fields) -> int:
+        model = {**config.default_config().model, **fields}
+        network = nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+    for row, expansion in (("1c", 1.0), ("9c", 9.0)):
+        goal = parameters(arch="shiftresnet20", expansion=expansion)
+        chosen = float(re.search("reduction=([0-9.]+)", ROWS[f"resnet20_{row}_net_c100"].recipe)[1])
+        tried = [chosen, *((1.1, 1.0, 0.9, 0.85) if row == "9c" else (6.5, 7.0, 7.8, 8.5))]
+        gaps = {r: abs(parameters(arch="resnet20", reduction=r) - goal) for r in tried}
+        assert min(gaps, key=gaps.get) == chosen
+
+
 def test_the_table_has_no_row_that_the_page_has_not():
     known = {cell.name for cell in cells()}
     shift = [table for table in results.tables(ROOT / "results") if table.name.startswith("shift-")]
     assert {row.name for table in shift for row in table.rows} == known
+    (before,) = [table for table in results.tables(ROOT / "results") if "earlier" in table.name]
+    assert {row.name for row in before.rows} == set(earlier())
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)

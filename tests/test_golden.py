@@ -16,9 +16,18 @@ def test_golden_shift_moves_what_the_original_moved(values, table):
 
 
 @oracle.needed
-def test_golden_block_is_the_original():
-    case = oracle.case("block_shiftconv", "i16_o32_s2_e1_8x8")
-    golden = oracle.read(oracle.GOLDEN / "block_shiftconv_i16_o32_s2_e1_8x8.npz")
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("block_shiftconv", "i16_o32_s2_e1_8x8"),
+        ("block_depthwise_noskip", "i12_o20_s2_r0.5_9x7"),
+        ("block_mobile", "i12_o20_s2_r0.5_9x7"),
+        ("block_shuffle", "i12_o20_s2_r0.9_9x7"),
+    ],
+)
+def test_golden_block_is_the_original(group, name):
+    case = oracle.case(group, name)
+    golden = oracle.read(oracle.GOLDEN / f"{group}_{name}.npz")
     assert set(golden) == {name for name in case.arrays if "num_batches" not in name}
     for name, value in golden.items():
         original = case.arrays[name]

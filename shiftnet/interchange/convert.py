@@ -286,6 +286,7 @@ def _report(
         for name in ("expansion", "reduction", "width")
         if model[name] != 1
     ]
+    fields += [] if model["depthwise_skip"] else ["without skip"]
     bits = f"{model['weight_bits']}-bit " if model["weight_bits"] else ""
     count = sum(
         math.prod(leaf.shape) for _, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))

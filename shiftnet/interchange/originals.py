@@ -47,8 +47,8 @@ def naming(model: Mapping[str, Any]) -> torch_names.Naming:
         return torch_names.WRN
     # S3's CIFAR networks are ResNets under torchvision's names.
     is_s3 = family == "resnet" and model["weights"] in ("s3", "denseshift")
-    in_shift_family = family in ("shiftresnet", "resnet", "depthwiseresnet")
-    return torch_names.SHIFT if in_shift_family and not is_s3 else torch_names.TORCHVISION
+    is_shift_codes = family.endswith("resnet") and family != "imagenet_resnet"
+    return torch_names.SHIFT if is_shift_codes and not is_s3 else torch_names.TORCHVISION
 
 
 def arrays(network: nnx.Module, model: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from shiftnet.config import default_config
 from shiftnet.errors import UserError
 from shiftnet.interchange.torch_names import SHIFT, TORCHVISION, WRN, Naming
-from shiftnet.models import imagenet_resnet
+from shiftnet.models import imagenet_resnet, shuffleresnet
 from shiftnet.models.resnet import WIDTHS
 
 Arrays = Mapping[str, np.ndarray]
@@ -280,12 +280,15 @@ def _shift_family(arrays: Arrays, weights: str | None) -> Recognised:
     depth = 6 * _blocks(arrays, r"layer1\.(\d+)\.") + 2
     first = _shape(arrays, "layer1.0.conv1.weight", 4)
     family = "resnet"
-    if "layer1.0.depth.weight" in arrays:
-        family = "depthwiseresnet"
+    if "layer1.0.depth1.weight" in arrays:
+        family = "mobileresnet"
+    elif "layer1.0.depth.weight" in arrays:
+        grouped = first[1] < _shape(arrays, "conv1.weight", 4)[0]
+        family = "shuffleresnet" if grouped else "depthwiseresnet"
     elif first[2:] == (1, 1):
         family = "shiftresnet"
     stages = [f"layer{stage}.0" for stage in (1, 2, 3)]
-    last = "conv3" if family == "depthwiseresnet" else "conv2"
+    last = "conv3" if family in ("depthwiseresnet", "shuffleresnet") else "conv2"
     outputs = [_shape(arrays, f"{stage}.{last}.weight", 4)[0] for stage in stages]
     middles = [_shape(arrays, f"{stage}.conv1.weight", 4)[0] for stage in stages]
     fields = {"arch": f"{family}{depth}", **_form(arrays, "conv1.weight", weights)}
@@ -293,11 +296,14 @@ def _shift_family(arrays: Arrays, weights: str | None) -> Recognised:
         # int(16 / sqrt(r)) and so on
         bounds = [((w / (o + 1)) ** 2, (w / o) ** 2) for w, o in zip(WIDTHS, outputs, strict=True)]
         fields |= {"reduction": _simplest(bounds, open_below=True), "reduction_mode": "net"}
+    if family == "depthwiseresnet":  # blocks of both kinds had one class name in the original
+        fields["depthwise_skip"] = any(".shortcut." in name for name in arrays)
     pairs = list(zip(outputs, middles, strict=True))
     if family == "shiftresnet":
         fields["expansion"] = _simplest([(m / o, (m + 1) / o) for o, m in pairs], open_below=False)
     elif middles != outputs:
-        bounds = [(o / (m + 1), o / m) for o, m in pairs]
+        step = shuffleresnet.GROUPS if family == "shuffleresnet" else 1
+        bounds = [(o / (m + step), o / m) for o, m in pairs]
         fields |= {"reduction": _simplest(bounds, open_below=True), "reduction_mode": "block"}
     model = _model(**fields)
     return Recognised(model, _shape(arrays, "linear.weight", 2)[0], SHIFT, arrays, {})

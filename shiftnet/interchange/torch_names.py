@@ -28,7 +28,7 @@ class Naming(NamedTuple):
     weight_suffix: str = ".weight"
 
 
-# ShiftResNet, ResNet and DepthwiseResNet of arXiv:1711.08141's code.
+# All networks of arXiv:1711.08141's code: ShiftResNet, ResNet and its rivals.
 SHIFT = Naming(((r"\.projection\b", ""),))
 # torchvision's ResNets; S3 takes their names for ImageNet and CIFAR.
 TORCHVISION = Naming(((r"\bshortcut\.projection\b", "downsample"), (r"^linear\b", "fc")))

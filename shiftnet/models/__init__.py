@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from shiftnet.layers import Conv, Linear
 from shiftnet.models import (
     depthwiseresnet,
     imagenet_resnet,
+    mobileresnet,
     own,
     resnet,
     shiftnet,
     shiftresnet,
+    shuffleresnet,
     wrn,
 )
 from shiftnet.models.network import Network
@@ -38,6 +40,7 @@ class Family(NamedTuple):
       example: a depth to name in errors; None where the family is a single network.
       depths: all depths there are; None for 6n + 2.
       image_size: height and width of the images it was made for, in pixels.
+      reduction_mode: in which its published code takes a reduction, unless told otherwise.
     """
 
     build: Callable[..., Network]
@@ -45,20 +48,44 @@ class Family(NamedTuple):
     example: int | None = 20
     depths: Sequence[int] | None = None
     image_size: int = 32
+    reduction_mode: Literal["block", "net"] = "net"
 
 
 FAMILIES = {
     "resnet": Family(resnet.build, ("reduction", "reduction_mode")),
     "shiftresnet": Family(shiftresnet.build, ("expansion", "reduction", "reduction_mode", "shift")),
-    "depthwiseresnet": Family(depthwiseresnet.build, ("reduction", "reduction_mode")),
+    "depthwiseresnet": Family(
+        depthwiseresnet.build,
+        ("reduction", "reduction_mode", "depthwise_skip"),
+        reduction_mode="block",
+    ),
+    "mobileresnet": Family(
+        mobileresnet.build, ("reduction", "reduction_mode"), reduction_mode="block"
+    ),
+    "shuffleresnet": Family(
+        shuffleresnet.build, ("reduction", "reduction_mode"), reduction_mode="block"
+    ),
     "wrn": Family(wrn.build, ("width",)),
     "imagenet_resnet": Family(imagenet_resnet.build, (), 18, imagenet_resnet.DEPTHS, 224),
     "shiftnet_a": Family(functools.partial(shiftnet.build, width=1.0), ("shift",), None, (), 224),
     "shiftnet_b": Family(functools.partial(shiftnet.build, width=0.5), ("shift",), None, (), 224),
+    "shiftnet_c": Family(
+        functools.partial(shiftnet.build, width=1.0, stages=shiftnet.STAGES_C),
+        ("shift",),
+        None,
+        (),
+        224,
+    ),
 }
 
 # The value of each field that changes nothing; the mode of a reduction needs none.
-NEUTRAL: dict[str, Any] = {"expansion": 1, "reduction": 1, "width": 1, "shift": "fixed"}
+NEUTRAL: dict[str, Any] = {
+    "expansion": 1,
+    "reduction": 1,
+    "width": 1,
+    "depthwise_skip": True,
+    "shift": "fixed",
+}
 
 
 def parse_arch(arch: str) -> tuple[str, int | None]:
@@ -121,8 +148,8 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
     Args:
       model: `arch` (a family and its depth, for example `"shiftresnet20"`, or the file and class of
         an own network, see `own`); what the family takes
-        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`), `width` and `shift`
-        (`"fixed"`, or learned: `"active"`, `"sparse"`); `weights`
+        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`), `depthwise_skip`, `width`
+        and `shift` (`"fixed"`, or learned: `"active"`, `"sparse"`); `weights`
         and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
         `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
         `weights_first_last`, a form of these; `weights_of`, forms of layers by path;
@@ -158,9 +185,9 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
     for field, neutral in NEUTRAL.items():
         if field not in family.fields and model[field] != neutral:
             takers = " and ".join(n for n, f in FAMILIES.items() if field in f.fields)
+            expected, found = (str(value).lower() for value in (neutral, model[field]))
             raise UserError(
-                f"model.{field} must be {neutral} for {name} (it applies to {takers}), "
-                f"got {model[field]}"
+                f"model.{field} must be {expected} for {name} (it applies to {takers}), got {found}"
             )
     form = quantizers.make(model["weights"], model["weight_bits"])
     ends = form if model["quantize_first_last"] else quantizers.Float

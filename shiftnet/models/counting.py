@@ -1,4 +1,4 @@
-"""Counts the cost of a network: multiply-adds, parameters, bytes of weights and activations.
+"""Counts the cost of a network: multiply-adds by kind, parameters, bytes, traffic and energy.
 
 The numbers are read off the program that JAX traces from the network, so they hold for any
 `nnx.Module` and whatever its layers are made of; nothing is computed and no weight is allocated.
@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from shiftnet import quantizers
 from shiftnet.kernels.implementations import only_xla
+from shiftnet.models.arithmetic import KINDS, Arithmetic, arithmetic
 
 
 class Layer(NamedTuple):
@@ -31,7 +32,10 @@ class Layer(NamedTuple):
       bits: of one of its weights; 32 where it has none.
       weight_bytes: of the parameters: the weights' packed, the others in the type they are kept in.
       output: shape of what it returns, or its convolution does, without the batch.
-      activation_bits: of one value of its input as it computes with it; 32 without a form.
+      activation_bits: of one value of its input, as its products take it.
+      kind: of its multiply-adds, one of `arithmetic.KINDS`; `""` where it has none.
+      bit_operations: of its multiply-adds: of each, bits per weight times bits per value.
+      picojoules: energy of its multiply-adds; see `arithmetic`.
     """
 
     name: str
@@ -41,6 +45,9 @@ class Layer(NamedTuple):
     weight_bytes: int
     output: tuple[int, ...]
     activation_bits: int = 32
+    kind: str = ""
+    bit_operations: int = 0
+    picojoules: float = 0.0
 
 
 class Counts(NamedTuple):
@@ -54,10 +61,18 @@ class Counts(NamedTuple):
         block for its shortcut. Nothing is written in place and nothing is fused, so a compiler
         may need less. A shift, or a ReLU, is one operation. Parameters and constants are not
         activations.
+      bytes_moved: between the memory and the arithmetic where nothing is fused: what every
+        operation reads and writes, and the weights, packed, once. A batch norm is a multiplication
+        and an addition, or a part of the convolution before it; reshaping and striding are free.
+      fused_bytes_moved: the same where each convolution or matrix product also does all that
+        follows it, up to the next, and where `shift_block`, or another operation of
+        `shiftnet.kernels`, is one kernel, which keeps the expanded tensor to itself.
     """
 
     layers: tuple[Layer, ...]
     peak_activation_bytes: int
+    bytes_moved: int
+    fused_bytes_moved: int
 
     @property
     def multiply_adds(self) -> int:
@@ -70,6 +85,24 @@ class Counts(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """The multiply-adds of each kind."""
+        sums = dict.fromkeys(KINDS, 0)
+        for layer in self.layers:
+            if layer.kind:
+                sums[layer.kind] += layer.multiply_adds
+        return sums
+
+    @property
+    def bit_operations(self) -> int:
+        return sum(layer.bit_operations for layer in self.layers)
+
+    @property
+    def picojoules(self) -> float:
+        """Energy of the multiply-adds."""
+        return sum(layer.picojoules for layer in self.layers)
 
 
 def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Counts:
@@ -96,13 +129,19 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
         return ".".join(path)
 
     forms = quantizers.of_layers(model)
-    activations = quantizers.activations_of_layers(model)
 
     def is_latent(name: str) -> bool:
         return any(name.startswith(f"{layer}.weight.") for layer in forms)
 
+    activation_bits = {
+        ".".join(map(str, path)): width
+        for path, module in nnx.iter_modules(model)
+        if (width := getattr(getattr(module, "activation", None), "bits", None)) is not None
+    }
+
     multiply_adds: Counter[str] = Counter()
     outputs: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, Arithmetic] = {}
     for step in steps:
         if not step.is_forward or not (step.variables or step.multiply_adds):
             continue
@@ -113,6 +152,15 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
         if step.multiply_adds:
             for name in {layer, *(owner([variable]) for variable in step.variables)}:
                 outputs.setdefault(name, step.writes[0].shape[1:])
+            weight = forms.get(layer)
+            kinds[layer] = arithmetic(
+                getattr(weight, "levels", None),
+                weight.bits if weight else 32,
+                activation_bits.get(layer),
+                32 if max(value.bits for value in step.activations) > 16 else 16,
+            )
+            if layer in activation_bits:
+                _store_quantized(steps, step, activation_bits[layer])
     parameters: Counter[str] = Counter()
     weight_bytes: Counter[str] = Counter()
     bits: dict[str, int] = {}
@@ -134,11 +182,29 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             bits.get(name, 32),
             weight_bytes[name],
             modules[name] or outputs.get(name, ()),
-            activations[name].bits if name in activations else 32,
+            **_arithmetic_fields(kinds.get(name), multiply_adds[name]),
         )
         for name in {**multiply_adds, **parameters}
     )
-    return Counts(layers, _peak_bytes(steps, logits))
+    weights = sum(layer.weight_bytes for layer in layers)
+    return Counts(
+        layers,
+        _peak_bytes(steps, logits),
+        weights + _bytes_moved(steps),
+        weights + _fused_bytes_moved(steps, logits),
+    )
+
+
+def _arithmetic_fields(kind: Arithmetic | None, multiply_adds: int) -> dict[str, Any]:
+    """Returns the fields of a `Layer` that say how it computes its multiply-adds."""
+    if kind is None:
+        return {}
+    return {
+        "activation_bits": kind.activation_bits,
+        "kind": kind.kind,
+        "bit_operations": multiply_adds * kind.bit_operations,
+        "picojoules": multiply_adds * kind.picojoules,
+    }
 
 
 class _Value:
@@ -146,32 +212,57 @@ class _Value:
 
     Attributes:
       nbytes: its size.
+      bits: of one of its numbers.
       shape: its shape, or the one that it is reshaped to later.
       variables: names of the model's variables that it is computed from; None for an activation,
         which depends on the image.
+      source: the array in memory that this is, or is a part of.
+      stored_bits: of one of its numbers in memory, of a `source`.
     """
 
-    def __init__(self, aval, variables: frozenset[str] | None):
+    def __init__(self, aval, variables: frozenset[str] | None, source: "_Value | None" = None):
         self.nbytes = math.prod(aval.shape) * aval.dtype.itemsize
+        self.bits = self.stored_bits = 8 * aval.dtype.itemsize
         self.variables = variables
         self.shape: tuple[int, ...] = aval.shape
+        self.source: _Value = source or self
 
     @property
     def is_activation(self) -> bool:
         return self.variables is None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in memory; where an activation form gives it few bits, at these."""
+        return -(-self.nbytes * self.source.stored_bits // self.bits)
+
 
 class _Step(NamedTuple):
-    """An operation of the program; calls with products inside are taken apart."""
+    """An operation of the program; calls with products inside are taken apart.
+
+    Attributes:
+      reads, writes: its operands and results.
+      multiply_adds: of a product.
+      kernel: a number that it shares with the other steps of an operation of `shiftnet.kernels`;
+        None outside of these.
+      is_view: whether its result is a part of its operand, at the same place in memory.
+    """
 
     reads: Sequence[_Value]
     writes: Sequence[_Value]
     multiply_adds: int
+    kernel: int | None
+    is_view: bool
 
     @property
     def is_forward(self) -> bool:
         """Tells whether it depends on the image."""
         return any(value.is_activation for value in self.reads)
+
+    @property
+    def activations(self) -> list[_Value]:
+        """The different activations among its operands."""
+        return list({id(value): value for value in self.reads if value.is_activation}.values())
 
     @property
     def variables(self) -> frozenset[str]:
@@ -241,7 +332,9 @@ def _trace(model: nnx.Module, image: tuple[int, int, int]) -> _Trace:
     return _Trace(modules, variables, steps, logits)
 
 
-def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> list[_Value]:
+def _follow(
+    program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step], kernel: int | None = None
+) -> list[_Value]:
     """Runs the program on values without contents, appends its steps and returns its results."""
     values = dict(zip(program.invars, inputs, strict=True))
     values |= {constant: _Value(constant.aval, frozenset()) for constant in program.constvars}
@@ -257,11 +350,15 @@ def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> lis
                 raise NotImplementedError(
                     f"cannot count the multiply-adds inside {equation.primitive.name}"
                 )
-            writes = _follow(called[0], reads, steps)
+            # Operations of `shiftnet.kernels` have their own derivatives.
+            is_kernel = kernel is None and equation.primitive.name == "custom_vjp_call"
+            writes = _follow(called[0], reads, steps, len(steps) if is_kernel else kernel)
         else:
-            step = _Step(reads, [], _multiply_adds(equation))
+            is_view = equation.primitive.name in _VIEWS
+            step = _Step(reads, [], _multiply_adds(equation), kernel, is_view)
             variables = None if step.is_forward else step.variables
-            writes = [_Value(out.aval, variables) for out in equation.outvars]
+            source = reads[0].source if is_view else None
+            writes = [_Value(out.aval, variables, source) for out in equation.outvars]
             steps.append(step._replace(writes=writes))
             if equation.primitive.name == "reshape":
                 reads[0].shape = writes[0].shape
@@ -271,6 +368,8 @@ def _follow(program: Jaxpr, inputs: Sequence[_Value], steps: list[_Step]) -> lis
 
 # Equations that run the one program they hold once, on their own operands.
 _CALLS = ("jit", "custom_jvp_call", "custom_vjp_call")
+# Equations that move nothing.
+_VIEWS = ("reshape", "squeeze", "expand_dims", "slice")
 
 
 def _inner_programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
@@ -321,3 +420,57 @@ def _peak_bytes(steps: Sequence[_Step], result: _Value) -> int:
         peak = max(peak, sum(alive.values()))
         alive = {key: nbytes for key, nbytes in alive.items() if last_use.get(key, i) > i}
     return peak
+
+
+def _store_quantized(steps: Sequence[_Step], product: _Step, bits: int) -> None:
+    """Stores what a product with quantized activations reads, also through a shift, at their bits.
+
+    Args:
+      steps: of the program.
+      product: one of them.
+      bits: of the activations.
+    """
+    for step in steps:
+        if step is product or (step.kernel is not None and step.kernel == product.kernel):
+            for value in step.activations:
+                value.source.stored_bits = bits
+        if step is product:
+            break
+
+
+def _bytes_moved(steps: Sequence[_Step]) -> int:
+    """Computes `Counts.bytes_moved` without the weights."""
+    return sum(
+        value.stored_bytes
+        for step in steps
+        if step.is_forward and not step.is_view
+        for value in (*step.activations, *step.writes)
+    )
+
+
+def _fused_bytes_moved(steps: Sequence[_Step], result: _Value) -> int:
+    """Computes `Counts.fused_bytes_moved` without the weights.
+
+    Every product, or kernel with products, starts a group, and all else joins the latest group that
+    it reads from. A group reads what others wrote, once, and writes what others read.
+    """
+    group_of: dict[int, int] = {}
+    written = {id(result.source): result.source}
+    read: dict[tuple[int, int], dict[int, _Value]] = {}  # by group and source
+    for i, step in enumerate(steps):
+        if not step.is_forward or step.is_view:
+            continue
+        groups = [group_of.get(id(value.source), -1) for value in step.activations]
+        group = i if step.multiply_adds else max(groups)
+        group = group if step.kernel is None else step.kernel
+        for value, other in zip(step.activations, groups, strict=True):
+            if other != group:
+                read.setdefault((group, id(value.source)), {})[id(value)] = value
+                if other >= 0:
+                    written[id(value.source)] = value.source
+        group_of |= {id(value): group for value in step.writes}
+    total = sum(value.stored_bytes for value in written.values())
+    for views in read.values():  # of one array, which is not read twice
+        whole = next(iter(views.values())).source.stored_bytes
+        total += min(whole, sum(view.stored_bytes for view in views.values()))
+    return total

@@ -13,7 +13,10 @@ from shiftnet.models.resnet import Shortcut
 
 
 class DepthwiseBlock(nnx.Module):
-    """1x1 → BN → ReLU → 3x3 depthwise → BN (no ReLU) → 1x1(stride) → BN → add → ReLU."""
+    """1x1 → BN → ReLU → 3x3 depthwise → BN (no ReLU) → 1x1(stride) → BN → add → ReLU.
+
+    Nothing is added without `skip`.
+    """
 
     normalized_by: ClassVar = {"conv1": "bn1", "depth": "bn2", "conv3": "bn3"}
 
@@ -24,6 +27,7 @@ class DepthwiseBlock(nnx.Module):
         stride: int,
         *,
         middle_features: int,
+        skip: bool = True,
         **layer: Any,
     ):
         self.conv1 = Conv(in_features, middle_features, 1, rectified=True, **layer)
@@ -35,14 +39,21 @@ class DepthwiseBlock(nnx.Module):
         self.bn2 = BatchNorm(middle_features)
         self.conv3 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = Shortcut(in_features, out_features, stride, rectified=True, **layer)
+        self.shortcut = None
+        if skip:
+            self.shortcut = Shortcut(in_features, out_features, stride, rectified=True, **layer)
         self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
         y = self.bn2(self.depth(y, train=train), train=train)
         y = self.bn3(self.conv3(y, train=train), train=train)
-        return self.relu2(drop_path(y) + self.shortcut(x, train=train))
+        if self.shortcut is not None:
+            y = drop_path(y) + self.shortcut(x, train=train)
+        return self.relu2(y)
 
 
-build = functools.partial(resnet.build, block_type=DepthwiseBlock)
+def build(depth: int, num_classes: int, *, depthwise_skip: bool, **options: Any) -> resnet.ResNet:
+    """Builds a DepthwiseResNet; the options are those of `resnet.build`."""
+    block = functools.partial(DepthwiseBlock, skip=depthwise_skip)
+    return resnet.build(depth, num_classes, block_type=block, **options)

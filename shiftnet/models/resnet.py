@@ -184,16 +184,19 @@ def build(
     reduction: float,
     reduction_mode: str,
     block_type: Callable[..., nnx.Module] = BasicBlock,
+    multiple: int = 1,
     **options: Any,
 ) -> ResNet:
     """Builds a ResNet: mode `"block"` gives each block `int(out / reduction)` middle channels.
 
-    The depthwise family is the same with another `block_type`; the options are those of `ResNet`.
+    The depthwise, mobile and shuffle families are the same with another `block_type`. Middle
+    channels are rounded down to a `multiple`. The options are those of `ResNet`.
     """
     of_block = reduction if reduction_mode == "block" else 1.0
 
     def block(in_features: int, out_features: int, stride: int, **layers: Any) -> nnx.Module:
-        middle = at_least_one(out_features / of_block, "reduction", reduction)
+        features = out_features / of_block // multiple * multiple
+        middle = at_least_one(features, "reduction", reduction)
         return block_type(in_features, out_features, stride, middle_features=middle, **layers)
 
     widths = reduced_widths(reduction, reduction_mode)

@@ -1,13 +1,13 @@
-"""ShiftNet-A and -B for ImageNet: networks with shifts for every spatial mixing but the stem's.
+"""ShiftNet-A, -B and -C for ImageNet: networks with shifts for every spatial mixing but the stem's.
 
 Wu et al., arXiv:1711.08141, section 4.3 and its table of the architecture. That code was never
 published; where the paper is silent, this follows what others who rebuilt it have in common
 (pre-activation, the pooling of the shortcut), and meets the paper's 4.1 M parameters and 1.4 G
-multiply-adds for A.
+multiply-adds for A. C is an approximation; see `STAGES_C`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -39,6 +39,16 @@ STAGES = (
     Stage(128, 6, 5, 4, 3),
     Stage(256, 7, 3, 3, 2),
     Stage(512, 3, 3, 2, 1),
+)
+
+# Approximate: the layout of ShiftNet-C was not published. The paper gives its groups of 1, 4, 4 and
+# 3 blocks, their channels and the expansion. The rest is as in A: a stem of half the first group's
+# channels, and the kernel sizes. This has 0.694 M parameters, where the paper reports 0.78 M.
+STAGES_C = (
+    Stage(32, 1, 5, 1, 1),
+    Stage(64, 4, 5, 1, 1),
+    Stage(128, 4, 3, 1, 1),
+    Stage(256, 3, 3, 1, 1),
 )
 
 
@@ -103,11 +113,12 @@ class CSCBlock(nnx.Module):
 
 
 class ShiftNet(Network):
-    """7x7(2) to 32 channels, four stages of `CSCBlock`, BN, ReLU, average, linear.
+    """7x7(2) to half the first stage's channels, stages of `CSCBlock`, BN, ReLU, average, linear.
 
     Args:
       num_classes: length of the logits.
       width: factor of every number of channels: 1 is ShiftNet-A, 0.5 ShiftNet-B.
+      stages: four of them.
       weights: the form of the weights.
       ends: the form of the first and the last layer's weights.
       activations: the form of the inputs of all convolutions but the first.
@@ -123,6 +134,7 @@ class ShiftNet(Network):
         num_classes: int,
         *,
         width: float,
+        stages: Sequence[Stage] = STAGES,
         weights: Form = Float,
         ends: Form = Float,
         activations: str = "float",
@@ -131,11 +143,11 @@ class ShiftNet(Network):
         rngs: nnx.Rngs,
     ):
         super().__init__(dtype)
-        inside = int(32 * width)
+        inside = int(stages[0].features * width) // 2
         layer: dict[str, Any] = {"init": he_normal_fan_out, "rngs": rngs}
         self.conv1 = Conv(3, inside, 7, stride=2, weights=ends, **layer)
-        stages = []
-        for stage in STAGES:
+        built = []
+        for stage in stages:
             outside = int(stage.features * width)
             block: Callable[..., CSCBlock] = functools.partial(
                 CSCBlock,
@@ -148,9 +160,9 @@ class ShiftNet(Network):
             blocks = [block(inside, outside, 2, expansion=stage.first_expansion)]
             for _ in range(1, stage.blocks):
                 blocks.append(block(outside, outside, 1, expansion=stage.expansion))
-            stages.append(nnx.List(blocks))
+            built.append(nnx.List(blocks))
             inside = outside
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.layer1, self.layer2, self.layer3, self.layer4 = built
         self.bn = BatchNorm(inside)
         self.linear = Linear(inside, num_classes, weights=ends, rngs=rngs)
 

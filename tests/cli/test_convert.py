@@ -150,6 +150,19 @@ FIELDS = [
     ({"arch": "imagenet_resnet18"}, TORCHVISION),
     ({"arch": "imagenet_resnet34", "weights": "s3"}, TORCHVISION),
     ({"arch": "imagenet_resnet101"}, TORCHVISION),
+    (
+        {
+            "arch": "depthwiseresnet8",
+            "reduction": 0.38,
+            "reduction_mode": "block",
+            "depthwise_skip": False,
+        },
+        SHIFT,
+    ),
+    ({"arch": "mobileresnet8", "reduction": 0.125, "reduction_mode": "block"}, SHIFT),
+    ({"arch": "mobileresnet8"}, SHIFT),
+    ({"arch": "shuffleresnet8", "reduction": 0.13, "reduction_mode": "block"}, SHIFT),
+    ({"arch": "shuffleresnet8"}, SHIFT),
 ]
 
 
@@ -176,6 +189,7 @@ def test_networks_are_recognised_by_their_names_and_shapes(fields, naming):
     # Several expansions and reductions have the same channels; the shortest number is named.
     for name in ("expansion", "width"):
         assert found.model[name] == fields.get(name, 1.0)
+    assert found.model["depthwise_skip"] == fields.get("depthwise_skip", True)
     assert found.model["reduction"] == pytest.approx(fields.get("reduction", 1.0), rel=0.1)
 
 

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from shiftnet import models
+from shiftnet import models, quantizers
 from shiftnet.cli.count import main, page_flops
 from shiftnet.kernels.implementations import only_xla
+from shiftnet.kernels.shift_pointwise import shift_pointwise
 from shiftnet.layers import Conv, Linear, Shift
+from shiftnet.models.arithmetic import arithmetic
 from shiftnet.models.counting import Counts, count
 from tests import oracle
 from tests.networks import model_config
@@ -34,6 +36,15 @@ ROWS = [
     ({"arch": "shiftresnet110", "expansion": 9}, 1762970, 260375168, 261554816),
     ({"arch": "depthwiseresnet20", "reduction": 0.38}, 93956, 16647296, 17826944),
 ]
+# The same of blocks that were gone before that commit, with the true multiply-adds.
+REMOVED_ROWS = [
+    ({"arch": "mobileresnet20", "reduction": 1.12}, 35151, 6539904, 5762880),
+    ({"arch": "shuffleresnet20", "reduction": 0.38}, 35366, 14418560, 6073472),
+    (
+        {"arch": "depthwiseresnet20", "reduction": 0.38, "depthwise_skip": False},
+        *(91204, 16385152, 17108608),
+    ),
+]
 
 
 @functools.cache
@@ -43,19 +54,49 @@ def counted(**hyper: Any) -> Counts:
     return count(nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0))))
 
 
-def later_flops(counts: Counts) -> int:
+def flops(arch: str, counts: Counts) -> int:
+    return page_flops(models.parse_arch(arch)[0], counts)
+
+
+def later_flops(arch: str, counts: Counts) -> int:
     """The page's FLOPs after the tool's commit 255228f: the stem times 3."""
     features = next(x for x in counts.layers if x.name == "linear").parameters // 10 - 1
-    return page_flops(counts) + 2 * 32 * 32 * 9 * features
+    return flops(arch, counts) + 2 * 32 * 32 * 9 * features
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("arguments", "parameters", "flops", "later"), ROWS)
-def test_numbers_are_the_original_tools(arguments, parameters, flops, later):
+@pytest.mark.parametrize(("arguments", "parameters", "page", "later"), ROWS)
+def test_numbers_are_the_original_tools(arguments, parameters, page, later):
     counts = counted(**arguments)
     assert counts.parameters == parameters
-    assert page_flops(counts) == flops
-    assert later_flops(counts) == later
+    assert flops(arguments["arch"], counts) == page
+    assert later_flops(arguments["arch"], counts) == later
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("arguments", "parameters", "page", "true"), REMOVED_ROWS)
+def test_numbers_of_removed_blocks_are_the_original_tools(arguments, parameters, page, true):
+    counts = counted(**arguments)
+    assert counts.parameters == parameters
+    assert flops(arguments["arch"], counts) == page
+    assert counts.multiply_adds == true
+
+
+@oracle.needed
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [20, 56, 110])
+def test_every_row_of_the_removed_blocks(depth):
+    rows = json.loads((oracle.FOLDER / "counts_mobile_shuffle.json").read_text())["rows"]
+    rows = [row for row in rows if row["arch"] == f"resnet{depth}"]
+    assert len(rows) >= 8
+    for row in rows:
+        model = model_config(row)
+        network = nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0)))  # noqa: B023
+        counts = count(network)
+        assert row["num_classes"] == 10
+        assert counts.parameters == row["params"], row
+        assert flops(model["arch"], counts) == row["flops_readme_era"], row
+        assert counts.multiply_adds == row["true_multiply_adds"], row
 
 
 @oracle.needed
@@ -72,15 +113,16 @@ def test_every_row_of_the_oracle(family, depth):
         counts = counted(**{name: row[name] for name in options if name in row})
         assert row["num_classes"] == 10
         assert counts.parameters == row["params"], row
-        assert page_flops(counts) == row["flops_readme_era"], row
-        assert later_flops(counts) == row["flops"], row
+        assert flops(row["arch"], counts) == row["flops_readme_era"], row
+        assert later_flops(row["arch"], counts) == row["flops"], row
         if "params_original" in row:
             plain = counted(arch=f"resnet{depth}")
             assert plain.parameters == row["params_original"]
-            assert later_flops(plain) == row["flops_original"]
+            later = [later_flops(f"resnet{depth}", plain), later_flops(row["arch"], counts)]
+            assert later[0] == row["flops_original"]
             for ours, originals, printed in (
                 (counts.parameters, plain.parameters, "params_reduction_printed"),
-                (later_flops(counts), later_flops(plain), "flops_reduction_printed"),
+                (later[1], later[0], "flops_reduction_printed"),
             ):
                 assert f"{originals / ours:.2f}" == row[printed], row
 
@@ -121,6 +163,13 @@ def test_every_row_of_the_oracle(family, depth):
             "Parameters: (new) 93956 (original) 272474 (reduction) 2.90\n"
             "FLOPs: (new) 16647296 (original) 40960640 (reduction) 2.46\n",
             id="depthwise reduces its blocks by default",
+        ),
+        pytest.param(
+            ["--arch", "mobileresnet20", "--reduction", "1.12"],
+            "==> mobileresnet20 with reduction 1.12\n"
+            "Parameters: (new) 35151 (original) 272474 (reduction) 7.75\n"
+            "FLOPs: (new) 6539904 (original) 40960640 (reduction) 6.26\n",
+            id="blocks that were removed",
         ),
         pytest.param(
             # 64 * 90 weights and 90 biases more in each network than with 10 classes.
@@ -180,12 +229,15 @@ def test_counting_allocates_no_weights(capsys):
 def test_true_table_adds_up(capsys):
     assert main(["--arch", "shiftresnet20", "--expansion", "3", "--true"]) == 0
     table, totals = capsys.readouterr().out.split("\n\n")
+    assert "multiply-adds:         16,433,792 per image: 16,433,792 float\n" in totals
+    assert "energy:                     75.60 uJ per image" in totals  # 4.6 pJ for each of them
     rows = [line.replace(",", "").split() for line in table.splitlines()[1:]]
-    assert rows[0] == ["conv1", "32x32x16", "442368", "432", "32", "1728"]
-    assert rows[-1] == ["linear", "10", "640", "650", "32", "2600"]
+    assert rows[0] == ["conv1", "32x32x16", "442368", "432", "32", "1728", "32", "float"]
+    assert rows[1] == ["bn1", "32x32x16", "0", "32", "32", "128", "32"]  # no multiply-adds
+    assert rows[-1] == ["linear", "10", "640", "650", "32", "2600", "32", "float"]
     sums = [sum(int(row[column]) for row in rows) for column in (2, 3, 5)]
     assert [
-        int(line.replace(",", "").split(":")[1].split()[0]) for line in totals.splitlines()
+        int(line.replace(",", "").split(":")[1].split()[0]) for line in totals.splitlines()[:5]
     ] == [
         # The page's stem of 9 * 64 per pixel is 27 * 16 in truth; elsewhere it counts what runs.
         16581248 - 1024 * (9 * 64 - 27 * 16),
@@ -194,6 +246,7 @@ def test_true_table_adds_up(capsys):
         # The first block of the second stage: its shortcut, 32 channels of 16x16, and 96 channels
         # into and out of the ReLU (then the shift), before the stride.
         4 * 1024 * (8 + 96 + 96),
+        1024 * sums[0],  # 32 bits of a weight times 32 bits of a value
     ]
     assert sums == [16433792, 95642, 382568]
 
@@ -349,13 +402,185 @@ class Foreign(nnx.Module):
 @pytest.mark.core
 def test_networks_of_other_layers_are_counted():
     counts = count(Foreign(), (12, 12, 3))
-    assert [layer[:6] for layer in counts.layers] == [
+    assert [tuple(layer)[:6] for layer in counts.layers] == [
         ("stem", 8 * 10 * 8 * (5 * 3 * 3), 5 * 3 * 3 * 8 + 8, 32, 1472, (8, 10, 8)),
         ("norm", 0, 16, 32, 64, (8, 10, 8)),
         ("grouped", 4 * 5 * 8 * (9 * 2), 9 * 2 * 8, 32, 4 * 9 * 2 * 8, (4, 5, 8)),
         ("again", 2 * 4 * 5 * 8 * 8, 2 * 64, 32, 4 * 2 * 64, (4, 5, 8)),
         ("", 0, 7, 32, 14, (8,)),  # the network itself
     ]
+    assert [layer.kind for layer in counts.layers] == ["float", "", "float", "float", ""]
+
+
+SHIFTRESNET8 = {"arch": "shiftresnet8", "expansion": 3.0}
+
+
+def moved_if_fused() -> int:
+    """The bytes of shiftresnet8 with expansion 3 and 10 classes, without the weights, by hand.
+
+    The stem reads the image and writes 16 channels. A block reads its input and writes its output;
+    where the shape changes, its shortcut reads every other row and column of the input and writes
+    its output, which the block reads. The last block writes the mean, which the linear layer reads.
+    """
+    image, logits, mean = 1024 * 3, 10, 64
+    sizes = [1024 * 16, 256 * 32, 64 * 64]
+    stem_and_first = image + sizes[0] + sizes[0] + sizes[0]
+    second = sizes[0] // 4 + sizes[1] + sizes[0] + sizes[1] + sizes[1]
+    third = sizes[1] // 4 + sizes[2] + sizes[1] + sizes[2] + mean
+    return 4 * (stem_and_first + second + third + mean + logits)
+
+
+@pytest.mark.core
+def test_fused_traffic_is_what_blocks_read_and_write():
+    counts = counted(**SHIFTRESNET8)
+    assert counts.fused_bytes_moved - counts.weight_bytes == moved_if_fused()
+
+
+def test_traffic_without_fusion_counts_every_operation_and_packed_weights_once():
+    counts = count(Wide(kept=True), (8, 8, 4))
+    # Two convolutions, the shift (of three operations that go over 40 channels each) and the sum.
+    convolutions = 64 * (4 + 40) + 64 * (40 + 4)
+    shift = 64 * (40 + 40)
+    addition = 64 * 3 * 4
+    assert counts.bytes_moved == counts.weight_bytes + 4 * (convolutions + shift + addition)
+    # The shift is part of the convolution before it, and the sum of that after it.
+    fused = 64 * (4 + 40) + 64 * (40 + 4 + 4)
+    assert counts.fused_bytes_moved == counts.weight_bytes + 4 * fused
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("fields", "kind", "bits", "picojoules"),
+    [
+        ({}, "float", 32, 3.7 + 0.9),
+        ({"dtype": "bfloat16"}, "float", 16, 1.1 + 0.4),
+        ({"weights": "sign"}, "sign", 1, 0.9),
+        ({"weights": "s3", "weight_bits": 2}, "sign", 2, 0.9),
+        ({"weights": "s3"}, "shift-add", 3, 0.03 + 0.9),
+        ({"weights": "denseshift"}, "shift-add", 3, 0.03 + 0.9),
+    ],
+)
+def test_multiply_adds_are_counted_by_kind(fields, kind, bits, picojoules):
+    counts = counted(**SHIFTRESNET8, **fields)
+    width = 16 if "dtype" in fields else 32
+    ends = sum(n.multiply_adds for n in counts.layers if n.name in ("conv1", "linear"))
+    inside = counts.multiply_adds - ends
+    expected = dict.fromkeys(("float", "integer", "shift-add", "sign"), 0)
+    expected["float"] += ends
+    expected[kind] += inside
+    assert counts.by_kind == expected
+    assert counts.bit_operations == width * (bits * inside + width * ends)
+    energy = {16: 1.5, 32: 4.6}[width] * ends + picojoules * inside
+    assert counts.picojoules == pytest.approx(energy, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits", "activation_bits", "kind", "operations", "picojoules"),
+    [
+        (range(-128, 128), 8, 8, "integer", 64, 0.2 + 0.1),
+        (range(-128, 128), 8, 16, "integer", 128, 3.1 + 0.1),
+        (range(-7, 8), 4, 4, "integer", 16, 0.2 + 0.1),
+        (range(-7, 8), 4, None, "float", 4 * 32, 3.7 + 0.9),
+        (None, 32, 8, "float", 32 * 8, 3.7 + 0.9),
+        ((-4, -2, -1, 0, 1, 2, 4), 3, 8, "shift-add", 24, 0.1 + 0.1),
+        ((-2, -1, 0, 1), 2, 8, "shift-add", 16, 0.1 + 0.1),
+        ((-6, -4, -2, 0, 1, 2, 3, 4, 6), 4, 4, "shift-add", 16, 2 * (0.1 + 0.1)),  # 6 = 4 + 2
+        ((-1, 0, 1), 2, 8, "sign", 16, 0.1),
+        ((-1, 1), 1, 1, "sign", 1, 0.1),
+        (None, 32, 1, "sign", 32, 0.9),
+        (range(-7, 8), 4, 1, "sign", 4, 0.1),
+    ],
+)
+def test_arithmetic_follows_from_levels_and_bits(
+    levels, bits, activation_bits, kind, operations, picojoules
+):
+    found = arithmetic(levels and tuple(levels), bits, activation_bits)
+    assert (found.kind, found.bit_operations) == (kind, operations)
+    assert found.picojoules == pytest.approx(picojoules, rel=1e-12)
+
+
+class Quantizer(nnx.Module):
+    """In place of an activation form: something with a number of bits."""
+
+    bits = 4
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.round(x)
+
+
+class Quantized(nnx.Module):
+    """A layer that quantizes what it reads, as `Conv` with an activation form."""
+
+    def __init__(self):
+        self.weight = quantizers.S3((1, 1, 40, 8), rngs=nnx.Rngs(0))
+        self.activation = Quantizer()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return shift_pointwise(self.activation(x), self.weight()[0, 0], 3)
+
+
+class QuantizedAfterFloat(nnx.Module):
+    def __init__(self):
+        self.grow = Conv(4, 40, 1, rngs=nnx.Rngs(0))
+        self.shrink = Quantized()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.shrink(self.grow(x))
+
+
+def test_quantized_activations_are_counted_and_moved_in_their_bits():
+    counts = count(QuantizedAfterFloat(), (8, 8, 4))
+    grow, shrink = counts.layers
+    assert (grow.kind, grow.activation_bits, grow.bits) == ("float", 32, 32)
+    assert (shrink.kind, shrink.activation_bits, shrink.bits) == ("shift-add", 4, 3)
+    assert shrink.bit_operations == 3 * 4 * 64 * 40 * 8
+    assert shrink.picojoules == pytest.approx(0.2 * 64 * 40 * 8)
+    stored = 64 * 40 // 2  # written by the first layer and read by the second, half a byte each
+    fused = 4 * 64 * 4 + 2 * stored + 4 * 64 * 8
+    assert counts.fused_bytes_moved == counts.weight_bytes + fused
+
+
+def test_compares_networks_in_one_table(capsys):
+    networks = ["shiftresnet8:expansion=3,weights=s3", "resnet8", "wrn8:width=0.5,weights=sign"]
+    assert main(["--compare", *networks]) == 0
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["per", "image", *networks]
+    rows = {line[:22].strip(): line[22:].replace(",", "").split() for line in lines}
+    counts = [
+        counted(**SHIFTRESNET8, weights="s3"),
+        counted(arch="resnet8"),
+        counted(arch="wrn8", width=0.5, weights="sign"),
+    ]
+    for title, numbers in (
+        ("parameters", [n.parameters for n in counts]),
+        ("weight bytes", [n.weight_bytes for n in counts]),
+        ("multiply-adds", [n.multiply_adds for n in counts]),
+        ("shift-add", [counts[0].by_kind["shift-add"], 0, 0]),
+        ("sign", [0, 0, counts[2].by_kind["sign"]]),
+        ("bit operations", [n.bit_operations for n in counts]),
+        ("bytes moved", [n.bytes_moved for n in counts]),
+        ("fused", [n.fused_bytes_moved for n in counts]),
+    ):
+        assert list(map(int, rows[title])) == numbers, title
+    assert rows["energy, uJ"] == [f"{n.picojoules / 1e6:.2f}" for n in counts]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["resnet8", "shiftresnet8:expansio=3"], ["'expansio'", "did you mean 'expansion'"]),
+        (["resnet8:expansion=3"], ["expansion must be 1 for resnet", "3.0"]),
+        (["resnet8", "--weights=s3"], ["--weights", "ignored", "resnet8:weights=s3"]),
+        (["resnet8", "--arch=resnet8"], ["--arch", "not allowed with", "--compare"]),
+        ([], ["--compare", "expected at least one argument"]),
+    ],
+)
+def test_a_bad_comparison_is_one_sentence_and_exit_code_2(argv, expected, capsys):
+    assert main(["--compare", *argv]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    for words in expected:
+        assert words in captured.err
 
 
 class Wide(nnx.Module):

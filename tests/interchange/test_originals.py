@@ -25,7 +25,12 @@ FORMS = [
 ]
 LOW_BIT = FORMS[1:]
 SMALL = ("shiftresnet8", "resnet8", "depthwiseresnet8", "wrn8")
-LARGE = ("shiftnet_a", "shiftnet_b", "imagenet_resnet18", "imagenet_resnet50")
+RIVALS = ("mobileresnet8", "shuffleresnet8")
+LARGE = ("shiftnet_a", "shiftnet_b", "shiftnet_c", "imagenet_resnet18", "imagenet_resnet50")
+MATRIX = [
+    *((arch, *form) for arch in SMALL for form in FORMS),
+    *((arch, *form) for arch in RIVALS for form in (("float", 0), ("s3", 3))),
+]
 WIDTHS = {"wrn8": {"width": 0.5}, "shiftresnet8": {"expansion": 0.5}}
 # Of forms that round a float weight one network is enough: their arrays are named like the others'.
 MATRIX = [
@@ -70,7 +75,7 @@ def assert_same(before, after):
 
 
 def test_the_matrix_has_every_family():
-    assert {arch.rstrip("0123456789") for arch in (*SMALL, *LARGE)} == set(FAMILIES)
+    assert {arch.rstrip("0123456789") for arch in (*SMALL, *RIVALS, *LARGE)} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("arch", "form", "bits"), MATRIX)
@@ -194,8 +199,7 @@ def test_metadata_come_back_and_options_overrule_them(ending, tmp_path):
         convert(interchange.read(path), "net", Options(weights="float"))
 
 
-@pytest.mark.parametrize(("form", "bits"), FORMS)
-@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize(("arch", "form", "bits"), MATRIX)
 def test_without_its_description_a_network_is_right_or_refused(arch, form, bits):
     """But a 1-bit network under the names of a float one, which --weights sign names."""
     recipe = recipe_of(arch, form, bits)

@@ -21,6 +21,8 @@ from tests.models.test_build import config
         ("resnet8", TORCHVISION),
         ("shiftresnet8", SHIFT),
         ("depthwiseresnet8", SHIFT),
+        ("mobileresnet8", SHIFT),
+        ("shuffleresnet8", SHIFT),
         ("wrn8", WRN),
         ("imagenet_resnet18", TORCHVISION),
         ("shiftnet_b", TORCHVISION),
@@ -48,7 +50,7 @@ def shapes_in_torch(model: nnx.Module, naming: Naming = SHIFT) -> dict[str, np.n
     return torch_names.to_torch(nnx.merge(nnx.graphdef(model), zeros), naming)
 
 
-@oracle.every_case("net", "wrn", "s3net")
+@oracle.every_case("net", "net_removed", "wrn", "s3net")
 def test_names_and_shapes_are_the_originals(group, name):
     case = oracle.case(group, name)
     hyper = case.hyper

@@ -50,7 +50,13 @@ def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
     ] * 3
 
 
-@pytest.mark.parametrize("arch", [*(f"{f}8" for f in SMALL), "imagenet_resnet18", "shiftnet_b"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *(f"{family}8" for family in (*SMALL, "mobileresnet", "shuffleresnet")),
+        *("imagenet_resnet18", "shiftnet_b"),
+    ],
+)
 @pytest.mark.parametrize(
     ("size", "classes"), [((32, 32), 10), ((40, 36), 1), ((5, 3), 10), ((224, 224), 1000)]
 )
@@ -80,8 +86,9 @@ def test_has_the_parameters_that_the_page_reports(fields, count):
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("arch", "parameter_millions", "multiply_add_billions"),
-    # The paper has 4.1 and 1.1 million, and 1.4 and 0.37 billion.
-    [("shiftnet_a", 4.19, 1.42), ("shiftnet_b", 1.18, 0.371)],
+    # The paper has 4.1, 1.1 and 0.78 million, and 1.4 and 0.37 billion for the first two. The
+    # layout of the third is not in it.
+    [("shiftnet_a", 4.19, 1.42), ("shiftnet_b", 1.18, 0.371), ("shiftnet_c", 0.694, 0.0972)],
 )
 def test_shiftnets_cost_what_the_paper_reports(arch, parameter_millions, multiply_add_billions):
     counts = count(networks.abstract(config(arch), 1000), (224, 224, 3))
@@ -89,7 +96,7 @@ def test_shiftnets_cost_what_the_paper_reports(arch, parameter_millions, multipl
     assert counts.multiply_adds / 1e9 == pytest.approx(multiply_add_billions, rel=0.004)
 
 
-@oracle.every_case("net", "wrn", "s3net")
+@oracle.every_case("net", "net_removed", "wrn", "s3net")
 def test_has_the_parameters_of_the_original(group, name):
     hyper = oracle.case(group, name).hyper
     model = networks.abstract(networks.model_config(hyper), hyper["num_classes"])
@@ -122,6 +129,8 @@ def test_reduction_of_the_blocks_narrows_their_middle_alone():
         config("depthwiseresnet8", reduction=0.38, reduction_mode="block"), 10
     )
     assert middle_features(model) == [42, 84, 168]
+    model = networks.abstract(config("shuffleresnet8", reduction=0.9, reduction_mode="block"), 10)
+    assert middle_features(model) == [16, 32, 68]  # of 17.8, 35.6 and 71.1
 
 
 @pytest.mark.core
@@ -132,7 +141,7 @@ def test_reduction_of_the_blocks_narrows_their_middle_alone():
         ({"arch": "depthwise20"}, "'depthwise20'; did you mean 'depthwiseresnet20'"),
         (
             {"arch": "vgg"},
-            "'vgg'; known: depthwiseresnet20, imagenet_resnet18, resnet20, shiftnet_a, shiftnet_b",
+            "'vgg'; known: depthwiseresnet20, imagenet_resnet18, mobileresnet20, resnet20, shift",
         ),
         ({"arch": "resnet"}, "unknown architecture 'resnet'; did you mean 'resnet20'"),
         ({"arch": "resnet21"}, r"depth must be 6n \+ 2, the nearest are resnet20 and resnet26"),
@@ -178,6 +187,15 @@ def test_reduction_of_the_blocks_narrows_their_middle_alone():
                 "weights_first_last": "int/8",
             },
             "weights_first_last=int/8 and model.quantize_first_last=true exclude each other",
+        ),
+        ({"arch": "resnet8", "depthwise_skip": False}, "depthwise_skip must be true for resnet"),
+        (
+            {"arch": "shuffleresnet8", "reduction": 4.1, "reduction_mode": "block"},
+            "reduction 4.1 leaves a layer without channels",
+        ),
+        (
+            {"arch": "shuffleresnet8", "reduction": 2.8},
+            "a shuffleresnet's channels must be multiples of 4, found 9",
         ),
         ({"arch": "resnet20", "expansion": 3.0}, "expansion must be 1 for resnet.*got 3.0"),
         ({"arch": "depthwiseresnet20", "expansion": 3.0}, "must be 1 for depthwiseresnet"),

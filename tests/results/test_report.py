@@ -349,6 +349,7 @@ def test_the_best_epoch_is_chosen_on_held_out_images():
     [
         ("shiftresnet20_3c_c100", "shiftresnet"),
         ("depthwiseresnet110_c10", "depthwiseresnet"),
+        ("depthwiseresnet20_1c_noskip_c100", "depthwiseresnet_noskip"),
         ("wrn20_10_c100", "wrn"),
         ("wrn20_10_1bit_c100", "wrn_1bit"),
         ("s3_resnet20_c100", "s3_resnet"),

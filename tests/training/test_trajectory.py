@@ -14,6 +14,7 @@ from shiftnet.training.step import Program, TrainState
 from tests import networks, oracle
 
 RTOL = 1e-11  # of the largest value; rounding gives up to 8e-13
+MOBILE_RTOL = 1e-9  # rounding errors grow from block to block
 
 
 def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
@@ -57,36 +58,42 @@ SLOW = [
     "d20_w1_c10_bin",
     "d8_w1_c10_float",
     "d8_w2_c100_bin",
+    "depthwise_noskip20_r0.38_c10",
     "depthwiseresnet20_r1.12_c10",
+    "mobile20_r1.12_c10",
     "recipe_d14_c10",
     "resnet20_block2.8_c100",
     "resnet20_c10",
     "resnet20_net2.8_c10",
     "shiftresnet20_e1_c10",
+    "shuffle20_r0.38_c100",
 ]
 
 
-@oracle.every_case("net", "wrn", "s3net", only=lambda hyper: "sgd" in hyper, slow=SLOW)
+@oracle.every_case(
+    "net", "net_removed", "wrn", "s3net", only=lambda hyper: "sgd" in hyper, slow=SLOW
+)
 @pytest.mark.usefixtures("float64")
 def test_five_steps_of_training_are_the_originals(group, name, subtests):
     case = oracle.case(group, name)
     losses, model = train(case)
     ours = torch_names.to_torch(model, networks.naming(case.hyper))
     theirs = case.part("sgd/")
+    rtol = MOBILE_RTOL if name.startswith("mobile") else RTOL
 
     with subtests.test("losses"):
         assert len(losses) == 5
-        oracle.assert_near({"loss": np.array(losses)}, {"loss": theirs["loss"]}, RTOL)
+        oracle.assert_near({"loss": np.array(losses)}, {"loss": theirs["loss"]}, rtol)
     with subtests.test("logits afterwards"):
         logits = networks.evaluate(model, case.arrays["xs"][0].astype(np.float64))
         expected = {"logits": theirs["final_eval_logits"]}
-        oracle.assert_near({"logits": logits}, expected, RTOL)
+        oracle.assert_near({"logits": logits}, expected, rtol)
     with subtests.test("some parameters, number by number"):
         final = oracle.part(theirs, "final/")
         assert len(final) >= 5
-        oracle.assert_near(ours, final, RTOL)
+        oracle.assert_near(ours, final, rtol)
     with subtests.test("every parameter and running statistic, by its summary"):
         summaries = dict(zip(case.hyper["final_stats_names"], theirs["final_stats"], strict=True))
         summaries = {n: s for n, s in summaries.items() if not n.endswith("num_batches_tracked")}
         assert sorted(ours) == sorted(summaries)
-        oracle.assert_summaries_near(ours, summaries, RTOL)
+        oracle.assert_summaries_near(ours, summaries, rtol)

@@ -160,12 +160,15 @@ def find(paths: Sequence[Path]) -> Found:
 def family(row: str) -> str:
     """Returns the family of a row or a run: `"wrn_1bit"` for `"wrn20_10_1bit_c100"`.
 
-    It is the part of the name before the depth, and the form of the weights if the name has one.
+    It is the part of the name before the depth, and the form of the weights or of the blocks if the
+    name has one.
     """
     match = re.match(r"((?:s3_)?[a-z_]+)\d", row)
     if match is None:
         return row
-    forms = re.findall(r"_(\dbit|s3|denseshift|ternary|apot|pot|int)(?=_|$)", row[match.end() :])
+    forms = re.findall(
+        r"_(\dbit|s3|denseshift|ternary|apot|pot|int|net|noskip)(?=_|$)", row[match.end() :]
+    )
     return "_".join([match[1], *forms])
 
 
