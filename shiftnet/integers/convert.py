@@ -497,7 +497,10 @@ def _of_form(form: Any) -> tuple[int, int, float]:
 def _step(value: np.ndarray, low: int, high: int, power_of_two: bool) -> float:
     """Returns the step with which a tensor's codes are nearest to it, in the sum of squares."""
     flat = value.ravel()
-    flat = flat[:: -(-len(flat) // SAMPLED)]
+    apart = -(-len(flat) // SAMPLED)
+    while math.gcd(apart, math.prod(value.shape[1:])) > 1:  # of every pixel and channel
+        apart += 1
+    flat = flat[::apart]
     largest = max(float(flat.max(initial=0)) / high, -float(flat.min(initial=0)) / max(-low, 1))
     if not largest:
         return 1.0

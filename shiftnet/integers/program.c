@@ -246,16 +246,17 @@ static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, uint8_t 
 {
     const factor by_a = make_factor(l->multiplier[0]), by_b = make_factor(l->multiplier[1]);
     const unsigned out_size = size_of(l->type), a_size = size_of(a_type), b_size = size_of(b_type);
-    uint16_t i, c;
-    for (i = 0; i < l->width; i++) {
-        for (c = 0; c < l->channels; c++, a += a_size, out += out_size) {
-            uint32_t total = times((uint32_t)load(a, a_type), &by_a) + (uint32_t)l->bias[0];
-            if (c < b_channels) {
-                total += times((uint32_t)load(b, b_type), &by_b);
-                b += b_size;
-            }
-            store(out, l->type, finished(total, l->shift[0], l));
+    const uint8_t *end = out + l->row;
+    uint16_t c = 0;
+    for (; out != end; a += a_size, out += out_size) {
+        uint32_t total = times((uint32_t)load(a, a_type), &by_a) + (uint32_t)l->bias[0];
+        if (c < b_channels) {
+            total += times((uint32_t)load(b, b_type), &by_b);
+            b += b_size;
         }
+        store(out, l->type, finished(total, l->shift[0], l));
+        if (++c == l->channels)
+            c = 0;
     }
 }
 
