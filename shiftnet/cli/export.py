@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for option, default in (("calibrate_on", None), ("requantize", "shift"), ("report", False)):
         if getattr(arguments, option) != default and out.suffix not in INTEGERS:
-            named = option.replace("_", "-")
-            raise UserError(f"--{named} is for {' and '.join(INTEGERS)}, OUT is {out}")
+            spelled = option.replace("_", "-")
+            raise UserError(f"--{spelled} is for {' and '.join(INTEGERS)}, OUT is {out}")
     if out.suffix == ".c":
         c.check_name(out.stem)
     _require(out.suffix)  # before any work is done
@@ -185,7 +185,7 @@ def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> in
             else:
                 print("no layer multiplies")
         else:
-            described, named = integers.arrays(graph)
+            described, arrays = integers.arrays(graph)
             document = {
                 "format": "shiftnet integers 1",
                 "arrays": out.with_suffix(".npz").name,
@@ -194,7 +194,7 @@ def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> in
                 "layers": described,
             }
             buffer = io.BytesIO()
-            np.savez(buffer, **named)  # type: ignore[arg-type]
+            np.savez(buffer, **arrays)  # type: ignore[arg-type]
             write_atomically(out.with_suffix(".npz"), buffer.getvalue())
             write_atomically(out, json.dumps(document, indent=1))
             print(f"{out}: {len(described)} layers; their integers are in {document['arrays']}")

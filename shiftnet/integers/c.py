@@ -8,7 +8,7 @@ of requantization, unless these may be any integer (`--requantize multiplier`).
 import dataclasses
 import importlib.resources
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -185,12 +185,13 @@ class _Tables:
     def sizes(self, memory: int) -> Sizes:
         return Sizes(**self.bytes, activations=memory)
 
-    def _array(self, prefix: str, kind: str, values: Sequence[object], purpose: str) -> str:
-        body = _rows([_literal(value) for value in values])
+    def _array(self, prefix: str, kind: str, values: Iterable[object], purpose: str) -> str:
+        literals = [_literal(value) for value in values]
+        body = _rows(literals)
         if (kind, body) not in self.declared:
             self.declared[kind, body] = f"{prefix}{len(self.declared)}"
             size = {"uint8_t": 1, "int16_t": 2, "int32_t": 4, "tap": 8}[kind]
-            self.bytes[purpose] += size * len(values)
+            self.bytes[purpose] += size * len(literals)
         return self.declared[kind, body]
 
     def _entry(self, i: int, layer: Layer) -> str:

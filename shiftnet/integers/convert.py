@@ -115,7 +115,7 @@ def convert(
 
 def _check(network: nnx.Module, x: jax.Array, walked: np.ndarray) -> None:
     """Raises a UserError if the walk did not compute what the network does."""
-    expected = np.asarray(network(x))  # type: ignore[operator]
+    expected = np.asarray(network(x))
     if not np.allclose(walked, expected, atol=2e-3 * max(float(np.abs(expected).max()), 1e-6)):
         raise UserError(
             "this network has a part that cannot be converted to integers yet: "
@@ -142,7 +142,7 @@ class _Builder:
         self.values: dict[str, jax.Array] = {}
         self.floats: dict[str, np.ndarray] = {}
         pixels = np.arange(256, dtype=np.float32)[:, None] / 255
-        self.pixels = ((pixels - np.float32(mean)) / np.float32(std)).astype(np.float32)
+        self.pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
         self.normalized = jnp.asarray(self.pixels[images, np.arange(3)])
         self.shape = images.shape[1:3]
 
@@ -168,16 +168,23 @@ class _Builder:
           reader: the layer that reads it; its own activation form decides, where it has one.
           wide: for 16 bits.
         """
-        size = value.shape[1:]
+        height, width, channels = value.shape[1:]
         form = getattr(reader, "activation", None)
         if form is not None:
             low, high, step = _of_form(form)
-            return Codes(*size, max(low, 0) if rectified else low, high, step)
+            return Codes(height, width, channels, max(low, 0) if rectified else low, high, step)
         if wide:
             low, high = 0 if rectified else -(2**15), 2**15 - 1
         else:
             low, high = (0, 2**8 - 1) if rectified else (-(2**7), 2**7 - 1)
-        return Codes(*size, low, high, _step(np.asarray(value), low, high, self.terms is not None))
+        return Codes(
+            height,
+            width,
+            channels,
+            low,
+            high,
+            _step(np.asarray(value), low, high, self.terms is not None),
+        )
 
     def table(self, reader: Any) -> str:
         """Appends the table from pixels to the codes of normalized pixels."""
@@ -189,7 +196,8 @@ class _Builder:
             low, high = -(2**7), 2**7 - 1
             step = float(np.abs(self.pixels).max()) / high
             integers = np.clip(np.round(self.pixels / step), low, high)
-        output = Codes(*self.shape, self.pixels.shape[-1], low, high, step)
+        height, width = self.shape
+        output = Codes(height, width, self.pixels.shape[-1], low, high, step)
         table = np.asarray(integers).astype(np.int16)
         return self.append(Table("pixels", (), output, table), self.normalized)
 
@@ -301,7 +309,8 @@ class _Builder:
         count = height * width
         form = getattr(reader, "activation", None)
         if form is not None:
-            output = Codes(1, 1, codes.channels, *_of_form(form))
+            low, high, step = _of_form(form)
+            output = Codes(1, 1, codes.channels, low, high, step)
         else:
             shift = 0
             while codes.largest * count >> shift > 2**15 - 1:
@@ -334,7 +343,8 @@ class _Builder:
         # All classes have one step, and where they have several factors a finer one.
         equal = bool((factor == factor[0]).all())
         step = (float(np.abs(factor).max()) or 1.0) * codes.step / (1 if equal else 2**6)
-        output = Codes(1, 1, len(factor), *graph_lib.INT32, step)
+        low, high = graph_lib.INT32
+        output = Codes(1, 1, len(factor), low, high, step)
         none = _no_requantization(len(factor))
         layer = Conv(name, (source,), output, weights, levels, 1, none)
         sums = graph_lib.sum_bounds(layer, [codes])
