@@ -14,6 +14,12 @@ without using it, so give it an environment of its own:
     onnx/bin/pip install -r requirements.txt    # pip names the conflict; it does no harm
     onnx/bin/python -m shiftnet export CKPT OUT.onnx
 
+.c: a C99 program that computes with integers alone, without multiplications, and its .h, main.c and
+Makefile beside it: `make && ./net image.ppm`. Activations get 8 bits; their steps are chosen from
+images of the training set. See docs/integers.md and docs/microcontroller.md.
+
+.json: the same integer network as data: its layers, and beside it their integers in an .npz.
+
 .safetensors, .npz, .pth: the arrays under the original code's names, in PyTorch's layouts, with a
 description of the network, by which convert_torch brings all of it back; .pth needs PyTorch.
 --integers writes low-bit weights as they are computed with, for hardware: for each low-bit layer
@@ -27,25 +33,32 @@ was uploaded.
 """
 
 import argparse
+import functools
 import importlib
+import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 import shiftnet
 from shiftnet import config as config_lib
-from shiftnet import tensor_file, zoo
+from shiftnet import integers, tensor_file, zoo
 from shiftnet.cli import add_network, allow_network
+from shiftnet.data import Split
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
+from shiftnet.integers import c, calibration, interpreter, report
 from shiftnet.interchange import originals
 from shiftnet.interchange.onnx import onnx
 from shiftnet.interchange.stablehlo import stablehlo
 from shiftnet.zoo import layout
 
 PROGRAMS = (".stablehlo", ".onnx")
-ENDINGS = (*PROGRAMS, *originals.ENDINGS)
+INTEGERS = (".c", ".json")
+ENDINGS = (*PROGRAMS, *INTEGERS, *originals.ENDINGS)
 
 
 @reported
@@ -81,6 +94,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="write low-bit weights as integers and scales, see above",
     )
+    integer = parser.add_argument_group("for .c and .json")
+    integer.add_argument(
+        "--calibrate-on",
+        metavar="DIR",
+        help="where the training set is prepared, or a folder with train/<class>/*; default: as in "
+        "training",
+    )
+    integer.add_argument(
+        "--calibration-images",
+        metavar="N",
+        type=int,
+        default=256,
+        help="images that the activations' steps are chosen from (default: 256)",
+    )
+    integer.add_argument(
+        "--requantize",
+        choices=integers.REQUANTIZE,
+        default="shift",
+        help="how sums become activations: by a few shifts and additions (the default), or by a "
+        "multiplication with an integer of 16 bits",
+    )
+    integer.add_argument(
+        "--report",
+        action="store_true",
+        help="print each layer's widths and error, and the accuracy on the test set, float and "
+        "integer",
+    )
     add_network(parser)
     arguments = parser.parse_args(argv)
     allow_network(arguments)
@@ -94,11 +134,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.image_size is not None and arguments.image_size < 1:
         raise UserError(f"--image-size must be at least 1, found {arguments.image_size}")
     for option in ("packed", "integers"):
-        if getattr(arguments, option) and out.suffix in PROGRAMS:
+        if getattr(arguments, option) and out.suffix in (*PROGRAMS, *INTEGERS):
             raise UserError(f"--{option} is for arrays, {out} is a program")
+    if arguments.calibration_images < 1:
+        raise UserError(
+            f"--calibration-images must be at least 1, found {arguments.calibration_images}"
+        )
+    for option, default in (("calibrate_on", None), ("requantize", "shift"), ("report", False)):
+        if getattr(arguments, option) != default and out.suffix not in INTEGERS:
+            spelled = option.replace("_", "-")
+            raise UserError(f"--{spelled} is for {' and '.join(INTEGERS)}, OUT is {out}")
+    if out.suffix == ".c":
+        c.check_name(out.stem)
     _require(out.suffix)  # before any work is done
 
     model = shiftnet.load(arguments.ckpt)
+    if out.suffix in INTEGERS:
+        return _integers(model, out, arguments)
     if out.suffix in PROGRAMS:
         size = arguments.image_size or model.preprocess.size
         if out.suffix == ".onnx":
@@ -140,6 +192,74 @@ def _hub(arguments: argparse.Namespace) -> int:
     sizes = (f"{name} {(folder / name).stat().st_size:,} bytes" for name in names)
     print(f"{folder}: {', '.join(sizes)}")
     return 0
+
+
+def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> int:
+    """Writes an integer network, as a C program or as data; returns the exit code."""
+    size = arguments.image_size or model.preprocess.size
+    images = calibration.images(model, arguments.calibrate_on, arguments.calibration_images, size)
+    try:
+        conversion = integers.convert(
+            model.network, images, model.mean, model.std, requantize=arguments.requantize
+        )
+        graph = conversion.graph
+        if out.suffix == ".c":
+            program = c.program(graph, model.class_names, out.stem)
+            c.write(program, out.parent)
+            print(f"{', '.join(program.files)} in {out.parent}")
+            print(_sizes(program.sizes))
+            if graph.multiplies:
+                print("each layer multiplies once per value, to requantize it")
+            else:
+                print("no layer multiplies")
+        else:
+            described, arrays = integers.arrays(graph)
+            document = {
+                "format": "shiftnet integers 1",
+                "arrays": out.with_suffix(".npz").name,
+                "multiplies": graph.multiplies,
+                "class_names": list(model.class_names),
+                "layers": described,
+            }
+            buffer = io.BytesIO()
+            np.savez(buffer, **arrays)  # type: ignore[arg-type]
+            write_atomically(out.with_suffix(".npz"), buffer.getvalue())
+            write_atomically(out, json.dumps(document, indent=1))
+            print(f"{out}: {len(described)} layers; their integers are in {document['arrays']}")
+    except UserError as error:
+        raise UserError(f"{model.path}: {error}") from error
+    if arguments.report:
+        print(f"\n{report.layers(conversion)}\n")
+        print(_accuracies(model, graph, arguments.calibrate_on))
+    return 0
+
+
+def _sizes(sizes: c.Sizes) -> str:
+    total = sizes.weights + sizes.requantization + sizes.tables
+    return (
+        f"flash: {sizes.weights:,} bytes of weights, {sizes.requantization:,} of requantization, "
+        f"{sizes.tables:,} of tables, together {total:,}\n"
+        f"RAM: {sizes.activations:,} bytes of activations"
+    )
+
+
+def _accuracies(model: Classifier, graph: integers.Graph, directory: str | None) -> str:
+    """Returns the accuracy on the test set with floats and with integers, in a line."""
+    test = calibration.part(model, directory, test=True)
+    if not isinstance(test, Split):
+        return "accuracy is reported for data sets in memory alone; use the program's own output"
+
+    def floats(images: np.ndarray) -> np.ndarray:
+        return model.predict(images).probabilities
+
+    found = {
+        "float": report.accuracy(floats, test.images, test.labels),
+        "integers": report.accuracy(
+            functools.partial(interpreter.logits, graph), test.images, test.labels
+        ),
+    }
+    listed = ", ".join(f"{accuracy:.2%} {kind}" for kind, accuracy in found.items())
+    return f"top-1 on {len(test)} test images: {listed}"
 
 
 def arrays(model: Classifier, *, packed: bool, integers: bool) -> dict[str, np.ndarray]:

@@ -147,10 +147,10 @@ def build(model: Mapping[str, Any], num_classes: int, *, rngs: nnx.Rngs) -> Netw
 
     Args:
       model: `arch` (a family and its depth, for example `"shiftresnet20"`, or the file and class of
-        an own network, see `own`); what the family takes
-        of `expansion`, `reduction`, `reduction_mode` (`"block"` or `"net"`), `depthwise_skip`, `width`
-        and `shift` (`"fixed"`, or learned: `"active"`, `"sparse"`); `weights`
-        and `weight_bits`, the form of every convolution's weights and of the linear layer's (see
+        an own network, see `own`); what the family takes of `expansion`, `reduction`,
+        `reduction_mode` (`"block"` or `"net"`), `depthwise_skip`, `width` and `shift` (`"fixed"`,
+        or learned: `"active"`, `"sparse"`); `weights` and `weight_bits`, the form of every
+        convolution's weights and of the linear layer's (see
         `shiftnet.quantizers`) but the first's and the last's, unless `quantize_first_last`;
         `weights_first_last`, a form of these; `weights_of`, forms of layers by path;
         `activations`, the form of the inputs of all but these two; and

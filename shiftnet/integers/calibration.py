@@ -1,0 +1,57 @@
+"""The images that steps are chosen from."""
+
+import numpy as np
+
+import shiftnet.data
+from shiftnet.data import Source, Split, Subset
+from shiftnet.errors import UserError
+from shiftnet.files import path_of
+from shiftnet.inference import Classifier
+
+
+def images(model: Classifier, directory: str | None, count: int, size: int) -> np.ndarray:
+    """Reads some of the images that a network was trained on, uint8 `[count, size, size, 3]`.
+
+    Args:
+      model: the network.
+      directory: where its data set is prepared, or a folder with `train/<class>/`; None: as in
+        training.
+      count: how many, drawn once and for all.
+      size: of image files, in pixels.
+
+    Raises:
+      UserError: where there are none.
+    """
+    found_in = part(model, directory)
+    # RandomState, not Generator: NumPy promises never to change what it draws.
+    chosen = np.sort(np.random.RandomState(0).permutation(len(found_in))[:count])
+    if isinstance(found_in, Split):
+        found = found_in.images[chosen]
+    else:
+        from shiftnet.data.stream import EvalStream  # Grain takes seconds to import
+
+        stream = EvalStream(
+            Subset(found_in, chosen),
+            size=size,
+            resize=round(size * 8 / 7),
+            batch_size=len(chosen),
+            on_corrupt="skip",
+            workers=0,
+        )
+        (batch,) = stream
+        found = batch.images[batch.labels >= 0]
+    if not len(found):
+        raise UserError("there are no images to calibrate on")
+    return found
+
+
+def part(model: Classifier, directory: str | None, *, test: bool = False) -> Split | Source:
+    """Opens the training or the test set of a network; arguments as of `images`."""
+    data = model.config.data
+    if directory is None:
+        dataset = shiftnet.data.of_recipe(data)
+    else:
+        is_folder = (path_of(directory, "--calibrate-on") / "train").is_dir()
+        source = "folder" if is_folder else "tfds"
+        dataset = shiftnet.data.load(data.name, source=source, data_dir=directory)
+    return dataset.test if test else dataset.train

@@ -1,0 +1,65 @@
+"""Small networks as integers, and their C programs, compiled and run."""
+
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from shiftnet import config as config_lib
+from shiftnet import integers
+from shiftnet.integers import c
+from tests import networks
+
+CC = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
+STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror")
+SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CLASSES = 4
+
+
+def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
+    """Smooth images, and an all black and an all white one."""
+    draw = np.random.default_rng(seed)
+    coarse = draw.integers(0, 256, (count, 3, 3, 3)).repeat(size // 3, 1).repeat(size // 3, 2)
+    noisy = np.clip(coarse + draw.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
+    noisy[:1], noisy[1:2] = 0, 255
+    return noisy
+
+
+@functools.cache
+def converted(
+    arch: str, weights: str, bits: int = 0, requantize: str = "shift", ends: bool = False
+) -> integers.Conversion:
+    """A network with random weights as integers."""
+    model = config_lib.default_config().model
+    model.arch, model.weights, model.weight_bits = arch, weights, bits
+    model.quantize_first_last = ends
+    network = networks.random(model, CLASSES)
+    return integers.convert(network, images(6), MEAN, STD, requantize=requantize)
+
+
+def compiled(graph: integers.Graph, folder: Path, *flags: str) -> Path:
+    """The compiled program of a network."""
+    program = c.program(graph, [f'class "{i}" ??/' for i in range(CLASSES)])
+    c.write(program, folder)
+    assert CC is not None
+    command = [CC, *STRICT, *flags, "-o", "net", "main.c", "net.c"]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    return folder / "net"
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def logits(program: Path, pixels: np.ndarray) -> np.ndarray:
+    """The logits that a program prints."""
+    raw = program.parent / "images.raw"
+    raw.write_bytes(pixels.tobytes())
+    result = run(program, "--logits", str(raw))
+    assert result.returncode == 0, result.stderr
+    return np.array([line.split() for line in result.stdout.splitlines()], np.int64)

@@ -1,0 +1,133 @@
+"""A C program computes what the interpreter does, integer for integer, and survives bad files."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shiftnet.integers import interpreter
+from tests.integers import programs
+
+pytestmark = pytest.mark.skipif(programs.CC is None, reason="needs a C compiler")
+
+FEW = [
+    ("shiftresnet8", "s3", 3),
+    ("resnet8", "sign", 0),
+    ("depthwiseresnet8", "denseshift", 3),
+    ("wrn8", "sign", 0),
+]
+FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
+ALL = [
+    pytest.param(arch, form, bits, requantize, ends, marks=pytest.mark.slow)
+    for arch in ("shiftresnet8", "resnet8", "depthwiseresnet8", "wrn8")
+    for form, bits in FORMS
+    for requantize in ("shift", "multiplier")
+    for ends in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "form", "bits", "requantize", "ends"),
+    [
+        *((*few, "shift", False) for few in FEW),
+        ("shiftresnet8", "float", 0, "multiplier", False),
+        *ALL,
+    ],
+)
+def test_the_program_gives_the_interpreters_integers(arch, form, bits, requantize, ends, tmp_path):
+    graph = programs.converted(arch, form, bits, requantize, ends).graph
+    images = programs.images(12, seed=1)
+    expected = interpreter.logits(graph, images)
+    assert len(np.unique(expected)) > programs.CLASSES
+    program = programs.compiled(graph, tmp_path, *programs.SANITIZED)
+    np.testing.assert_array_equal(programs.logits(program, images), expected)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    graph = programs.converted("shiftresnet8", "s3", 3).graph
+    return programs.compiled(graph, tmp_path_factory.mktemp("program"), *programs.SANITIZED)
+
+
+def ppm(pixels: np.ndarray, header: str = "P6\n# a comment\n{w} {h}\n255\n") -> bytes:
+    height, width = pixels.shape[:2]
+    return header.format(w=width, h=height).encode() + pixels.tobytes()
+
+
+def test_a_ppm_is_classified_as_the_raw_image(program, tmp_path):
+    images = programs.images(4, seed=2)
+    expected = programs.logits(program, images).argmax(-1)
+    for image, number in zip(images, expected, strict=True):
+        (tmp_path / "image.ppm").write_bytes(ppm(image))
+        result = programs.run(program, str(tmp_path / "image.ppm"))
+        assert result.returncode == 0
+        assert result.stdout == f'{tmp_path}/image.ppm: {number} class "{number}" ??/\n'
+
+
+IMAGE = programs.images(3)[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (IMAGE.tobytes()[:-1], "ends within an image; a raw image has 432 bytes"),
+        (IMAGE.tobytes() + b"1", "ends within an image; a raw image has 432 bytes"),
+        (ppm(IMAGE)[:-1], "ends before its last pixel"),
+        (ppm(IMAGE) + b"\n", "has more bytes than an image of its size"),
+        (ppm(IMAGE[:-1]), "has 12 x 11 pixels, expected 12 x 12"),
+        (ppm(IMAGE, "P6 {w} {h} 65535\n"), "is not a binary PPM with 255 as its largest value"),
+        (ppm(IMAGE, "P6 -{w} {h} 255\n"), "is not a binary PPM"),
+        (b"P6 12 12 99999999999999999999", "is not a binary PPM"),
+        (b"P6 # a comment without an end", "is not a binary PPM"),
+        (b"P6", "is not a binary PPM"),
+        (b"P", "ends within an image"),
+    ],
+)
+def test_a_damaged_file_gets_a_message_and_exit_code_2(content, message, program, tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    result = programs.run(program, str(path))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {path}: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_file_a_directory_and_no_file_get_exit_code_2(program, tmp_path):
+    for arguments in ([str(tmp_path / "none")], [str(tmp_path)], [], ["--logits"]):
+        result = programs.run(program, *arguments)
+        assert result.returncode == 2, arguments
+        assert result.stderr.startswith(("error: ", "usage: "))
+
+
+RISCV = shutil.which("riscv64-unknown-elf-gcc")
+QEMU = shutil.which("qemu-riscv32")
+# RV32I has no instruction that multiplies, and without a library a call of a function that does is
+# an error of the linker.
+FLAGS = (
+    *("-march=rv32i", "-mabi=ilp32", "-ffreestanding", "-fno-builtin"),
+    *("-nostdlib", "-Wl,--no-relax"),  # which needs a register that nothing sets up here
+)
+
+
+@pytest.mark.skipif(RISCV is None, reason="needs gcc for RISC-V")
+@pytest.mark.parametrize("optimization", ["-Os", "-O3"])
+@pytest.mark.parametrize("form", ["s3", "float"])
+def test_a_processor_without_multiplication_computes_the_same(form, optimization, tmp_path):
+    graph = programs.converted("shiftresnet8", form, 3 if form == "s3" else 0).graph
+    program = programs.compiled(graph, tmp_path)
+    shutil.copy(Path(__file__).with_name("freestanding.c"), tmp_path)
+    command = [RISCV, *FLAGS, optimization, "-std=c99", "-o", "rv", "net.c", "freestanding.c"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    if QEMU is None:
+        pytest.skip("linked without a multiplication; needs qemu-riscv32 to run")
+    images = programs.images(3, seed=5)
+    result = subprocess.run(
+        [QEMU, "rv"], cwd=tmp_path, input=images.tobytes(), capture_output=True, timeout=120
+    )
+    assert result.returncode == 0
+    found = np.frombuffer(result.stdout, "<i4").reshape(len(images), -1)
+    np.testing.assert_array_equal(found, programs.logits(program, images))
