@@ -84,7 +84,7 @@ def random(config: Mapping[str, Any], num_classes: int) -> nnx.Module:
         leaf.set_value(jnp.asarray(value.astype(leaf.dtype)))
     for weight in quantizers.of_layers(model).values():
         if isinstance(weight, quantizers.Rounded):  # a step or clip that fits the latent
-            weight.start_from(np.asarray(weight.latent[...]))
+            weight.start_from(np.asarray(weight.unrounded[...]))
     return model
 
 

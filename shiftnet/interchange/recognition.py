@@ -58,11 +58,11 @@ def recognise(arrays: Arrays, *, weights: str | None = None) -> Recognised:
             f"it holds integers and their scales ({scales[0]}, …), but lost the description of "
             "the network that was exported with them"
         )
-    learned = [name for name in arrays if re.search(r"_(step|clip)$", name)]
-    if learned:
+    unrounded = [name for name in arrays if name.endswith("_unrounded")]
+    if unrounded:
         raise UserError(
-            f"it holds latents and what scales them ({learned[0]}, …), but lost the description of "
-            "the network that was exported with them"
+            f"it holds weights before they are rounded ({unrounded[0]}, …), but lost the "
+            "description of the network that was exported with them"
         )
     if (reason := _near_miss(arrays)) is not None:
         raise UserError(reason)

@@ -37,7 +37,7 @@ class APoT(form.Rounded):
     Weights have a standard deviation near 1, whatever the layer's size: made for layers before a
     batch norm.
 
-    Latents: `latent` (W), and `clip` (α), float32 `[]`.
+    Latents: `unrounded` (W), and `clip` (α), float32 `[]`.
     """
 
     clip: nnx.Param
@@ -62,7 +62,7 @@ class APoT(form.Rounded):
 
     def normalized(self) -> jax.Array:
         """Returns Ŵ."""
-        latent = self.latent[...]
+        latent = self.unrounded[...]
         # The square root has no slope at zero, where all weights are equal.
         variance = jnp.maximum(latent.var(), jnp.finfo(latent.dtype).tiny)
         return (latent - latent.mean()) / (jnp.sqrt(variance) + EPSILON)
@@ -99,5 +99,5 @@ class APoT(form.Rounded):
     def set_quantized(self, codes: np.ndarray, scale: np.ndarray | None = None) -> None:
         super().set_quantized(codes, scale)
         # As large as it would have started, since its size sets how fast it learns.
-        self.latent.set_value(self.latent[...] * np.float32(self.deviation + EPSILON))
+        self.unrounded.set_value(self.unrounded[...] * np.float32(self.deviation + EPSILON))
         self.clip.set_value(jnp.asarray(scale, jnp.float32) * self.levels[-1])

@@ -196,7 +196,7 @@ class LowBitWeight(Weight):
 
 
 class Rounded(LowBitWeight):
-    """A weight whose one latent, `latent`, is a float weight that a form rounds.
+    """A weight whose one latent, `unrounded`, is a float weight that a form rounds.
 
     The scale depends on the latent or is learned, and packed files hold it: one float32 number per
     layer. One per output channel would take 32 / inputs bits per weight, 2 for 16 inputs, for what
@@ -204,10 +204,10 @@ class Rounded(LowBitWeight):
     """
 
     scale_shape = ()
-    latent: nnx.Param
+    unrounded: nnx.Param
 
     def __init__(self, shape: Sequence[int], *, init: Init = he_normal_fan_out, rngs: nnx.Rngs):
-        super().__init__(shape, ["latent"], init=init, rngs=rngs)
+        super().__init__(shape, ["unrounded"], init=init, rngs=rngs)
 
     @property
     def edges(self) -> np.ndarray:
@@ -216,7 +216,7 @@ class Rounded(LowBitWeight):
         return (levels[1:] + levels[:-1]) / 2
 
     def start_from(self, weight: np.ndarray) -> None:
-        self.latent.set_value(jnp.asarray(weight, jnp.float32))
+        self.unrounded.set_value(jnp.asarray(weight, jnp.float32))
 
     def settled(self, latent: np.ndarray, scale: float) -> np.ndarray:
         """Returns a latent like the given one that gives this scale; float64 `shape`."""
@@ -241,7 +241,7 @@ class Rounded(LowBitWeight):
             if ((low < latent) & (latent < high)).all():
                 break
             latent = np.clip(latent, low + margin, high - margin)
-        self.latent.set_value(jnp.asarray(latent, jnp.float32))
+        self.unrounded.set_value(jnp.asarray(latent, jnp.float32))
 
 
 @jax.custom_jvp

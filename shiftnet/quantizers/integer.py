@@ -21,7 +21,7 @@ class Int(form.Rounded):
     round(W / s) - W / s there, else -Qn below and Qp above, times 1 / √(N Qp) for N weights. s
     starts at 2 mean |W| / √Qp.
 
-    Latents: `latent` (W), and `step` (s), float32 `[]`.
+    Latents: `unrounded` (W), and `step` (s), float32 `[]`.
     """
 
     step: nnx.Param
@@ -36,7 +36,7 @@ class Int(form.Rounded):
     ):
         super().__init__(shape, init=init, rngs=rngs)
         self.levels = tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
-        self.step = nnx.Param(2 * abs(self.latent[...]).mean() / math.sqrt(self.levels[-1]))
+        self.step = nnx.Param(2 * abs(self.unrounded[...]).mean() / math.sqrt(self.levels[-1]))
 
     @property
     def scale(self) -> jax.Array:  # type: ignore[override]
@@ -44,13 +44,13 @@ class Int(form.Rounded):
         return jnp.maximum(step, jnp.finfo(step.dtype).tiny)
 
     def level(self) -> jax.Array:
-        steps = self.latent[...] / self.scale
+        steps = self.unrounded[...] / self.scale
         return jnp.round(jnp.clip(steps, self.levels[0], self.levels[-1]))
 
     def __call__(self) -> jax.Array:
         factor = 1 / math.sqrt(self.size * self.levels[-1])
         step = form.straight_through(self.scale, factor * self.step[...])
-        return quantize(self.latent[...], step, self.levels[0], self.levels[-1])
+        return quantize(self.unrounded[...], step, self.levels[0], self.levels[-1])
 
     def start_from(self, weight: np.ndarray) -> None:
         _, step = self.nearest(weight)

@@ -25,7 +25,7 @@ class PoT(form.Rounded):
     of the layer, so that the levels lie where the weights are at 2 and 3 bits too, and what rounds
     to a power below the lowest is zero. The gradient is 1 to W, as in DeepShift-Q.
 
-    Latents: `latent` (W).
+    Latents: `unrounded` (W).
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class PoT(form.Rounded):
 
     @property
     def scale(self) -> jax.Array:  # type: ignore[override]
-        mean = abs(self.latent[...]).mean()
+        mean = abs(self.unrounded[...]).mean()
         return jnp.maximum(mean * self.scale_of_mean, jnp.finfo(mean.dtype).tiny)
 
     def level(self) -> jax.Array:
-        latent = jax.lax.stop_gradient(self.latent[...])
+        latent = jax.lax.stop_gradient(self.unrounded[...])
         fraction, exponent = jnp.frexp(abs(latent) / self.scale)  # fraction from 1/2 to below 1
         exponent -= (fraction < math.sqrt(1 / 2)).astype(exponent.dtype)  # log2, rounded
         highest = len(self.levels) // 2 - 1
@@ -55,7 +55,7 @@ class PoT(form.Rounded):
         return jnp.where(exponent < 0, 0, jnp.sign(latent) * power)
 
     def __call__(self) -> jax.Array:
-        return form.straight_through(super().__call__(), self.latent[...])
+        return form.straight_through(super().__call__(), self.unrounded[...])
 
     @property
     def edges(self) -> np.ndarray:

@@ -15,20 +15,20 @@ class Ternary(form.Rounded):
     Halves round to even, so to zero here. γ is at least 1e-5, as in the code that the authors
     published with "The Era of 1-bit LLMs: Training Tips, Code and FAQ".
 
-    Latents: `latent` (W).
+    Latents: `unrounded` (W).
     """
 
     levels = (-1, 0, 1)
 
     @property
     def scale(self) -> jax.Array:  # type: ignore[override]
-        return jnp.maximum(abs(self.latent[...]).mean(), 1e-5)
+        return jnp.maximum(abs(self.unrounded[...]).mean(), 1e-5)
 
     def level(self) -> jax.Array:
-        return jnp.clip(jnp.round(self.latent[...] / self.scale), -1, 1)
+        return jnp.clip(jnp.round(self.unrounded[...] / self.scale), -1, 1)
 
     def __call__(self) -> jax.Array:
-        return form.straight_through(super().__call__(), self.latent[...])
+        return form.straight_through(super().__call__(), self.unrounded[...])
 
     def settled(self, latent: np.ndarray, scale: float) -> np.ndarray:
         return latent * (scale / max(np.abs(latent).mean(), 1e-30))

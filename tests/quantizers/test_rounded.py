@@ -43,7 +43,7 @@ def ternary(w, cotangent):
     """BitNet b1.58: weights, and gradients by latent, of sum(weights * cotangent)."""
     gamma = np.abs(w).sum() / w.size
     weight = gamma * np.clip(np.rint(w / gamma), -1, 1)
-    return weight, {"latent": cotangent}
+    return weight, {"unrounded": cotangent}
 
 
 def pot(w, cotangent, bits):
@@ -57,7 +57,7 @@ def pot(w, cotangent, bits):
         below = round(math.log2(highest / abs(value)))  # powers below the highest
         if below < powers:
             weight[place] = math.copysign(highest * 2.0 ** -max(below, 0), value)
-    return weight, {"latent": cotangent}
+    return weight, {"unrounded": cotangent}
 
 
 def lsq(w, cotangent, bits, step):
@@ -75,7 +75,7 @@ def lsq(w, cotangent, bits, step):
             slope = np.rint(v) - v
             by_w[place] = cotangent[place]
         by_step += slope * cotangent[place]
-    return weight, {"latent": by_w, "step": np.array(by_step / math.sqrt(w.size * high))}
+    return weight, {"unrounded": by_w, "step": np.array(by_step / math.sqrt(w.size * high))}
 
 
 # Sums of powers of two, by the paper's figure and tables: of magnitudes from 0 to 1.
@@ -104,11 +104,11 @@ def apot(w, cotangent, bits, alpha):
     # Of normal = (w - mean) / (sigma + 1e-5), where d sigma / dw = (w - mean) / (size sigma).
     through_sigma = (by_normal * normal).sum() * (w - mean) / (w.size * sigma)
     by_w = (by_normal - by_normal.mean() - through_sigma) / (sigma + 1e-5)
-    return weight, {"latent": by_w, "clip": np.array(by_alpha)}
+    return weight, {"unrounded": by_w, "clip": np.array(by_alpha)}
 
 
 def restated(name, bits, latents, cotangent):
-    w = latents["latent"]
+    w = latents["unrounded"]
     if name == "ternary":
         return ternary(w, cotangent)
     if name == "pot":
@@ -120,7 +120,7 @@ def restated(name, bits, latents, cotangent):
 
 def compare(name, bits, latents):
     """A weight of these latents against its paper's formula, in float64."""
-    w = latents["latent"]
+    w = latents["unrounded"]
     weight = with_latents(quantizers.make(name, bits)(w.shape, rngs=nnx.Rngs(0)), latents)
     cotangent = np.random.default_rng(1).normal(size=w.shape)
     expected, slopes = restated(name, bits, latents, cotangent)
@@ -143,7 +143,7 @@ def test_weights_and_gradients_are_the_papers(name, bits):
     w = draw.normal(size=(3, 3, 4, 8)) * 0.1
     w.flat[::17] = 0
     w.flat[5], w.flat[9] = 2.0, -1.5  # beyond every clip
-    latents = {"latent": w}
+    latents = {"unrounded": w}
     if name == "int":
         latents["step"] = np.array(2 * np.abs(w).mean() / math.sqrt(2 ** (bits - 1) - 1))
     elif name == "apot":
@@ -155,7 +155,7 @@ def test_weights_and_gradients_are_the_papers(name, bits):
 @pytest.mark.usefixtures("float64")
 def test_halves_of_a_ternary_weight_go_to_zero():
     w = np.array([[0, 0.5, -0.5, 1.5, -1.5, 2, -2, 0]])  # the mean of the sizes is 1
-    weight = compare("ternary", 0, {"latent": w})
+    weight = compare("ternary", 0, {"unrounded": w})
     assert np.asarray(weight()).tolist() == [[0, 0, 0, 1, -1, 1, -1, 0]]
 
 
@@ -166,7 +166,7 @@ def test_ties_zeros_and_clips_of_an_integer_weight(bits):
     # All halves, the clips themselves, what is just inside them and what is beyond.
     steps = np.arange(-(2**bits) - 3, 2**bits + 3) / 2
     steps = np.concatenate([steps, steps[:4] + 1e-9, steps[-4:] - 1e-9])
-    compare("int", bits, {"latent": steps[None] * 0.25, "step": np.array(0.25)})
+    compare("int", bits, {"unrounded": steps[None] * 0.25, "step": np.array(0.25)})
 
 
 @pytest.mark.core
@@ -177,7 +177,7 @@ def test_a_power_of_two_weight_is_rounded_in_its_logarithm(bits):
     w = np.concatenate([powers * (1 + 1e-9), -powers * (1 - 1e-9), np.zeros(3)])
     w[-1] = len(w) / 2 - np.abs(w).sum()  # so that the mean of the sizes is a power of two
     assert w[-1] > 0
-    compare("pot", bits, {"latent": w[None]})
+    compare("pot", bits, {"unrounded": w[None]})
 
 
 @pytest.mark.core
@@ -187,7 +187,7 @@ def test_five_bits_are_deepshifts_own_powers_up_to_the_scale():
     weight = quantizers.make("pot", 5)(w.shape, rngs=nnx.Rngs(0))
     # A mean of 1 / 8 makes the highest level 1, as DeepShift-Q has it.
     w *= 0.125 / np.abs(w).mean()
-    with_latents(weight, {"latent": w})
+    with_latents(weight, {"unrounded": w})
     expected = np.sign(w) * np.exp2(np.rint(np.log2(np.abs(w))))
     np.testing.assert_allclose(weight(), expected, rtol=1e-12)
 
@@ -198,7 +198,7 @@ def test_zeros_and_clips_of_an_additive_weight():
     # Mean 0; zero, and one number on each side beyond every clip.
     w = np.array([[0.0, 0, 1, -1, 2, -2, 9, -9]])
     for clip in (0.2, 1.0, 5.0):
-        compare("apot", 4, {"latent": w, "clip": np.array(clip)})
+        compare("apot", 4, {"unrounded": w, "clip": np.array(clip)})
 
 
 @pytest.mark.core
@@ -235,7 +235,7 @@ def test_integer_weights_use_every_code_and_start_with_the_papers_step(bits):
     assert list(weight.levels) == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
     assert weight.bits == bits
     assert weight.packed_bytes == 16 * 16 * bits // 8 + 4
-    mean = np.abs(np.asarray(weight.latent[...], np.float64)).mean()
+    mean = np.abs(np.asarray(weight.unrounded[...], np.float64)).mean()
     np.testing.assert_allclose(
         weight.step[...], 2 * mean / math.sqrt(2 ** (bits - 1) - 1), rtol=1e-6
     )
@@ -302,7 +302,7 @@ def test_a_form_keeps_the_float_weights_to_learn_from(name, bits):
     value = np.random.default_rng(0).normal(size=(3, 3, 4, 8)).astype(np.float32)
     weight = quantizers.make(name, bits)(value.shape, rngs=nnx.Rngs(0))
     weight.start_from(value)
-    np.testing.assert_array_equal(weight.latent[...], value)
+    np.testing.assert_array_equal(weight.unrounded[...], value)
     assert ((value * np.asarray(weight())) >= -0.05).all()  # an additive one's mean is taken off
 
 

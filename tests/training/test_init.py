@@ -119,7 +119,7 @@ def test_rounded_weights_start_from_the_float_ones_with_a_step_of_their_own(
     found = first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
     for layer in ("conv1", "layer2.0.conv1", "linear"):
         value = given[f"{layer}.weight.value"]
-        np.testing.assert_array_equal(found[f"{layer}.weight.latent"], value, err_msg=layer)
+        np.testing.assert_array_equal(found[f"{layer}.weight.unrounded"], value, err_msg=layer)
         reach = 127 if layer in ("conv1", "linear") else 7
         assert 0.3 < found[f"{layer}.weight.step"] * reach / np.abs(value).max() < 1.01
     printed = capsys.readouterr().out
