@@ -39,9 +39,8 @@ class DepthwiseBlock(nnx.Module):
         self.bn2 = BatchNorm(middle_features)
         self.conv3 = Conv(middle_features, out_features, 1, stride=stride, **layer)
         self.bn3 = BatchNorm(out_features)
-        self.shortcut = None
-        if skip:
-            self.shortcut = Shortcut(in_features, out_features, stride, rectified=True, **layer)
+        shortcut = functools.partial(Shortcut, in_features, out_features, stride, rectified=True)
+        self.shortcut = shortcut(**layer) if skip else None
         self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
