@@ -278,7 +278,7 @@ def _in_files(
     else:
         directory = cifar.root(data_dir)
         if name != IMAGENET and not (directory / name).is_dir():
-            raise errors.unknown(f"data set, and not prepared in {directory},", name, NAMES)
+            raise errors.unknown("dataset", name, NAMES)
         from shiftnet.data import tfds_source  # TFDS takes seconds to import
 
         train = tfds_source.TfdsSource(directory, name, "train")
@@ -383,9 +383,8 @@ def num_validation(name: str, images: int, validation: float) -> int:
     Raises:
       UserError: where none would be left to learn from.
     """
-    count = (
-        int(validation) if validation >= 1 or not validation else max(1, round(validation * images))
-    )
+    is_share = 0 < validation < 1
+    count = max(1, round(validation * images)) if is_share else int(validation)
     if not 0 <= count < images:
         raise errors.UserError(
             f"data.validation is {validation:g}; expected 0 to {images - 1}, since {name} has "

@@ -306,12 +306,31 @@ def _saved(
             mesh=program.mesh,
         ),
     )
+    _give_latents(network, models.build(model, classes, rngs=nnx.Rngs(0)))
     _, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
     images = min(BATCHES * config.batch_size, len(dataset.train))
     return (
         Saved(trained.path, to_arrays(*states), trained.metadata),
         [f"its batch norms are folded: their statistics are estimated on {images} training images"],
     )
+
+
+def _give_latents(network: nnx.Module, like: nnx.Module) -> None:
+    """Puts latents that give the same weights in the place of a packed file's weights.
+
+    Args:
+      network: changed in place.
+      like: the same network, with latents of whatever value; they become the network's.
+    """
+    forms = quantizers.of_layers(like)
+    for path, layer in list(nnx.iter_modules(network)):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, quantizers.Fixed):
+            form, quantized = forms[".".join(map(str, path))], weight.quantized()
+            assert isinstance(form, quantizers.LowBitWeight)
+            scale = None if form.scale_shape is None else np.asarray(quantized.scale)
+            form.set_quantized(np.asarray(quantized.codes), scale)
+            layer.weight = nnx.data(form)  # type: ignore[attr-defined]
 
 
 def _check_same_layers(saved: Saved, own: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from shiftnet import checkpoint, models, packing
+from shiftnet import checkpoint, models, packing, tensor_file
 from shiftnet.checkpoint import Saved, from_arrays
 from shiftnet.config import from_json
 from shiftnet.data import RGB
@@ -73,7 +73,8 @@ def read(path: str | PathLike[str], option: str) -> Trained:
       UserError: where there is none, or it is damaged.
     """
     place = path_of(path, option)
-    if place.is_file() and place.suffix == ".safetensors":
+    is_tensors = place.is_file() and place.suffix == tensor_file.SUFFIX
+    if is_tensors and tensor_file.kind_of(place) != checkpoint.FILE_FORMAT:
         network, metadata = packing.read(place)
         return Trained(place.absolute(), metadata, None, network)
     saved = checkpoint.read(place)

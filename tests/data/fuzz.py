@@ -226,7 +226,12 @@ def read_folder(root: Path) -> str:
 def read_images(dataset: data.Dataset) -> str:
     """Reads the images that were found, and compares their number with a second count."""
     outcome = "read"
-    for part in (dataset.train, dataset.test):
+    parts = (dataset.train, dataset.test)
+    if isinstance(dataset.test, data.Subset):  # both are of one folder
+        source = dataset.test.source
+        assert len(dataset.train) + len(dataset.test) == len(source)
+        parts = (source,)
+    for part in parts:
         expected = count(str(part.folder))
         assert len(part) == expected, f"found {len(part)} images, expected {expected}"
         stream = EvalStream(part, size=8, resize=9, batch_size=8, on_corrupt="skip", workers=0)

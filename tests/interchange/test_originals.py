@@ -87,7 +87,7 @@ def test_every_network_with_every_weight_form_comes_back_whole(arch, form, bits,
             originals.integers(network, recipe.model)
 
 
-@pytest.mark.parametrize(("arch", "form", "bits"), MATRIX[len(SMALL) :])
+@pytest.mark.parametrize(("arch", "form", "bits"), [row for row in MATRIX if row[1] != "float"])
 def test_integers_of_every_layer_come_back_as_the_same_network(arch, form, bits, tmp_path):
     recipe = recipe_of(arch, form, bits, quantize_first_last=True)
     network = networks.random(recipe.model, 10)

@@ -186,7 +186,9 @@ def test_a_run_ends_when_the_validation_accuracy_does_not_rise_any_more(
             del params, stats
             epoch = len(metrics.read(tmp_path)) + 1
             nothing = np.zeros(1, np.int32)
-            return Evaluation(1.0, accuracies[epoch], 1.0, nothing, nothing)
+            return Evaluation(
+                1.0, accuracies[epoch], 1.0, nothing, nothing, np.ones(1, np.float32), nothing
+            )
 
         return evaluate
 

@@ -16,7 +16,7 @@ from shiftnet.training import engine
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.optimizer import keep_frozen, make_optimizer
-from shiftnet.training.restore import start_from
+from shiftnet.training.restore import Init, start_from
 from shiftnet.training.step import Program
 from tests.test_packing import images, note
 from tests.training.small import epochs, recipe
@@ -138,15 +138,18 @@ def test_a_figure_shows_where_every_channel_went(uninterrupted, tmp_path, capsys
 def test_a_network_starts_from_one_of_other_activations(before, tmp_path):
     given = saved(tmp_path / "ckpt", activations=before)
     dataset = data.load("digits")
+    settings = recipe(model__activations="int4")
     program = Program(
-        recipe(model__activations="int4"),
+        settings,
         num_classes=10,
         mean=dataset.mean,
         std=dataset.std,
         steps_per_epoch=11,
         mesh=make_mesh(),
     )
-    state, message = start_from(program, program.init(np.uint32(0)), tmp_path / "ckpt", 10)
+    state, message = start_from(
+        program, program.init(np.uint32(0)), Init(tmp_path / "ckpt"), settings, dataset
+    )
     found = checkpoint.to_arrays(state.params, state.stats)
     kernel = "layer1.0.conv1.weight.value"
     np.testing.assert_array_equal(found[kernel], given[kernel])
