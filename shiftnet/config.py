@@ -836,6 +836,8 @@ MOST_USED = (
 )
 # In a folder of recipes, the names that stand for a file of it with arguments.
 NAMES = "names.toml"
+# The recipes that come with the package; in a checkout also the folder `configs` at its top.
+RECIPES = os.path.join(os.path.dirname(__file__), "configs")
 # Recipes for any network on a CIFAR, which `recipe=NAME` in an argument takes in place of the
 # family's own. short: a fifth of the original's epochs, by Muon; the rates, the smaller decay and
 # the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100.
@@ -962,6 +964,7 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
 
     A recipe is a file, or a name that `names.toml` in its folder lists: where there is no file
     `configs/NAME.py`, but the line `NAME = "FILE:ARGUMENT"`, that file is run with that argument.
+    Anywhere else `NAME` or `configs/NAME.py` is the package's own recipe of that name.
 
     While the file runs, its folder is on `sys.path`, as for a script, so that it can import its
     neighbours whatever the current directory.
@@ -1178,10 +1181,17 @@ def _unknown(kind: str, found: str, known: Collection[str]) -> UserError:
 def _named(path: str) -> tuple[str, str]:
     """Returns the file and the argument that `names.toml` beside a recipe gives for its name.
 
+    A name without a folder, or in a folder `configs` that is not there, is one of `RECIPES`.
+
     Raises:
       UserError: if that has no such name, with the nearest name or file of the folder.
     """
     folder, file = os.path.split(path)
+    if folder in ("", "configs") and not os.path.isfile(os.path.join(folder, NAMES)):
+        folder = RECIPES
+        own = os.path.join(folder, f"{file.removesuffix('.py')}.py")
+        if os.path.isfile(own):
+            return own, ""
     index = os.path.join(folder, NAMES)
     names: dict[str, str] = {}
     if os.path.isfile(index):
@@ -1200,7 +1210,9 @@ def _named(path: str) -> tuple[str, str]:
     files |= {f"{name}.py" for name in names}
     if not files:
         raise UserError(f"there is no recipe {path!r}: its folder holds no .py file")
-    raise unknown("recipe", path, [os.path.join(folder, name) for name in files])
+    typed, ending = os.path.dirname(path), "" if folder == RECIPES and file == path else ".py"
+    known = [os.path.join(typed, name.removesuffix(".py") + ending) for name in files]
+    raise unknown("recipe", path, known)
 
 
 def _run(path: str, arguments: Sequence[str]) -> Config:

@@ -386,3 +386,15 @@ def test_the_parameters_in_the_table_are_the_originals(cell):
         and row.get("reduction_mode", cell.mode) == cell.mode
     )
     assert ROWS[cell.name].parameters == expected + more
+
+
+@pytest.mark.parametrize("written", ["{}", "configs/{}.py"])
+@pytest.mark.parametrize("name", ["shiftresnet20_c100:expansion=3", "quickstart"])
+def test_a_recipe_is_found_by_its_name_from_anywhere(written, name, tmp_path, monkeypatch):
+    file, _, argument = name.partition(":")
+    expected = config.load(f"{ROOT / 'configs' / file}.py{':' if argument else ''}{argument}")
+    monkeypatch.chdir(tmp_path)
+    typed = written.format(file) + (f":{argument}" if argument else "")
+    assert config.load(typed) == expected
+    with pytest.raises(UserError, match=r"did you mean '(configs/)?shiftresnet20_c10"):
+        config.load(written.format("shiftresnet20_c10x"))

@@ -12,6 +12,7 @@ import numpy as np
 
 import shiftnet
 from shiftnet import config as config_lib
+from shiftnet.cli import add_network, allow_network
 from shiftnet.data.folder import images_in
 from shiftnet.data.images import CorruptImage
 from shiftnet.errors import UserError, printable, reported, say
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     forms.add_argument("--csv", action="store_true", help="print CSV")
     parser.add_argument("--html", metavar="FILE", help="write a page of images with predictions")
     parser.add_argument("--png", metavar="FILE", help="write an image of images with predictions")
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
     if arguments.top < 1:
         raise UserError(f"--top must be at least 1, found {arguments.top}")
     sheets = {
