@@ -6,6 +6,7 @@
 # make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 5,000
 #                   damaged image files and 500 odd folders of images, none of which may crash, hang
 #                   or leave a file behind (6 to 10 minutes)
+# make docs         build the documentation site in build/docs; warnings are errors
 # make torture      kill 60 training runs at critical moments and compare how they end (20 minutes)
 # make results      write the tables in docs/results.md and README.md and the figure from results/
 # make clean        remove the environment and the quickstart's run
@@ -25,7 +26,7 @@ COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_mat
 	-not -name cpu.py -not -name native.py -not -name '*.cc' -not -name '*.h' \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
-.PHONY: quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
+.PHONY: docs quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
 	fuzz results torture clean
 
 quickstart: $(VENV)/base
@@ -65,6 +66,9 @@ compile-check-if-changed:
 	@if [ "$$($(COMPILED_DIGEST))" = "$$(cat $(COMPILED))" ]; then \
 		echo "kernels and layers compiled for TPUs and an H200 as they are"; \
 	else $(MAKE) compile-check && echo "commit $(COMPILED)"; fi
+
+docs: $(VENV)/dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands

@@ -28,7 +28,7 @@ class Layer(NamedTuple):
       multiply_adds: of its convolutions and matrix products, for one image; zeros of the padding
         count like pixels. Additions, batch normalisation and activations are left out.
       parameters: numbers of the trained network that training has set: its weights, whatever
-        latents they come from, and its other `nnx.Param`s; running statistics are left out.
+        latents they come from, and its other parameters; running statistics are left out.
       bits: of one of its weights; 32 where it has none.
       weight_bytes: of the parameters: the weights' packed, the others in the type they are kept in.
       output: shape of what it returns, or its convolution does, without the batch.

@@ -18,7 +18,7 @@ Init = Callable[..., jax.Array]  # init(key, shape)
 class Weight(nnx.Module):
     """The weight of one convolution or linear layer.
 
-    A subclass keeps its latents as `nnx.Param`s and is called without arguments for the weight, in
+    A subclass keeps each latent as an `nnx.Param` and is called without arguments for the weight, in
     the latents' dtype.
 
     Attributes:
