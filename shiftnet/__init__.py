@@ -10,6 +10,10 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flax import nnx
+
     from shiftnet.inference import Classifier
     from shiftnet.zoo import Models
 
@@ -48,3 +52,17 @@ def list_models(pattern: str = "*") -> "Models":
     from shiftnet import zoo
 
     return zoo.list_models(pattern)
+
+
+def quantize(
+    network: "nnx.Module",
+    weights: str = "s3",
+    *,
+    bits: int = 0,
+    activations: str = "float",
+    skip: "Sequence[str]" = (),
+) -> list[str]:
+    """Gives the layers of any Flax network low-bit weights; see `shiftnet.models.quantize`."""
+    from shiftnet.models.quantize import quantize  # imports JAX
+
+    return quantize(network, weights, bits=bits, activations=activations, skip=skip)

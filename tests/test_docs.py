@@ -14,7 +14,7 @@ def blocks(page):
 
 
 def test_an_own_network_is_trained_by_the_loop_on_its_page(tmp_path, monkeypatch, capsys):
-    network, loop = blocks("docs/own_networks.md")
+    network, loop, quantize = blocks("docs/own_networks.md")
     (tmp_path / "my_net.py").write_text(network)
     monkeypatch.syspath_prepend(tmp_path)
     with jax.numpy_dtype_promotion("standard"):  # the tests are strict, users are not
@@ -23,3 +23,5 @@ def test_an_own_network_is_trained_by_the_loop_on_its_page(tmp_path, monkeypatch
     loss, accuracy = last.split()
     assert float(loss) < 2.1  # ln 10 is 2.30
     assert float(accuracy.rstrip("%")) > 20
+    exec(compile(quantize, "own_networks.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out == "['head']\n"

@@ -18,8 +18,8 @@ Init = Callable[..., jax.Array]  # init(key, shape)
 class Weight(nnx.Module):
     """The weight of one convolution or linear layer.
 
-    A subclass keeps each latent as an `nnx.Param` and is called without arguments for the weight, in
-    the latents' dtype.
+    A subclass keeps each latent as an `nnx.Param` and is called without arguments for the weight,
+    in the latents' dtype.
 
     Attributes:
       shape: `[k, k, in_features, out_features]` or `[in_features, out_features]`.

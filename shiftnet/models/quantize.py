@@ -1,0 +1,132 @@
+"""Gives the layers of any network low-bit weights and activations, and keeps what they learned."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from shiftnet import quantizers
+from shiftnet.errors import UserError
+from shiftnet.quantizers import Activation, Weight
+
+
+class Quantized(nnx.Module):
+    """A layer of Flax's whose weight has another form: it computes as before, with that weight.
+
+    Attributes:
+      layer: the layer, without its kernel.
+      weight: of the kernel's shape.
+      factor: what the weight is multiplied by, so that it is near to the kernel it stands for.
+      activation: what quantizes the input; None for nothing.
+      use_running_average: whether that keeps its statistics, as `nnx.BatchNorm` does.
+    """
+
+    activation: Activation | None
+
+    def __init__(
+        self, layer: nnx.Conv | nnx.Linear, weight: Weight, factor: float, activation: str
+    ):
+        self.layer = layer
+        self.weight = weight
+        self.factor = factor
+        self.activation = nnx.data(quantizers.activation(activation, weight.shape[-2]))
+        self.use_running_average = False  # as of `nnx.BatchNorm`; `eval()` of the network sets it
+        del layer.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.activation is not None:
+            x = self.activation(x, train=not self.use_running_average)
+        kernel = self.weight()
+        self.layer.kernel = nnx.Param(kernel * np.asarray(self.factor, kernel.dtype))
+        try:
+            return self.layer(x)
+        finally:
+            del self.layer.kernel
+
+
+def quantize(
+    network: nnx.Module,
+    weights: str = "s3",
+    *,
+    bits: int = 0,
+    activations: str = "float",
+    skip: Sequence[str] = (),
+) -> list[str]:
+    """Replaces Flax's convolutions and linear layers by layers with another form of weights.
+
+    The weights become the nearest ones of the form. Where the form has no scale of its own, each
+    layer keeps the factor between the two as a constant, so nothing is lost but the rounding.
+
+    Args:
+      network: any network of `nnx.Conv` (square kernels, two dimensions) and `nnx.Linear` layers;
+        changed in place.
+      weights: the form, one of `shiftnet.quantizers.FORMS` but `"float"`.
+      bits: bits per weight; 0 for the form's own number.
+      activations: the form of the layers' inputs, one of `shiftnet.quantizers.ACTIVATIONS`.
+      skip: patterns of the paths of layers to leave as they are, such as `"stem"` or `"blocks.*"`.
+
+    Returns:
+      The paths of the layers that were replaced. `shiftnet.quantizers.regularizer(network)` is the
+      forms' part of a loss.
+
+    Raises:
+      UserError: for an unknown form, a pattern that matches no layer, or a network without such
+        layers.
+    """
+    form = quantizers.make(weights, bits)
+    layers = {
+        ".".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(network)
+        if isinstance(layer, nnx.Conv | nnx.Linear)
+    }
+    for pattern in skip:
+        if not fnmatch.filter(layers, pattern):
+            raise UserError(
+                f"skip: no layer's path matches {pattern!r}; "
+                f"there are {', '.join(layers) or 'none'}"
+            )
+    chosen = {
+        path: layer
+        for path, layer in layers.items()
+        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in skip)
+    }
+    if not chosen:
+        raise UserError("the network has no nnx.Conv or nnx.Linear to quantize")
+    replacements: dict[int, Quantized] = {}
+    for path, layer in chosen.items():
+        kernel = np.asarray(layer.kernel[...], np.float64)
+        if kernel.ndim not in (2, 4):
+            raise UserError(f"{path} has a kernel of {kernel.ndim} dimensions, expected 2 or 4")
+        weight = form(kernel.shape, init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+        assert isinstance(weight, quantizers.LowBitWeight), weights
+        weight.start_from(kernel)
+        nearest = np.asarray(weight(), np.float64)
+        factor = (kernel * nearest).sum() / max(np.square(nearest).sum(), 1e-30) or 1.0
+        replacements[id(layer)] = Quantized(layer, weight, float(factor), activations)
+    _replace(network, replacements, set())
+    return list(chosen)
+
+
+def _replace(node: Any, replacements: Mapping[int, Quantized], seen: set[int]) -> None:
+    """Puts replacements in the place of a node's children, also where one has several parents."""
+    if id(node) in seen or isinstance(node, nnx.Variable):
+        return
+    seen.add(id(node))
+    if isinstance(node, list | nnx.List):
+        children: Any = list(enumerate(node))
+    elif isinstance(node, Mapping | nnx.Dict):
+        children = list(node.items())
+    elif isinstance(node, nnx.Module):
+        children = list(vars(node).items())
+    else:
+        return
+    for name, child in children:
+        if (new := replacements.get(id(child))) is None:
+            _replace(child, replacements, seen)
+        elif isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict):
+            setattr(node, name, new)
+        else:
+            node[name] = new

@@ -1,0 +1,91 @@
+"""Any Flax network with low-bit weights: it computes nearly the same, and can be trained."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import shiftnet
+from shiftnet import quantizers
+from shiftnet.errors import UserError
+
+X = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+
+class Net(nnx.Module):
+    """Layers in an attribute, in a list, in a sequence, and one in two places."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.stem = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+        self.blocks = nnx.List([nnx.Conv(8, 8, (3, 3), use_bias=False, rngs=rngs) for _ in "ab"])
+        self.tied = self.blocks[0]
+        self.head = nnx.Sequential(
+            nnx.Linear(8, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 5, rngs=rngs)
+        )
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        for block in self.blocks:
+            x = nnx.relu(block(x))
+        return self.head(self.tied(x).mean((1, 2)))
+
+
+LAYERS = {"blocks.1", "head.layers.0", "head.layers.2", "stem"}
+
+
+def test_eight_bits_change_little_and_a_layer_in_two_places_stays_one():
+    network = Net()
+    before = network(X)
+    tied = {*shiftnet.quantize(network, "int", bits=8)} - LAYERS
+    assert len(tied) == 1  # under one of its names
+    assert network.tied is network.blocks[0]
+    assert len(quantizers.of_layers(network)) == 5
+    np.testing.assert_allclose(network(X), before, atol=0.03 * np.abs(before).max())
+    np.testing.assert_array_equal(nnx.jit(lambda net, x: net(x))(network, X), network(X))
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("sign", 0), ("s3", 3), ("ternary", 0), ("pot", 4)])
+def test_weights_are_levels_times_a_factor_near_the_kernel(weights, bits):
+    network, plain = Net(), Net()
+    shiftnet.quantize(network, weights, bits=bits, skip=["stem", "head.*"])
+    assert isinstance(network.stem, nnx.Conv)
+    kernel, layer = np.asarray(plain.blocks[1].kernel[...]), network.blocks[1]
+    assert len(np.unique(layer.weight())) <= len(layer.weight.levels)
+    new = layer.factor * np.asarray(layer.weight())
+    assert np.corrcoef(new.ravel(), kernel.ravel())[0, 1] > 0.75
+    # No other factor would be nearer.
+    assert np.square(new - kernel).sum() <= np.square(1.01 * new - kernel).sum()
+    assert np.square(new - kernel).sum() <= np.square(0.99 * new - kernel).sum()
+
+
+def test_gradients_reach_the_latents_and_activations_settle_on_the_first_batch():
+    network = Net()
+    shiftnet.quantize(network, "s3", activations="int8", skip=["stem"])
+    network.eval()
+    shape = jax.tree.map(np.asarray, nnx.state(network, nnx.BatchStat))
+    network(X)
+    jax.tree.map(np.testing.assert_array_equal, shape, nnx.state(network, nnx.BatchStat))
+    network.train()
+    gradients = nnx.grad(lambda net: (net(X) ** 2).sum())(network)
+    flat = dict(nnx.to_flat_state(gradients))
+    latents = {path: leaf for path, leaf in flat.items() if "weight" in path}
+    assert len({path[: path.index("weight")] for path in latents}) == 4
+    assert all(np.abs(leaf[...]).max() > 0 for leaf in latents.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"skip": ["stm"]}, "no layer's path matches 'stm'; there are .*stem"),
+        ({"skip": ["*"]}, r"no nnx\.Conv or nnx\.Linear to quantize"),
+        ({"weights": "s4"}, "unknown weight form 's4'"),
+        ({"activations": "int9"}, "unknown activation form 'int9'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(options, sentence):
+    network = Net()
+    before = network(X)
+    with pytest.raises(UserError, match=sentence):
+        shiftnet.quantize(network, **{"weights": "s3", **options})
+    np.testing.assert_array_equal(network(X), before)
