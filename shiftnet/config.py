@@ -450,6 +450,11 @@ class LossConfig(Settings, group="loss"):
         "share of every target that is spread evenly over all classes (arXiv:1512.00567); 0: none",
         FRACTION,
     )
+    class_weights: Literal["none", "balanced"] = setting(
+        "none",
+        "balanced: every image counts in inverse proportion to the number of training images of "
+        "its class; data.balance draws classes equally often instead",
+    )
 
 
 @dataclasses.dataclass

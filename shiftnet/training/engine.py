@@ -29,6 +29,7 @@ from shiftnet.training.deadline import Deadline
 from shiftnet.training.distillation import Teacher
 from shiftnet.training.evaluation import make_evaluator
 from shiftnet.training.interrupt import Interrupt
+from shiftnet.training.losses import balanced_weights
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.metrics import MetricAccumulator, MetricsLog, StepsLog
@@ -165,6 +166,7 @@ def train(
             steps_per_epoch=steps_per_epoch,
             mesh=mesh,
             teacher=teacher,
+            class_weights=class_weights(config, dataset),
         )
         program = single if runs == 1 else StackedProgram(single, runs)
         numbers = np.array([one.seed for one in configs], np.uint32)
@@ -546,6 +548,23 @@ def _with_seed(config: Config, seed: int) -> Config:
     own = shiftnet.config.from_json(shiftnet.config.to_json(config))
     own.seed = seed
     return own
+
+
+def class_weights(config: Config, dataset: Dataset) -> np.ndarray | None:
+    """Returns what `loss.class_weights` makes images of each class count; None for all the same.
+
+    Raises:
+      UserError: where the classes of a data set's images are not known without reading them.
+    """
+    if config.loss.class_weights == "none":
+        return None
+    labels = getattr(dataset.train, "labels", None)
+    if labels is None:
+        raise UserError(
+            f"loss.class_weights needs the classes of all images, and those of {dataset.name} are "
+            "not known before they are read; a folder's are"
+        )
+    return balanced_weights(labels, len(dataset.class_names))
 
 
 def check_together(config: Config, dataset: Dataset, init: Init | None) -> None:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from shiftnet.config import Config
@@ -16,18 +17,20 @@ def loss_of_recipe(
     labels: jax.Array,
     targets: jax.Array | None = None,
     guidance: jax.Array | None = None,
+    weights: np.ndarray | None = None,
 ) -> jax.Array:
     """The mean loss of a batch: that of the labels, and that of a teacher where there is one.
 
     Args:
       config: with the shares of the two in `distill.weight`.
-      logits, labels, targets: as of `cross_entropy`.
+      logits, labels, targets, weights: as of `cross_entropy`.
       guidance: the teacher's logits.
 
     Returns:
       floating [].
     """
-    loss = cross_entropy(logits, labels, targets, smoothing=config.loss.label_smoothing)
+    smoothing = config.loss.label_smoothing
+    loss = cross_entropy(logits, labels, targets, smoothing=smoothing, weights=weights)
     if guidance is None:
         return loss
     distill = config.distill
@@ -43,6 +46,7 @@ def cross_entropy(
     targets: jax.Array | None = None,
     *,
     smoothing: float = 0.0,
+    weights: np.ndarray | None = None,
 ) -> jax.Array:
     """The mean cross entropy of a batch.
 
@@ -52,15 +56,40 @@ def cross_entropy(
       targets: floating `[N, num_classes]`, in place of the labels, each row summing to 1.
       smoothing: share of every target that is spread evenly over all classes (Szegedy et al.,
         arXiv:1512.00567, as PyTorch has it).
+      weights: floating `[num_classes]`, what an image of each class counts in the mean, a mixed one
+        by its shares; None: all the same. Without smoothing as PyTorch's `weight`.
 
     Returns:
       floating [].
     """
+    counts = None
+    if weights is not None:
+        of_class = jnp.asarray(weights, logits.dtype)
+        counts = of_class[labels] if targets is None else targets @ of_class
     if targets is None and not smoothing:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    if targets is None:
-        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    else:
+        if targets is None:
+            targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+    if counts is None:
+        return losses.mean()
+    return (losses * counts).sum() / counts.sum()
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns what an image of each class counts so that all classes count the same.
+
+    Args:
+      labels: int32 `[N]`, of the training images.
+      num_classes: C.
+
+    Returns:
+      float32 `[num_classes]`, N / (C n) for a class of n images; 0 for one without.
+    """
+    images = np.bincount(labels, minlength=num_classes)
+    even = len(labels) / num_classes
+    return np.divide(even, images, out=np.zeros(num_classes, np.float32), where=images > 0)
 
 
 def distillation(

@@ -66,6 +66,7 @@ class Program:
       steps_per_epoch: full batches in the training set.
       mesh: from `make_mesh`.
       teacher: that of `config.distill`, or None.
+      class_weights: as of `losses.cross_entropy`.
 
     Attributes:
       mesh: as given.
@@ -92,7 +93,9 @@ class Program:
         steps_per_epoch: int,
         mesh: Mesh,
         teacher: Teacher | None = None,
+        class_weights: np.ndarray | None = None,
     ):
+        self._class_weights = class_weights
         self._teacher = teacher
         self.teacher = teacher and teacher.on(mesh)
         self._config = config
@@ -181,7 +184,9 @@ class Program:
             model = nnx.merge(self.graphdef, params, stats, copy=True)
             with dropping(keys, self._config.model.drop_path, self._branches):
                 logits = model(images, train=True)
-            loss = loss_of_recipe(self._config, logits, labels, targets, guidance)
+            loss = loss_of_recipe(
+                self._config, logits, labels, targets, guidance, self._class_weights
+            )
             total = loss + self._config.optimizer.regularizer * quantizers.regularizer(model)
             if self._config.model.shift == "sparse":
                 total += self._config.optimizer.shift_penalty * shift_penalty(model)

@@ -92,6 +92,9 @@ def losses(generator):
     found = {
         "cross_entropy": functional.cross_entropy(logits, labels),
         "smoothed": functional.cross_entropy(logits, labels, label_smoothing=0.1),
+        "weighted": functional.cross_entropy(
+            logits, labels, weight=1.0 / (1 + torch.arange(logits.shape[1]))
+        ),
         "soft_targets": functional.cross_entropy(logits, torch.softmax(teacher, 1)),
         "distillation": divergence(logits, teacher, 4.0),
         "standardized": divergence(standardized(logits), standardized(teacher), 2.0),

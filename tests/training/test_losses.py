@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from shiftnet.config import default_config
-from shiftnet.training.losses import cross_entropy, distillation, loss_of_recipe
+from shiftnet.training.losses import (
+    balanced_weights,
+    cross_entropy,
+    distillation,
+    loss_of_recipe,
+)
 from tests import oracle
 
 NUMBERS = json.loads((oracle.GOLDEN / "torch.json").read_text())["losses"]
@@ -19,6 +24,7 @@ def losses():
     return {
         "cross_entropy": lambda x: cross_entropy(x, labels),
         "smoothed": lambda x: cross_entropy(x, labels, smoothing=0.1),
+        "weighted": lambda x: cross_entropy(x, labels, weights=1 / (1 + np.arange(x.shape[1]))),
         "soft_targets": lambda x: cross_entropy(x, labels, targets=jax.nn.softmax(teacher)),
         "distillation": lambda x: distillation(x, teacher, temperature=4.0, standardize=False),
         "standardized": lambda x: distillation(x, teacher, temperature=2.0, standardize=True),
@@ -28,7 +34,8 @@ def losses():
 @pytest.mark.core
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "name", ["cross_entropy", "smoothed", "soft_targets", "distillation", "standardized"]
+    "name",
+    ["cross_entropy", "smoothed", "weighted", "soft_targets", "distillation", "standardized"],
 )
 def test_losses_and_gradients_are_pytorchs(name):
     loss, gradient = jax.value_and_grad(losses()[name])(jnp.asarray(NUMBERS["logits"]))
@@ -56,3 +63,16 @@ def test_no_gradient_reaches_the_teacher():
         teacher
     )
     assert not gradient.any()
+
+
+def test_balanced_weights_make_all_classes_count_the_same():
+    labels = np.repeat(np.array([0, 1, 3], np.int32), (6, 1, 2))
+    weights = balanced_weights(labels, 4)
+    np.testing.assert_allclose(np.bincount(labels, weights[labels]), [9 / 4, 9 / 4, 0, 9 / 4])
+    # Mixed images count by their shares, and smoothing as ever.
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(9, 4)), jnp.float32)
+    targets = jax.nn.one_hot(labels, 4, dtype=jnp.float32)
+    for smoothing in (0.0, 0.1):
+        plain = cross_entropy(logits, labels, smoothing=smoothing, weights=weights)
+        soft = cross_entropy(logits, labels, targets, smoothing=smoothing, weights=weights)
+        np.testing.assert_allclose(plain, soft, rtol=1e-5)
