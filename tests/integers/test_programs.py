@@ -131,3 +131,36 @@ def test_a_processor_without_multiplication_computes_the_same(form, optimization
     assert result.returncode == 0
     found = np.frombuffer(result.stdout, "<i4").reshape(len(images), -1)
     np.testing.assert_array_equal(found, programs.logits(program, images))
+
+
+ARM = shutil.which("arm-none-eabi-gcc")
+MICROBIT = shutil.which("qemu-system-arm")
+
+
+@pytest.mark.skipif(ARM is None or MICROBIT is None, reason="needs gcc and QEMU for Arm")
+def test_a_cortex_m0_of_a_microbit_computes_the_same(tmp_path):
+    """In 16 KB of memory, without a library; also divisions would be calls of one."""
+    program = programs.compiled(programs.converted("shiftresnet8", "s3", 3).graph, tmp_path)
+    images = programs.images(3, seed=5)
+    listed = ",".join(map(str, images.tobytes()))
+    (tmp_path / "images.h").write_text(
+        f"#include <stdint.h>\nstatic const uint8_t images[] = {{{listed}}};\n"
+    )
+    for name in ("cortex_m0.c", "cortex_m0.ld"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
+    flags = ["-mcpu=cortex-m0", "-mthumb", "-Os", "-std=c99", "-ffreestanding", "-fno-builtin"]
+    command = [ARM, *flags, "-nostdlib", "-Tcortex_m0.ld", "-o", "m0.elf", "net.c", "cortex_m0.c"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    result = subprocess.run(
+        [
+            *(MICROBIT, "-M", "microbit", "-nographic", "-monitor", "none", "-serial", "none"),
+            *("-semihosting-config", "enable=on,target=native", "-kernel", "m0.elf"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = np.frombuffer(result.stdout, "<i4").reshape(len(images), -1)
+    np.testing.assert_array_equal(found, programs.logits(program, images))
