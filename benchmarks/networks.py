@@ -200,6 +200,8 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         try:
             with Worker(sys.executable, OURS) as worker:
                 benchmark = Benchmark(settings, folder, worker, net=net, peer=peer)
+            if row.kind == "training" and net.get("model", {}).get("weights", "float") != "float":
+                benchmark.precision = "float32, low-bit"
             found = benchmark.peer()
             if "ours" not in report:
                 report["ours"] = benchmark.ours

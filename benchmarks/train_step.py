@@ -31,8 +31,9 @@ TASKS = ("training", "inference")
 OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 CHECK_STEPS = 3  # the second loss depends on the first gradients, the third on the momentum
 # Largest difference over a scale, see `agree`. With reduced precision numbers can only be in the
-# right place, so the same form is checked in float32 as well.
-TOLERANCES = {"float32": 1e-3, "TF32": 2e-2, "bfloat16": 1e-1}
+# right place, so the same form is checked in float32 as well. Where weights are rounded to levels,
+# a rounding error moves some of them to another one.
+TOLERANCES = {"float32": 1e-3, "float32, low-bit": 2e-2, "TF32": 2e-2, "bfloat16": 1e-1}
 PRECISIONS = {
     "float32": "float32",
     "TF32": "float32 with TF32 products on both sides",
@@ -251,7 +252,7 @@ def agree(task: str, ours: list[float], theirs: list[float], precision: str) -> 
       Refused: where it is above the tolerance of `precision`.
     """
     scale = max(map(abs, ours))
-    if task == "training" and precision == "float32":
+    if task == "training" and precision.startswith("float32"):
         # Against the way the loss went: next to the loss itself, a wrong momentum would not show.
         scale = max(ours) - min(ours)
     gap = difference(ours, theirs, scale)
