@@ -23,7 +23,7 @@ COMPILED := tests/kernels/compiled.sha256
 COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_matmul \
 	tests/kernels/compile_*.py tests/benchmarks/compile_*.py shiftnet/planning/*.txtpb \
 	-name '*.*' -not -name '*.pyc' -not -name selftest.py \
-	-not -name cpu.py -not -name native.py -not -name '*.cc' -not -name '*.h' \
+	-not -name cpu.py -not -name few_images.py -not -name native.py -not -name '*.cc' -not -name '*.h' \
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: docs quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from shiftnet.kernels.native import HEADERS, SOURCES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,7 +37,7 @@ def test_the_wheel_claims_one_name(wheel):
 
 def test_the_wheel_holds_the_kernels_and_the_digits(wheel):
     assert "shiftnet/kernels/shift/xla.py" in wheel
-    assert {"shiftnet/kernels/native.h", "shiftnet/kernels/conv/conv.cc"} <= wheel.keys()
+    assert {str(path.relative_to(ROOT)) for path in (*HEADERS, *SOURCES)} <= wheel.keys()
     assert "shiftnet/data/digits.npz" in wheel
     assert any(name.endswith("/LICENSE") for name in wheel)
 

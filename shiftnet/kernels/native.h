@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -157,6 +158,42 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == count; });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Arguments of XLA
+
+using Array = ffi::Buffer<ffi::F32>;
+
+struct Images {
+  int64_t count, height, width, channels;
+};
+
+inline Images ImagesOf(const Array& array) {
+  const auto sizes = array.dimensions().last(4);
+  return {sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+// An array, and how many axes it has without those that come from jax.vmap, which are the first.
+struct Ranked {
+  const Array* array;
+  size_t rank;
+};
+
+// How often to do the same, one part of every array after the other, or -1 where their leading axes
+// differ.
+inline int64_t Repetitions(std::initializer_list<Ranked> arrays) {
+  const auto leading = [](const Ranked& ranked) {
+    return ranked.array->dimensions().first(ranked.array->dimensions().size() - ranked.rank);
+  };
+  for (const Ranked& ranked : arrays) {
+    if (ranked.array->dimensions().size() < ranked.rank) return -1;
+    const auto one = leading(*arrays.begin()), other = leading(ranked);
+    if (!std::equal(one.begin(), one.end(), other.begin(), other.end())) return -1;
+  }
+  int64_t product = 1;
+  for (const int64_t size : leading(*arrays.begin())) product *= size;
+  return product;
 }
 
 }  // namespace shiftnet

@@ -3,7 +3,7 @@
 The library lies in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that changes
 with the source, jaxlib, the compiler and the processor's instructions, so that nothing is ever out
 of date. It takes a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is there, and
-about ten seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
+about twenty seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
 these operations run in plain XLA.
 """
 
@@ -30,11 +30,14 @@ except ImportError:  # not a Unix: two processes may compile at the same time, t
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "conv" / "conv.cc",)
+SOURCES = (HERE / "conv" / "conv.cc", HERE / "shift_block" / "shift_block.cc")
+HEADERS = (HERE / "native.h", HERE / "products.h")
 HANDLERS = (
     "shiftnet_conv",
     "shiftnet_conv_input_gradient",
     "shiftnet_conv_weight_gradient",
+    "shiftnet_shift_block",
+    "shiftnet_shift_block_gradients",
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
@@ -63,7 +66,7 @@ def load() -> Outcome:
         output = getattr(error, "stderr", None) or str(error)
         lines = [line for line in output.splitlines() if "error" in line] or output.splitlines()
         reason = f"the C++ was not compiled: {(lines or ['no reason given'])[0].strip()}"
-        log.warning("convolutions run in plain XLA, which is several times slower: %s", reason)
+        log.warning("the CPU runs plain XLA, which is several times slower: %s", reason)
         return Outcome(None, reason)
     return Outcome(library, None)
 
@@ -91,7 +94,7 @@ def _built(compiler: list[str]) -> Path:
     with _lock(path.with_suffix(".lock")):
         if path.exists():
             return path
-        log.info("compiling the CPU's operations, once on this machine: about ten seconds")
+        log.info("compiling the CPU's operations, once on this machine: about twenty seconds")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
             include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")
@@ -103,7 +106,7 @@ def _built(compiler: list[str]) -> Path:
 def _digest(compiler: list[str]) -> str:
     """What the library depends on: the predefined macros name compiler and instructions."""
     macros = _output([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull])
-    texts = [path.read_text() for path in (HERE / "native.h", *SOURCES)]
+    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     parts = (*texts, macros, *FLAGS, version("jaxlib"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 

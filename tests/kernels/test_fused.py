@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from shiftnet.kernels.shift import Offsets, shift
-from shiftnet.kernels.shift_block import cpu, shift_block
+from shiftnet.kernels.shift_block import few_images, shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
 
 
@@ -179,7 +179,7 @@ def test_shift_block_is_its_layers(shape, relu, shift_first):
 )
 def test_a_few_images_at_a_time_give_the_same(images, stride, features, expanded, monkeypatch):
     for name in ("FORWARD_BYTES", "BACKWARD_BYTES"):
-        monkeypatch.setattr(cpu, name, images * 5 * 4 * expanded * 8)
+        monkeypatch.setattr(few_images, name, images * 5 * 4 * expanded * 8)
     out = (6, -(-5 // stride), -(-4 // stride), features)
     w1, b1, w2 = (3, expanded), (expanded,), (expanded, features)
     a = arrays(0, x=(6, 5, 4, 3), w1=w1, b1=b1, w2=w2, out_bias=(features,), residual=out)
@@ -270,7 +270,7 @@ def test_half_precision_sums_in_float32():
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
     """Over 16,384 pixels; 8 bits of precision would stop growing at 256."""
-    monkeypatch.setattr(cpu, "BACKWARD_BYTES", 16 * 16 * 16 * 8 * 2)
+    monkeypatch.setattr(few_images, "BACKWARD_BYTES", 16 * 16 * 16 * 8 * 2)
     a = arrays(0, x=(64, 16, 16, 4), w1=(4, 8), b1=(8,), w2=(8, 2))
     a = {name: jnp.abs(value).astype(jnp.bfloat16) for name, value in a.items()}
 

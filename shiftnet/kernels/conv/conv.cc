@@ -21,28 +21,20 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <numeric>
 #include <utility>
 #include <vector>
 
-#include "native.h"
+#include "products.h"
 
 namespace shiftnet {
 namespace {
 
-// Sizes in floats: of a padded band, of the weights that a task works through, and of all parts of
-// a gradient of the weights. The first two are to stay in a core's second level of cache.
+// Sizes in floats: of a padded band, and of the weights that a task works through. Both are to stay
+// in a core's second level of cache.
 constexpr int64_t kBand = 24 * 1024, kWeights = 192 * 1024;
-// Into how many parts a gradient of the weights is divided, at least, where there are enough rows.
-constexpr int64_t kParts = 16;
 
 // ------------------------------------------------------------------------------------------------
 // Padded bands
-
-struct Images {
-  int64_t count, height, width, channels;
-};
 
 // Rows and columns of an image as `band` gets them: from `top` and `left`, which may be negative,
 // `rows` and `columns` of them, of each pixel `channels` channels from `first`, zeros outside of
@@ -139,80 +131,6 @@ Window WindowOf(const Phase& phase, int64_t row, int64_t rows, int64_t first, in
           first,
           channels,
           pitch};
-}
-
-// What `MultiplyTile` needs to know beside the data: of x the distance between pixels and between
-// rows of the kernel; rows of the kernel and values under each; the distance between the weights'
-// rows; of the output the distance between pixels and the channels.
-struct Tile {
-  int64_t x_pixel, x_row, rows, depth, w_row, out_pixel, out_channels;
-};
-
-// out[p, :] = sum over r, j of x[r * x_row + p * x_pixel + j] * w[r, j, :], for kPixels pixels and
-// kVectors vectors of channels.
-template <int kPixels, int kVectors>
-void MultiplyTile(const Tile& tile, const float* x, const float* w, float* out) {
-  Vector sums[kPixels][kVectors] = {};
-  const int64_t pixel = tile.x_pixel, w_row = tile.w_row;
-  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row) {
-    const float* a = x;
-    for (const float* const end = a + tile.depth; a != end; ++a, w += w_row) {
-      Vector b[kVectors];
-      for (int q = 0; q < kVectors; ++q) b[q] = Load(w + q * kLanes);
-#pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) {
-        for (int q = 0; q < kVectors; ++q) sums[p][q] += b[q] * a[p * pixel];
-      }
-    }
-  }
-  for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
-    for (int q = 0; q < kVectors; ++q) {
-      const int64_t left = tile.out_channels - q * kLanes;
-      StorePart(out + q * kLanes, sums[p][q], left);
-    }
-  }
-}
-
-using MultiplyFunction = void (*)(const Tile&, const float*, const float*, float*);
-
-constexpr int kMaxPixels = 16, kMaxVectors = 4;
-
-// The most pixels whose sums stay in registers beside a row of weights and a value of x.
-constexpr int PixelsFor(int vectors) {
-  return std::min(kMaxPixels, (kRegisters - 1 - vectors) / vectors);
-}
-
-template <int kVectors, size_t... kIndices>
-constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow(std::index_sequence<kIndices...>) {
-  return {MultiplyTile<int(kIndices) + 1, kVectors>...};
-}
-template <int kVectors>
-constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow() {
-  return MultiplyRow<kVectors>(std::make_index_sequence<PixelsFor(kVectors)>());
-}
-// By vectors and pixels, less one.
-constexpr std::array<std::array<MultiplyFunction, kMaxPixels>, kMaxVectors> kMultiply = {
-    MultiplyRow<1>(), MultiplyRow<2>(), MultiplyRow<3>(), MultiplyRow<4>()};
-
-// Pixels of the longest tile when `pixels` are divided evenly into as few as registers allow.
-int64_t EvenPixels(int64_t pixels, int64_t vectors) {
-  return CeilDiv(pixels, CeilDiv(pixels, PixelsFor(vectors)));
-}
-
-// The number of vectors of a tile that takes the fewest cycles for rows of `pixels` pixels of
-// `vectors` vectors each, where a cycle loads two vectors and multiplies two, and a sum waits four.
-int64_t BestVectors(int64_t pixels, int64_t vectors) {
-  auto tile_cycles = [](int64_t p, int64_t q) {
-    return std::max<int64_t>({p * q, p + q, 8});
-  };
-  int64_t best = 1, least = INT64_MAX;
-  for (int64_t q = 1; q <= std::min<int64_t>(kMaxVectors, vectors); ++q) {
-    const int64_t p = EvenPixels(pixels, q), rest = vectors % q;
-    int64_t cycles = tile_cycles(p, q) * (vectors / q) + (rest ? tile_cycles(p, rest) : 0);
-    cycles *= CeilDiv(pixels, p);
-    if (cycles < least) least = cycles, best = q;
-  }
-  return best;
 }
 
 // Weights of one phase and group, [taps of rows][taps of columns * in][vectors * kLanes] for each
@@ -446,47 +364,6 @@ void Correlate(ffi::ThreadPool& pool, const Correlation& c, const float* source,
 // ------------------------------------------------------------------------------------------------
 // The gradient of the weights
 
-// sums[j, :] += sum over pixels of x[pixel, j] * dy[pixel, :], for kDepth values of x and kVectors
-// vectors of channels.
-struct GradientTile {
-  int64_t x_pixel, x_row, dy_pixel, dy_row, rows, columns, sums_row;
-};
-
-template <int kDepth, int kVectors>
-void GradientOfTile(const GradientTile& tile, const float* x, const float* dy, float* sums) {
-  Vector total[kDepth][kVectors];
-  for (int j = 0; j < kDepth; ++j) {
-    for (int q = 0; q < kVectors; ++q) total[j][q] = Load(sums + j * tile.sums_row + q * kLanes);
-  }
-  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row, dy += tile.dy_row) {
-    const float *a = x, *b = dy;
-    for (int64_t i = 0; i < tile.columns; ++i, a += tile.x_pixel, b += tile.dy_pixel) {
-      Vector v[kVectors];
-      for (int q = 0; q < kVectors; ++q) v[q] = Load(b + q * kLanes);
-#pragma GCC unroll 16
-      for (int j = 0; j < kDepth; ++j) {
-        for (int q = 0; q < kVectors; ++q) total[j][q] += v[q] * a[j];
-      }
-    }
-  }
-  for (int j = 0; j < kDepth; ++j) {
-    for (int q = 0; q < kVectors; ++q) Store(sums + j * tile.sums_row + q * kLanes, total[j][q]);
-  }
-}
-
-using GradientFunction = void (*)(const GradientTile&, const float*, const float*, float*);
-
-template <int kVectors, size_t... kIndices>
-constexpr std::array<GradientFunction, kMaxPixels> GradientRow(std::index_sequence<kIndices...>) {
-  return {GradientOfTile<int(kIndices) + 1, kVectors>...};
-}
-template <int kVectors>
-constexpr std::array<GradientFunction, kMaxPixels> GradientRow() {
-  return GradientRow<kVectors>(std::make_index_sequence<PixelsFor(kVectors)>());
-}
-constexpr std::array<std::array<GradientFunction, kMaxPixels>, kMaxVectors> kGradient = {
-    GradientRow<1>(), GradientRow<2>(), GradientRow<3>(), GradientRow<4>()};
-
 struct Convolution {
   Images x, y;
   int64_t kernel, stride, groups, in, out, repetitions;
@@ -677,31 +554,13 @@ void WeightGradientDepthwise(ffi::ThreadPool& pool, const Convolution& c, const 
 // XLA's side
 
 // Any number of axes before the four come from jax.vmap: both arguments and the result have them.
-using Array = ffi::Buffer<ffi::F32>;
-
-Images ImagesOf(const Array& array) {
-  const auto sizes = array.dimensions().last(4);
-  return {sizes[0], sizes[1], sizes[2], sizes[3]};
-}
-
-// How often to do the same, one array after the other, or -1 where the leading axes differ.
-int64_t Repetitions(const Array& a, const Array& b, const Array& c) {
-  const auto of = [](const Array& array) { return array.dimensions().first(array.dimensions().size() - 4); };
-  const auto same = [&](const Array& array) {
-    return std::equal(of(a).begin(), of(a).end(), of(array).begin(), of(array).end());
-  };
-  if (!same(b) || !same(c)) return -1;
-  return std::accumulate(of(a).begin(), of(a).end(), int64_t{1}, std::multiplies<int64_t>());
-}
-
 // The convolution from x to y. Python checks the sizes, but a program may come from anywhere.
 ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& y, int64_t stride,
                                    int64_t groups) {
   const ffi::Error error = ffi::Error::InvalidArgument("sizes of a convolution that do not fit");
-  for (const Array* array : {&x, &w, &y}) {
-    if (array->dimensions().size() < 4) return ffi::Unexpected(error);
-  }
   Convolution c;
+  c.repetitions = Repetitions({{&x, 4}, {&w, 4}, {&y, 4}});
+  if (c.repetitions < 0) return ffi::Unexpected(error);
   c.x = ImagesOf(x);
   c.y = ImagesOf(y);
   const auto sizes = w.dimensions().last(4);
@@ -709,8 +568,7 @@ ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& 
   c.stride = stride;
   c.groups = groups;
   c.in = sizes[2];
-  c.repetitions = Repetitions(x, w, y);
-  const bool fits = c.repetitions >= 0 && stride > 0 && groups > 0 && c.kernel % 2 == 1 &&
+  const bool fits = stride > 0 && groups > 0 && c.kernel % 2 == 1 &&
                     sizes[1] == c.kernel && c.x.channels == groups * c.in &&
                     c.y.channels == sizes[3] && sizes[3] % groups == 0 &&
                     c.x.count == c.y.count && c.y.height == CeilDiv(c.x.height, stride) &&

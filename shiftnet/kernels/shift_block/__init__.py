@@ -54,9 +54,10 @@ def shift_block(
       out_bias: `[K]`, floating.
       out_relu: whether negative results become 0.
       residual: of the result's shape and dtype, added last.
-      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"xla"` is plain XLA, `"cpu"` the
-        same on a few images at a time. None takes the device's where it supports
-        the arguments, else `"xla"`.
+      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"cpu"` is C++ that is compiled at
+        its first use (without a compiler, or in another dtype than float32, plain XLA on a few
+        images at a time), `"xla"` is plain XLA. None takes the device's where it supports the
+        arguments, else `"xla"`.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are taken in float32 or

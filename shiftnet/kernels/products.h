@@ -1,0 +1,136 @@
+// Products of matrices whose sums stay in registers, for the operations written in C++.
+
+#ifndef SHIFTNET_KERNELS_PRODUCTS_H_
+#define SHIFTNET_KERNELS_PRODUCTS_H_
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "native.h"
+
+namespace shiftnet {
+
+// Into how many parts a gradient of weights is divided, at least, where there is enough to divide.
+// They are summed up one by one and added in a fixed order, whatever the number of threads.
+constexpr int64_t kParts = 16;
+
+// What `MultiplyTile` needs to know beside the data: of x the distance between pixels and between
+// rows of the kernel; rows of the kernel and values under each; the distance between the weights'
+// rows; of the output the distance between pixels and the channels.
+struct Tile {
+  int64_t x_pixel, x_row, rows, depth, w_row, out_pixel, out_channels;
+};
+
+// out[p, :] = sum over r, j of x[r * x_row + p * x_pixel + j] * w[r, j, :], for kPixels pixels and
+// kVectors vectors of channels.
+template <int kPixels, int kVectors>
+void MultiplyTile(const Tile& tile, const float* x, const float* w, float* out) {
+  Vector sums[kPixels][kVectors] = {};
+  const int64_t pixel = tile.x_pixel, w_row = tile.w_row;
+  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row) {
+    const float* a = x;
+    for (const float* const end = a + tile.depth; a != end; ++a, w += w_row) {
+      Vector b[kVectors];
+      for (int q = 0; q < kVectors; ++q) b[q] = Load(w + q * kLanes);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        for (int q = 0; q < kVectors; ++q) sums[p][q] += b[q] * a[p * pixel];
+      }
+    }
+  }
+  for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
+    for (int q = 0; q < kVectors; ++q) {
+      const int64_t left = tile.out_channels - q * kLanes;
+      StorePart(out + q * kLanes, sums[p][q], left);
+    }
+  }
+}
+
+using MultiplyFunction = void (*)(const Tile&, const float*, const float*, float*);
+
+constexpr int kMaxPixels = 16, kMaxVectors = 4;
+
+// The most pixels whose sums stay in registers beside a row of weights and a value of x.
+constexpr int PixelsFor(int vectors) {
+  return std::min(kMaxPixels, (kRegisters - 1 - vectors) / vectors);
+}
+
+template <int kVectors, size_t... kIndices>
+constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow(std::index_sequence<kIndices...>) {
+  return {MultiplyTile<int(kIndices) + 1, kVectors>...};
+}
+template <int kVectors>
+constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow() {
+  return MultiplyRow<kVectors>(std::make_index_sequence<PixelsFor(kVectors)>());
+}
+// By vectors and pixels, less one.
+constexpr std::array<std::array<MultiplyFunction, kMaxPixels>, kMaxVectors> kMultiply = {
+    MultiplyRow<1>(), MultiplyRow<2>(), MultiplyRow<3>(), MultiplyRow<4>()};
+
+// Pixels of the longest tile when `pixels` are divided evenly into as few as registers allow.
+inline int64_t EvenPixels(int64_t pixels, int64_t vectors) {
+  return CeilDiv(pixels, CeilDiv(pixels, PixelsFor(vectors)));
+}
+
+// The number of vectors of a tile that takes the fewest cycles for rows of `pixels` pixels of
+// `vectors` vectors each, where a cycle loads two vectors and multiplies two, and a sum waits four.
+inline int64_t BestVectors(int64_t pixels, int64_t vectors) {
+  auto tile_cycles = [](int64_t p, int64_t q) {
+    return std::max<int64_t>({p * q, p + q, 8});
+  };
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t q = 1; q <= std::min<int64_t>(kMaxVectors, vectors); ++q) {
+    const int64_t p = EvenPixels(pixels, q), rest = vectors % q;
+    int64_t cycles = tile_cycles(p, q) * (vectors / q) + (rest ? tile_cycles(p, rest) : 0);
+    cycles *= CeilDiv(pixels, p);
+    if (cycles < least) least = cycles, best = q;
+  }
+  return best;
+}
+
+// sums[j, :] += sum over pixels of x[pixel, j] * dy[pixel, :], for kDepth values of x and kVectors
+// vectors of channels.
+struct GradientTile {
+  int64_t x_pixel, x_row, dy_pixel, dy_row, rows, columns, sums_row;
+};
+
+template <int kDepth, int kVectors>
+void GradientOfTile(const GradientTile& tile, const float* x, const float* dy, float* sums) {
+  Vector total[kDepth][kVectors];
+  for (int j = 0; j < kDepth; ++j) {
+    for (int q = 0; q < kVectors; ++q) total[j][q] = Load(sums + j * tile.sums_row + q * kLanes);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row, dy += tile.dy_row) {
+    const float *a = x, *b = dy;
+    for (int64_t i = 0; i < tile.columns; ++i, a += tile.x_pixel, b += tile.dy_pixel) {
+      Vector v[kVectors];
+      for (int q = 0; q < kVectors; ++q) v[q] = Load(b + q * kLanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < kDepth; ++j) {
+        for (int q = 0; q < kVectors; ++q) total[j][q] += v[q] * a[j];
+      }
+    }
+  }
+  for (int j = 0; j < kDepth; ++j) {
+    for (int q = 0; q < kVectors; ++q) Store(sums + j * tile.sums_row + q * kLanes, total[j][q]);
+  }
+}
+
+using GradientFunction = void (*)(const GradientTile&, const float*, const float*, float*);
+
+template <int kVectors, size_t... kIndices>
+constexpr std::array<GradientFunction, kMaxPixels> GradientRow(std::index_sequence<kIndices...>) {
+  return {GradientOfTile<int(kIndices) + 1, kVectors>...};
+}
+template <int kVectors>
+constexpr std::array<GradientFunction, kMaxPixels> GradientRow() {
+  return GradientRow<kVectors>(std::make_index_sequence<PixelsFor(kVectors)>());
+}
+constexpr std::array<std::array<GradientFunction, kMaxPixels>, kMaxVectors> kGradient = {
+    GradientRow<1>(), GradientRow<2>(), GradientRow<3>(), GradientRow<4>()};
+
+}  // namespace shiftnet
+
+#endif  // SHIFTNET_KERNELS_PRODUCTS_H_
