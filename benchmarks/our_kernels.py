@@ -28,7 +28,7 @@ from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift.offsets import ChannelOrder
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
-from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.processes import set_up
 
 Operation = Callable[..., Any]
 Operands = dict[str, Any]
@@ -507,5 +507,5 @@ def describe() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    use_compilation_cache()
+    set_up()
     serve(Program, describe=describe, ceilings=ceilings, plan=plan, prepare=prepare)

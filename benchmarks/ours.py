@@ -26,7 +26,7 @@ from shiftnet.kernels import operation
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.training import engine
 from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
-from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.processes import set_up
 from shiftnet.training.step import Program, TrainState, steps_per_dispatch
 
 CIFAR_TRAINING_IMAGES = 50_000  # our loop's steps a call follow from the size of the data set
@@ -298,5 +298,5 @@ def open_measurement(*, task: str, **arguments: Any) -> Measurement:
 
 
 if __name__ == "__main__":
-    use_compilation_cache()
+    set_up()
     serve(open_measurement, describe=describe, export=export)

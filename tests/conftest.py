@@ -6,6 +6,8 @@ import tempfile
 
 # Before JAX is imported; the commands that tests start and the other test process inherit both.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The default of glibc. With it commands that run in here leave the memory of the tests alone.
+os.environ.setdefault("MALLOC_TOP_PAD_", "131072")
 # Many tests train the same small network: compile it once in a run of the tests.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="shiftnet-tests-")

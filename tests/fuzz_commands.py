@@ -482,7 +482,7 @@ class Stubs:
         for name, stub in {
             "shiftnet.cli.train.train": self.train,
             "shiftnet.cli.train.plan.plan": _raise(Accepted),
-            "shiftnet.cli.train.use_compilation_cache": lambda: None,
+            "shiftnet.cli.train.set_up": lambda: None,
             "jax.distributed.initialize": _raise(Accepted),
             "shiftnet.load": self.load,
             "shiftnet.data.load_test": self.dataset,
@@ -490,7 +490,7 @@ class Stubs:
             "shiftnet.cli.count._count": self.count,
             "shiftnet.interchange.convert.fill": lambda found: (self.network, [], []),
             "shiftnet.checkpoint.ocp.save_checkpointables": lambda path, *_, **__: path.mkdir(),
-            "shiftnet.cli.reproduce.use_compilation_cache": lambda: None,
+            "shiftnet.cli.reproduce.set_up": lambda: None,
             "shiftnet.results.reproduce._train": lambda *_: SimpleNamespace(
                 finished=True, signal=0
             ),

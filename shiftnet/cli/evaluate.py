@@ -20,7 +20,7 @@ from shiftnet.inference import Classifier
 from shiftnet.interchange.convert import UNKNOWN
 from shiftnet.training.evaluation import Evaluation, Reading, make_evaluator
 from shiftnet.training.mesh import make_mesh
-from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.processes import set_up
 
 
 @reported
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
 
-    use_compilation_cache()
+    set_up()
     paths = [path for pattern in patterns for path in zoo.find_all(pattern, "--ckpt")]
     if arguments.predictions and len(paths) > 1:
         raise UserError(f"--predictions takes one checkpoint, found {len(paths)}")

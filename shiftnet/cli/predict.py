@@ -19,7 +19,7 @@ from shiftnet.errors import UserError, printable, reported, say
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier, contact_sheet
 from shiftnet.inference.contact_sheet import Thumbnail
-from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.processes import set_up
 
 BATCH = 64  # images per call of the network
 MOST_ON_A_SHEET = 1000
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{ending} {path} must end in .{ending}")
     files = list(_files(arguments.paths))
 
-    use_compilation_cache()
+    set_up()
     model = shiftnet.load(arguments.ckpt)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     shown = min(arguments.top, len(model.class_names))

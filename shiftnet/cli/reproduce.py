@@ -13,7 +13,7 @@ from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.results import reproduce
 from shiftnet.training.deadline import Deadline
-from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.processes import set_up
 
 MOST_SEEDS = 1000
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line names; returns the exit code."""
     arguments = _arguments(argv)
     deadline = Deadline(arguments.budget)
-    use_compilation_cache()
+    set_up()
     options = reproduce.Options(
         results=path_of(arguments.results, "--results"),
         workdir=path_of(arguments.workdir, "--workdir"),

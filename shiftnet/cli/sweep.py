@@ -15,7 +15,7 @@ from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.training import sweep
 from shiftnet.training.deadline import Deadline
-from shiftnet.training.processes import use_compilation_cache
+from shiftnet.training.processes import set_up
 
 
 @reported
@@ -70,5 +70,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds=arguments.seeds,
         prune=not arguments.no_prune,
     )
-    use_compilation_cache()
+    set_up()
     return sweep.run(options, deadline)

@@ -17,7 +17,7 @@ from shiftnet.files import path_of
 from shiftnet.models import own
 from shiftnet.planning import plan
 from shiftnet.training.engine import Outcome, train
-from shiftnet.training.processes import join, leaving, use_compilation_cache
+from shiftnet.training.processes import join, leaving, set_up
 from shiftnet.training.restore import Init
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--init-partial and --init-fresh-head say what to take from an --init CKPT")
     if arguments.plan is not None:
         return _plan(config, arguments.plan)
-    use_compilation_cache()
+    set_up()
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = path_of(arguments.workdir or _default_workdir(arguments.config), "--workdir")

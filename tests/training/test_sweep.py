@@ -72,7 +72,7 @@ def place(tmp_path):
 def training(monkeypatch):
     stand_in = Training()
     monkeypatch.setattr(sweep, "train", stand_in)
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(command, "set_up", lambda: None)
     return stand_in
 
 
