@@ -28,8 +28,8 @@ ResNet110's row 9c on CIFAR-10 has reduction 0.95. Where the page gives a second
 parentheses, that is the one used. Expansion and reduction are 1 without an argument, which for
 ResNet is the page's last row. For mode net the page gave no reductions: these bring the parameters
 closest to the shift network's of that row. `weights` and `weight_bits` give any network low-bit
-weights, `activations` quantizes the inputs of its convolutions, and `quantize_first_last` leaves out
-no layer. `shiftresnet{32,44}` are there too.
+weights, `activations` quantizes the inputs of its convolutions, and with `quantize_first_last` the
+first and the last layer are low-bit too. `shiftresnet{32,44}` are there too.
 
 The mobile, shuffle and whole-net columns stood on earlier pages; the mobile and shuffle blocks were
 removed from that code because they "didn't learn or did worse". So was the depthwise block without
