@@ -76,9 +76,9 @@ fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.data.fuzz
 
 results: $(VENV)/dev
-	$(BIN)/python -m shiftnet report results results/smoke --out docs/results.md
-	$(BIN)/python -m shiftnet report results --brief --out README.md
-	$(BIN)/python -m shiftnet report results --out docs/accuracy_against_bytes.svg
+	$(BIN)/python -m shiftnet report results results/short results/smoke --out docs/results.md
+	$(BIN)/python -m shiftnet report results results/short --brief --out README.md
+	$(BIN)/python -m shiftnet report results results/short --out docs/accuracy_against_bytes.svg
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.torture

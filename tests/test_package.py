@@ -45,7 +45,12 @@ def test_the_wheel_holds_the_kernels_and_the_digits(wheel):
 def test_the_wheel_holds_the_trained_networks_and_is_small(wheel):
     zoo = {name: size for name, size in wheel.items() if name.startswith("shiftnet/zoo/results/")}
     results = ROOT / "results"
-    kept = {path.name for kind in ("*.json", "*.safetensors") for path in results.glob(kind)}
+    kept = {
+        path.relative_to(results).as_posix()
+        for folder in (results, results / "short")
+        for kind in ("*.json", "*.safetensors")
+        for path in folder.glob(kind)
+    }
     assert {f"shiftnet/zoo/results/{name}" for name in {*kept, "table.toml"}} == zoo.keys()
     assert "shiftresnet20_1c_c100.safetensors" in kept
     assert sum(zoo.values()) <= 10_000_000

@@ -176,13 +176,14 @@ def _training(model: Classifier, info: Model | None) -> str:
     seconds = statistics.fmean(run["seconds"] / run["together"] for run in runs)
     commits = ", ".join(dict.fromkeys(f"`{_short(run)}`" for run in runs if run.get("commit")))
     seeds = max(run["seed"] for run in runs) + 1
+    stand_in = f" --recipe {info.stand_in}" if info.stand_in else ""
     start = f", started from {info.row.init}" if info.row.init else ""
     return (
         f"Recipe `{info.recipe}`, {result['epochs']} epochs{start}; about "
         f"{tables.duration(seconds)} per seed on {devices}"
         + (f", commit {commits}" if commits else "")
         + ". In a checkout of the code, this trains it again:\n\n"
-        f"```\npython -m shiftnet reproduce --only {info.name} --seeds {seeds}\n```"
+        f"```\npython -m shiftnet reproduce --only {info.row.name}{stand_in} --seeds {seeds}\n```"
     )
 
 

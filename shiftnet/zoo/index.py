@@ -2,11 +2,12 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shiftnet import results, tables
+from shiftnet.config import CIFAR_RECIPES
 from shiftnet.results import Row, Table
 
 FOLDER = Path(__file__).parent / "results"
@@ -17,7 +18,8 @@ class Model:
     """A trained network.
 
     Attributes:
-      name: what `shiftnet.load` takes.
+      name: what `shiftnet.load` takes: the row's, and `_short` where the short recipe stood in
+        for the row's own.
       dataset: what it was trained on.
       accuracy: top-1 of this file on the test images in percent, as `evaluate.py` prints it.
       over_seeds: top-1 in percent of each seed that was trained, for the epoch of `epoch`.
@@ -27,6 +29,8 @@ class Model:
       bytes: of its file.
       recipe: as `train.py --config` takes it.
       reported: top-1 in percent that was published for this network; None if none was.
+      stand_in: the name of the recipe that stood in for the row's own, or nothing; its results
+        are in the folder of that name.
       row, table, result: what all of that is taken from, see `shiftnet.results`.
     """
 
@@ -40,6 +44,7 @@ class Model:
     bytes: int
     recipe: str
     reported: float | None
+    stand_in: str
     row: Row = dataclasses.field(repr=False)
     table: Table = dataclasses.field(repr=False)
     result: Mapping[str, Any] = dataclasses.field(repr=False)
@@ -79,10 +84,9 @@ def list_models(pattern: str = "*", *, folder: Path = FOLDER) -> Models:
       UserError: if a file there is damaged.
     """
     found = Models()
-    for table in results.tables(folder):
-        for row in table.rows:
-            if fnmatch.fnmatchcase(row.name, pattern) and (model := _model(table, row, folder)):
-                found.append(model)
+    for table, row, stand_in, name in _names(folder):
+        if fnmatch.fnmatchcase(name, pattern) and (model := _model(table, row, stand_in, folder)):
+            found.append(model)
     return found
 
 
@@ -92,29 +96,41 @@ def get(name: str, *, folder: Path = FOLDER) -> Model | None:
     Raises:
       UserError: if a file there is damaged.
     """
-    for table in results.tables(folder):
-        for row in table.rows:
-            if row.name == name:
-                return _model(table, row, folder)
+    for table, row, stand_in, own_name in _names(folder):
+        if own_name == name:
+            return _model(table, row, stand_in, folder)
     return None
 
 
-def _model(table: Table, row: Row, folder: Path) -> Model | None:
-    result = results.read(folder, row.name)
+def _names(folder: Path) -> Iterator[tuple[Table, Row, str, str]]:
+    """Every network that there may be: its row, the recipe that stood in for its own, its name."""
+    for table in results.tables(folder):
+        for row in table.rows:
+            for stand_in in ("", *CIFAR_RECIPES):
+                yield table, row, stand_in, "_".join(filter(None, (row.name, stand_in)))
+
+
+def _model(table: Table, row: Row, stand_in: str, folder: Path) -> Model | None:
+    result = results.read(folder / stand_in, row.name)
     if result is None or not result.get("checkpoint"):
         return None
     kept = result["checkpoint"]
+    epoch = "final" if stand_in else table.epoch
+    recipe = row.recipe
+    if stand_in:
+        recipe += f"{',' if ':' in recipe else ':'}recipe={stand_in}"
     return Model(
-        name=row.name,
+        name="_".join(filter(None, (row.name, stand_in))),
         dataset=result["config"]["data"]["name"],
         accuracy=100 * kept["test_accuracy"],
-        over_seeds=tuple(results.accuracies(result, table.epoch)),
-        epoch=table.epoch,
+        over_seeds=tuple(results.accuracies(result, epoch)),
+        epoch=epoch,
         parameters=result["parameters"],
         multiply_adds=result["multiply_adds"],
         bytes=kept["bytes"],
-        recipe=row.recipe,
+        recipe=recipe,
         reported=row.reported,
+        stand_in=stand_in,
         row=row,
         table=table,
         result=result,

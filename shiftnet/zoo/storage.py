@@ -27,23 +27,24 @@ def fetch(model: Model, entry: Mapping[str, Any]) -> Path:
     Raises:
       UserError: if it is not here and cannot be fetched, or has another digest.
     """
-    here = FOLDER / entry["file"]
+    file = Path(model.stand_in, entry["file"])
+    here = FOLDER / file
     if here.is_file():
         return here
     mirror, sha256 = os.environ.get(MIRROR, ""), entry.get("sha256")
     if not (mirror or entry.get("url")) or not sha256:
         raise UserError(
-            f"{model.name} is not part of the package ({entry['file']}, {entry['bytes']:,} bytes); "
+            f"{model.name} is not part of the package ({file}, {entry['bytes']:,} bytes); "
             f"set {MIRROR} to a folder or URL that has it"
         )
     if mirror and "://" not in mirror:
-        path = path_of(mirror, MIRROR) / entry["file"]
+        path = path_of(mirror, MIRROR) / file
         if not path.is_file():
             raise UserError(f"{path} does not exist; expected {model.name} in the mirror {MIRROR}")
         if (found := sha256_of(path)) != sha256:
             raise UserError(f"{path} has SHA-256 {found}, expected {sha256}")
         return path
-    url = f"{mirror.rstrip('/')}/{entry['file']}" if mirror else entry["url"]
+    url = f"{mirror.rstrip('/')}/{file.as_posix()}" if mirror else entry["url"]
     path = _cache() / f"{model.name}-{sha256[:16]}.safetensors"
     if not path.is_file() or sha256_of(path) != sha256:
         content = download(url, sha256)

@@ -287,12 +287,17 @@ def test_a_folder_without_a_table_takes_its_parents(folder, tmp_path):
 
 def test_rows_of_another_recipe_are_in_a_table_of_their_own(folder):
     inner = folder / "short"
-    make_result(inner, "shiftresnet20_3c_c100", [[0.5, 0.6, 0.64]], full_epochs=3, recipe="short")
+    make_result(inner, "shiftresnet20_3c_c100", [[0.6, 0.64] * 15], full_epochs=164, recipe="short")
+    make_result(inner, "wrn20_1_1bit_c100", [[0.6, 0.64]], full_epochs=164, recipe="short")
     own, other = sources.find([folder, inner]).tables
     assert own.full["shiftresnet20_3c_c100"].final == [67, 66]
-    assert not other.full
-    assert other.shortened["shiftresnet20_3c_c100"].final == [64]
+    assert other.full["shiftresnet20_3c_c100"].final == [64]
+    assert other.shortened.keys() == {"wrn20_1_1bit_c100"}
     assert other.table.title.endswith(", by the short recipe")
+    text = markdown.render(sources.find([folder, inner]), brief=True)
+    (line,) = [line for line in text.splitlines() if "64.00" in line]
+    assert line.split("|")[4:6] == [" 64.00 ", " **\N{MINUS SIGN}1.83** "]
+    assert text.endswith("2 of 3 rows have not been trained on their full schedule yet.")
 
 
 def test_short_schedules_are_in_no_figure_with_full_ones(folder):
@@ -561,7 +566,10 @@ def test_outside_a_command_errors_are_user_errors(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "folders", "brief"),
-    [("docs/results.md", ["results", "results/smoke"], False), ("README.md", ["results"], True)],
+    [
+        ("docs/results.md", ["results", "results/short", "results/smoke"], False),
+        ("README.md", ["results", "results/short"], True),
+    ],
 )
 def test_the_tables_in_the_docs_are_those_of_the_results(file, folders, brief):
     root = Path(__file__).parents[2]

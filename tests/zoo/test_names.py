@@ -14,7 +14,7 @@ from shiftnet.cli import models as command
 from shiftnet.data import Split
 from shiftnet.errors import UserError
 from shiftnet.files import sha256_of
-from shiftnet.zoo import names, storage
+from shiftnet.zoo import cards, names, storage
 from tests.loopback import Server
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ UNTRAINED = next(name for name in ROWS if name not in ALL)
 
 
 def test_the_list_has_the_numbers_of_the_result_files_and_prints_as_a_table():
-    found = shiftnet.list_models("shiftresnet20_1c*")
+    found = shiftnet.list_models(NAME)
     (model,) = found
     result = json.loads((ROOT / "results" / f"{NAME}.json").read_text())
     assert (model.name, model.dataset) == (NAME, "cifar100")
@@ -41,6 +41,19 @@ def test_the_list_has_the_numbers_of_the_result_files_and_prints_as_a_table():
     assert shiftnet.list_models("no*such") == []
 
 
+def test_a_network_of_the_short_recipe_has_a_name_of_its_own():
+    result = json.loads((ROOT / "results" / "short" / f"{NAME}.json").read_text())
+    model = zoo.get(f"{NAME}_short")
+    assert model.accuracy == 100 * result["checkpoint"]["test_accuracy"] != zoo.get(NAME).accuracy
+    assert model.over_seeds == tuple(100 * run["final_accuracy"] for run in result["runs"])
+    assert model.recipe == "configs/shiftresnet20_c100.py:expansion=1,recipe=short"
+    network = shiftnet.load(model.name)
+    assert network.config.epochs == 30
+    card = cards.card(model.name, network, model.bytes, model)
+    assert f"--only {NAME} --recipe short --seeds 1" in card
+    assert names.find_trainable(model.name, "--init").parent.name == "trainable"
+
+
 def test_the_command_lists_the_same(capsys):
     assert command.main(["*1c_c100", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -52,7 +65,7 @@ def test_the_command_lists_the_same(capsys):
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_listed_is_there_unaltered(name):
     model = zoo.get(name)
-    path = storage.FOLDER / model.result["checkpoint"]["file"]
+    path = storage.FOLDER / model.stand_in / model.result["checkpoint"]["file"]
     if path.is_file():
         assert path.stat().st_size == model.bytes
         assert sha256_of(path) == model.result["checkpoint"]["sha256"]

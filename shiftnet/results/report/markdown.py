@@ -33,8 +33,9 @@ def render(found: Found, *, brief: bool = False) -> str:
             if filled.whole and grids.missing(filled):
                 parts += _folded(grids.missing_words(filled), grids.waiting(filled))
     if brief:
-        missing = sum(grids.missing(filled) for filled in found.tables)
-        rows = sum(len(filled.table.rows) for filled in found.tables)
+        own = [filled for filled in found.tables if filled.whole]
+        missing = sum(grids.missing(filled) for filled in own)
+        rows = sum(len(filled.table.rows) for filled in own)
         parts.append(f"{missing} of {rows} rows have not been trained on their full schedule yet.")
         return "\n\n".join(parts)
     short = [filled for filled in found.tables if filled.shortened]

@@ -14,7 +14,7 @@ from flax import nnx
 import shiftnet.config
 import shiftnet.data
 from shiftnet import models, results
-from shiftnet.config import Config
+from shiftnet.config import CIFAR_RECIPES, Config
 from shiftnet.errors import UserError
 from shiftnet.models.counting import count
 from shiftnet.training import metrics
@@ -214,10 +214,24 @@ def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
             short = {o.training.name: o for o in own if o.is_shortened}
             filled.append(Filled(table, full, short, whole))
         for recipe in sorted({outcome.recipe for outcome in outcomes} - {""}):
-            named = dataclasses.replace(table, title=f"{table.title}, by the {recipe} recipe")
-            short = {o.training.name: o for o in outcomes if o.recipe == recipe}
-            filled.append(Filled(named, {}, short, whole=False))
+            named = [outcome for outcome in outcomes if outcome.recipe == recipe]
+            epochs = CIFAR_RECIPES.get(recipe, {}).get("epochs")
+            full = {o.training.name: o for o in named if o.training.epochs == epochs}
+            short = {o.training.name: o for o in named if o.training.epochs != epochs}
+            filled.append(Filled(_by_recipe(table, recipe, epochs), full, short, whole=False))
     return filled
+
+
+def _by_recipe(table: results.Table, recipe: str, epochs: int | None) -> results.Table:
+    """Returns the table of the rows that were trained by another recipe than their own."""
+    note = f"These networks were trained by recipe={recipe}, {epochs or 'other'} epochs."
+    if table.epoch == "best":
+        note += (
+            " No epoch was chosen for ours; the reported one is the best of all on the test set."
+        )
+    title = f"{table.title}, by the {recipe} recipe"
+    rows = tuple(dataclasses.replace(row, note="") for row in table.rows)
+    return dataclasses.replace(table, title=title, note=note, epoch="final", rows=rows)
 
 
 def _outcome(folder: Path, row: str) -> Outcome | None:
