@@ -5,6 +5,7 @@ commands in those are still parsed. `make docs` runs what takes longer, which is
 """
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -247,6 +248,22 @@ def test_the_tutorial_is_what_happens(place, programs):
         elif not block.reason:
             for command, expected in transcript(block.text):
                 check(shell(command, place, programs), expected, command)
+
+
+@pytest.mark.slow
+def test_the_notebook_goes_from_data_to_a_c_program_that_agrees(place, programs, capsys):
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
+    names = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            run("".join(cell["source"]), "notebook.ipynb", names)
+    capsys.readouterr()
+    assert names["accuracy"] > 0.8
+    assert names["agree"] == 1
+    of_c = [line.split()[2] for line in names["answers"].splitlines()]
+    of_floats = names["predicted"].names[: len(of_c)]
+    assert len(of_c) == 8
+    assert sum(ours == theirs for ours, theirs in zip(of_c, of_floats, strict=True)) >= 7
 
 
 @pytest.fixture(scope="module")
