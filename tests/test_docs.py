@@ -1,7 +1,8 @@
 """The documentation's commands and examples run as they stand there.
 
 On every page each block of code is run, or has a comment above it: `<!-- not run: REASON -->`. The
-commands in those are still parsed. `make docs` runs what takes longer, which is marked slow.
+commands in those are still parsed. The tutorial, the notebook and the commands of the how-to pages
+take minutes, and are marked slow.
 """
 
 import itertools
