@@ -7,6 +7,7 @@
 #                   damaged image files and 500 odd folders of images, none of which may crash, hang
 #                   or leave a file behind (6 to 10 minutes)
 # make docs         build the documentation site in build/docs; warnings are errors
+# make release      build sdist and wheel in dist/, check them, use each in an empty environment
 # make torture      kill 60 training runs at critical moments and compare how they end (20 minutes)
 # make results      write the tables in docs/results.md and README.md and the figure from results/
 # make clean        remove the environment and the quickstart's run
@@ -27,7 +28,7 @@ COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_mat
 	| LC_ALL=C sort | xargs cat; grep '^jax' requirements.txt; } | sha256sum
 
 .PHONY: docs quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
-	fuzz results torture clean
+	fuzz release results torture clean
 
 quickstart: $(VENV)/base
 	rm -rf $(WORKDIR)
@@ -69,6 +70,9 @@ compile-check-if-changed:
 
 docs: $(VENV)/dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+release:
+	tools/release.sh $(PYTHON)
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.fuzz_commands

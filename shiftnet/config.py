@@ -116,11 +116,13 @@ def matches(path: str, pattern: str) -> bool:
 
 def _reads_files(config: "Config") -> bool:
     data = config.data
-    return data.source == "folder" or data.name not in ("cifar10", "cifar100", "digits")
+    return data.source != "tfds" or data.name not in ("cifar10", "cifar100", "digits")
 
 
-IMAGE_FILES = Scope(_reads_files, "image files, from data.source=folder or data.name=imagenet2012")
-FOLDER = Scope(lambda config: config.data.source == "folder", "data.source=folder")
+IMAGE_FILES = Scope(
+    _reads_files, "image files, from data.source=folder or hf, or data.name=imagenet2012"
+)
+FOLDER = Scope(lambda config: config.data.source != "tfds", "data.source=folder or hf")
 # Pixels on a side up to which image files are treated as a CIFAR's: read once, held in memory and
 # cropped by `data.pad`. 80,000 images of this size are 1 GB, and the data sets of small images that
 # are in use are not above it (CIFAR 32, Tiny ImageNet 64). ImageNet itself stays in its files.
@@ -130,7 +132,7 @@ IN_MEMORY = Scope(
     lambda config: (
         not _reads_files(config)
         or (
-            (config.data.source == "folder" or config.data.name != "imagenet2012")
+            (config.data.source != "tfds" or config.data.name != "imagenet2012")
             and config.data.size <= SMALL
         )
     ),
@@ -323,10 +325,11 @@ class DataConfig(Settings, group="data"):
         "data set: cifar10, cifar100, digits, imagenet2012, or another that `tfds build` prepared "
         "in data.dir as array_record",
     )
-    source: Literal["tfds", "folder"] = setting(
+    source: Literal["tfds", "folder", "hf"] = setting(
         "tfds",
         "tfds: the data set of that name; folder: the image files in train/<class>/ and "
-        "val/<class>/ of data.dir, or in <class>/ of it, of which a tenth is held out as test set",
+        "val/<class>/ of data.dir, or in <class>/ of it, of which a tenth is held out as test set; "
+        "hf: the Hugging Face data set data.name, or what save_to_disk wrote into data.dir",
     )
     dir: str = setting(
         "",
@@ -411,8 +414,8 @@ class DataConfig(Settings, group="data"):
     )
     exif: bool = setting(
         True,
-        "rotate the images of a folder by their EXIF orientation; those of imagenet2012 never are, "
-        "as in its published results",
+        "rotate the images of a folder or of hf by their EXIF orientation; a folder's of "
+        "imagenet2012 never are, as in its published results",
         scope=FOLDER,
     )
     balance: bool = setting(

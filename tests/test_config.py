@@ -176,7 +176,8 @@ def test_settings_read_and_change_as_mappings_too():
         ),
         (
             "data.name=imagenet2012 data.exif=false",
-            "data.exif=false would be ignored: it applies to data.source=folder; leave it at true",
+            "data.exif=false would be ignored: it applies to data.source=folder or hf; leave it at "
+            "true",
         ),
         (
             "data.source=folder data.size=65 data.pad=2",

@@ -32,6 +32,15 @@ def prog(subcommand: str) -> str:
     return SCRIPTS.get(Path(sys.argv[0]).name, f"shiftnet {subcommand}")
 
 
+def command(subcommand: str) -> str:
+    """Returns how to start a subcommand in the way in which the running one was started."""
+    program = Path(sys.argv[0]).name
+    if {program, f"{subcommand}.py"} <= SCRIPTS.keys() - {"convert_torch.py"}:
+        return f"python {subcommand}.py"
+    module = program in ("__main__.py", "convert_torch.py")
+    return f"python -m shiftnet {subcommand}" if module else f"shiftnet {subcommand}"
+
+
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Adds the option `--network` of commands that read checkpoints."""
     parser.add_argument(

@@ -13,7 +13,7 @@ from flax import nnx
 
 from shiftnet import checkpoint, data, interchange
 from shiftnet import config as config_lib
-from shiftnet.cli import prog
+from shiftnet.cli import command, prog
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.interchange.convert import UNKNOWN, Options, convert, names_of
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = config_lib.from_json(converted.metadata["config"])
     folder = " --data-dir FOLDER" if recipe.data.name == UNKNOWN else ""
     print(converted.report)
-    print(f"\nwritten: {directory}\nevaluate it: python evaluate.py --ckpt {directory}{folder}")
+    print(f"\nwritten: {directory}\nevaluate it: {command('evaluate')} {directory}{folder}")
     return 0
 
 

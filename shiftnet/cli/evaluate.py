@@ -13,7 +13,7 @@ import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import zoo
 from shiftnet.cli import add_network, allow_network, prog
-from shiftnet.data import Source, Split, cifar, classes
+from shiftnet.data import Source, Split, cifar, classes, hf_source
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
@@ -110,7 +110,7 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     name, source, directory = _place(model, arguments)
 
     def match(found: Sequence[str], dataset: str) -> classes.Matching:
-        own_names = data.name in shiftnet.data.IN_MEMORY or data.source == "folder"
+        own_names = data.name in shiftnet.data.IN_MEMORY or data.source != "tfds"
         return classes.match(
             model.class_names,
             found,
@@ -214,6 +214,8 @@ def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
                 "--data-dir or --dataset"
             )
         return data.name, data.source, data.dir
+    if hf_source.is_saved(path_of(directory, "--data-dir")):
+        return data.name, "hf", directory
     prepared = in_tfds and cifar.holds_datasets(path_of(directory, "--data-dir"))
     return data.name, "tfds" if prepared else "folder", directory
 

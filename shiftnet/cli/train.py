@@ -10,7 +10,7 @@ import jax
 
 from shiftnet import config as config_lib
 from shiftnet import zoo
-from shiftnet.cli import prog
+from shiftnet.cli import command, prog
 from shiftnet.config import Config
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
@@ -112,15 +112,12 @@ def _default_workdir(recipe: str) -> str:
 
 def _command(argv: Sequence[str], workdir: Path) -> str:
     """Returns the command that was given, with its working directory, for a shell."""
-    program = Path(sys.argv[0]).name
-    start = ["python", "train.py"] if program == "train.py" else ["shiftnet", "train"]
-    if program == "__main__.py":
-        start = ["python", "-m", *start]
     named = any(word.partition("=")[0] == "--workdir" for word in argv)
-    return shlex.join([*start, *argv, *([] if named else [f"--workdir={workdir}"])])
+    words = [*argv, *([] if named else [f"--workdir={workdir}"])]
+    return f"{command('train')} {shlex.join(words)}"
 
 
-def _report(outcome: Outcome, workdir: Path, command: str) -> str:
+def _report(outcome: Outcome, workdir: Path, again: str) -> str:
     final, best = outcome.final[0], outcome.best[0]
     lines = [outcome.weights, ""] if outcome.weights and outcome.finished else []
     if final is not None:
@@ -129,7 +126,7 @@ def _report(outcome: Outcome, workdir: Path, command: str) -> str:
         chosen = f"best epoch {best['epoch']}, chosen on the {outcome.chosen_on} images: "
         lines.append(f"{chosen}test accuracy {best['test_accuracy']:.2%}")
     if outcome.finished:
-        lines.append(f"evaluate it: python evaluate.py --ckpt {shlex.quote(str(workdir))}")
+        lines.append(f"evaluate it: {command('evaluate')} {shlex.quote(str(workdir))}")
     else:
-        lines.append(f"stopped after step {outcome.step}, saved; to continue: {command}")
+        lines.append(f"stopped after step {outcome.step}, saved; to continue: {again}")
     return "\n".join(lines)

@@ -39,7 +39,7 @@ __all__ = [
 IN_MEMORY = (*cifar.NAMES, *digits.NAMES)
 IMAGENET = "imagenet2012"
 NAMES = (*IN_MEMORY, IMAGENET)
-SOURCES = ("tfds", "folder")
+SOURCES = ("tfds", "folder", "hf")
 
 # Of ImageNet, as torchvision's recipes have them; also for other image files.
 IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -122,8 +122,9 @@ def load(
     same images and no image moves between training and validation when a run is resumed.
 
     Args:
-      name: one of `NAMES`; a folder has none.
-      source: `"tfds"`, or `"folder"` for the image files in `data_dir`.
+      name: one of `NAMES`, or a name on the Hugging Face hub; a folder has none.
+      source: `"tfds"`; `"folder"` for the image files in `data_dir`; or `"hf"` for a Hugging Face
+        data set, on disk in `data_dir` or else on the hub.
       data_dir: the TFDS directory, which holds for example `cifar100/3.0.2`. Empty stands for
         `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`. Not used by `digits`.
       validation: how many training images to hold out; below 1: which part of them.
@@ -146,7 +147,7 @@ def load(
     """
     if source not in SOURCES:
         raise errors.unknown("data.source", source, SOURCES)
-    if source == "folder" or name not in IN_MEMORY:
+    if source != "tfds" or name not in IN_MEMORY:
         small = is_small(name, source, size)
         dataset = _in_files(name, source, data_dir, validation, mean, std, exif, small)
         return _read(dataset, size, resize or size, workers, on_corrupt) if small else dataset
@@ -205,7 +206,7 @@ def load_test(
 
 def is_small(name: str, source: str, size: int) -> bool:
     """Tells whether image files made into `size` pixels a side are held in memory."""
-    return 0 < size <= SMALL and (name != IMAGENET or source == "folder")
+    return 0 < size <= SMALL and (name != IMAGENET or source != "tfds")
 
 
 def fit(data: DataConfig, side: int) -> None:
@@ -218,7 +219,7 @@ def fit(data: DataConfig, side: int) -> None:
     Raises:
       UserError: for a `data.resize` below the size.
     """
-    if data.source != "folder" and data.name in IN_MEMORY:
+    if data.source == "tfds" and data.name in IN_MEMORY:
         return
     data.size = data.size or side
     if is_small(data.name, data.source, data.size):
@@ -275,6 +276,17 @@ def _in_files(
             chosen = _chosen(name, len(train), TEST_SHARE)
             train, test = _divided(train, chosen)
             found += f"; no folder {folder.TEST[0]}: {len(test)} of them are held out for the test"
+    elif source == "hf":
+        from shiftnet.data import hf_source
+
+        train, test = hf_source.open_splits(name, data_dir, exif=exif)
+        names, name = train.class_names, data_dir or name
+        found = f"{len(train)} training images of {len(names)} classes"
+        if test is None:
+            train, test = _divided(train, _chosen(name, len(train), TEST_SHARE))
+            found += f"; no test split: {len(test)} of them are held out for the test"
+        else:
+            found += f" and {len(test)} test images"
     else:
         directory = cifar.root(data_dir)
         if name != IMAGENET and not (directory / name).is_dir():

@@ -359,7 +359,7 @@ class _TrainExample:
                     image = image[:, ::-1]
             except CorruptImage as error:
                 if self.share.on_corrupt == "error":
-                    raise UserError(str(error)) from error
+                    raise _stopped_by(error) from error
                 skipped = skipped or (error.name,)
             else:
                 return _Example(image, label, skipped)
@@ -396,9 +396,16 @@ class _EvalExample:
                 return _Example(image, label, skipped)
             except CorruptImage as error:
                 if self.share.on_corrupt == "error":
-                    raise UserError(str(error)) from error
+                    raise _stopped_by(error) from error
                 skipped = (error.name,)
         return _Example(np.zeros((self.size, self.size, 3), np.uint8), -1, skipped)
+
+
+def _stopped_by(error: CorruptImage) -> UserError:
+    return UserError(
+        f"{error}; to leave such files out: --config.data.on_corrupt=skip, or evaluate "
+        "--on-corrupt=skip"
+    )
 
 
 def _is_first(seed: int, index: int) -> bool:

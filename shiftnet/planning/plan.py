@@ -361,7 +361,7 @@ def _facts(config: Config) -> Facts:
     """Returns the facts about the recipe's data set; of data on disk it reads only folders."""
     data = config.data
     side = data.size or models.image_size(config.model.arch)
-    if data.source == "folder":
+    if data.source != "tfds":
         dataset = shiftnet.data.load(
             data.name, source=data.source, data_dir=data.dir, validation=data.validation
         )

@@ -190,7 +190,7 @@ def _training(model: Classifier, info: Model | None) -> str:
 def _data(model: Classifier, *, own: bool) -> str:
     data = model.config.data
     known = data.source == "tfds" and data.name in DATA
-    source = DATA[data.name][1] if known else "Images in folders of the person who trained it"
+    source = DATA[data.name][1] if known else "Images of the person who trained it"
     licence = (
         "The network is under the Apache License 2.0, as the code that made it is."
         if own

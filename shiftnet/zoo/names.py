@@ -60,20 +60,20 @@ def find_all(pattern: str, what: str) -> list[Path]:
 
 
 def find_trainable(typed: str | os.PathLike[str], what: str) -> Path:
-    """Returns the path of what a run can start from; as `find`, but not the packed file of a name.
+    """Returns the path of what a run can start from.
+
+    As `find`, but of a name the file with its batch norms, where it was kept and can be had.
 
     Raises:
-      UserError: as `find`, or if only a packed file is kept of the network.
+      UserError: as `find`.
     """
     model = named(typed, what)
     if model is None:
         return find(typed, what)
-    if "trainable" not in model.result["checkpoint"]:
-        raise UserError(
-            f"{model.name} cannot be trained further: only a packed file is kept of it, whose "
-            "batch norms are folded"
-        )
-    return storage.fetch(model, model.result["checkpoint"]["trainable"])
+    trainable = model.result["checkpoint"].get("trainable")
+    if trainable is None or not storage.can_be_had(trainable):
+        return file_of(model)
+    return storage.fetch(model, trainable)
 
 
 def named(typed: str | os.PathLike[str], what: str) -> Model | None:

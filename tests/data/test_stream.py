@@ -252,7 +252,9 @@ def test_processes_share_evaluation_with_equally_many_batches(source):
 @pytest.mark.parametrize(("make", "workers"), [(train, 0), (train, 2), (evaluation, 0)])
 def test_a_corrupt_file_ends_the_run_with_its_name_and_nothing_else(make, workers):
     corrupt = Memory(23, corrupt=range(23))
-    with pytest.raises(UserError, match=r"^file \d+ cannot be decoded \(.+\)$") as caught:
+    with pytest.raises(
+        UserError, match=r"^file \d+ cannot be decoded \(.+\); to leave .*skip$"
+    ) as caught:
         next(iter(make(corrupt, workers=workers)))
     assert "\n" not in str(caught.value)
     assert not getattr(caught.value, "__notes__", None)

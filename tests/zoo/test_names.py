@@ -192,10 +192,10 @@ def test_a_run_starts_from_the_network_that_can_be_trained(tmp_path, monkeypatch
     model = zoo.get(NAME)
     monkeypatch.setattr(names, "get", lambda name: model)
     model.result["checkpoint"].pop("trainable", None)
-    with pytest.raises(UserError, match=f"{NAME} cannot be trained further: only a packed file"):
-        zoo.find_trainable(NAME, "--init")
+    assert zoo.find_trainable(NAME, "--init") == zoo.find(NAME)  # the packed one, then
     entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     model.result["checkpoint"]["trainable"] = entry
+    assert zoo.find_trainable(NAME, "--init") == zoo.find(NAME)  # as in a wheel without a mirror
     monkeypatch.setenv(storage.MIRROR, str(tmp_path))
     assert zoo.find_trainable(NAME, "--init") == path
     assert zoo.find_trainable(path, "--init") == path
