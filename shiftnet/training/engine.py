@@ -22,7 +22,7 @@ from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.kernels import operation
-from shiftnet.training import environment, low_bit
+from shiftnet.training import environment, low_bit, pictures
 from shiftnet.training.batch_statistics import make_estimator
 from shiftnet.training.data_iterator import make_data_iterator
 from shiftnet.training.deadline import Deadline
@@ -474,6 +474,9 @@ def train(
                                     report_skipped(progress, name, evaluation.skipped)
                         names, confusion = dataset.class_names, evaluation.confusion()
                         log.write_confusion(step, epoch, names, confusion)
+                        if run == 0 and is_main:
+                            images = pictures.describe(evaluation, dataset.test, names)
+                            log.write_images(step, epoch, images)
 
                         # Best
                         accuracy, best = line[f"{chosen_on}_accuracy"], record.best[run]
