@@ -1,7 +1,9 @@
 """The subcommands of `shiftnet`, one file each: they parse, call and print."""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Subcommand -> what it does. Each is the function `main` of the module of its name here.
@@ -30,6 +32,24 @@ SCRIPTS = {
 def prog(subcommand: str) -> str:
     """Returns what the running command is called: `"shiftnet train"`, or `"train.py"`."""
     return SCRIPTS.get(Path(sys.argv[0]).name, f"shiftnet {subcommand}")
+
+
+def typed(subcommand: str, arguments: Sequence[str], *, program: str | None = None) -> str:
+    """Returns a command line for a shell, that calls `subcommand` as the running one was called.
+
+    Args:
+      subcommand: such as `"train"`.
+      arguments: what follows it.
+      program: how the running command was called; None: by `sys.argv[0]`.
+    """
+    name = Path(program or sys.argv[0]).name
+    if name in SCRIPTS and f"{subcommand}.py" in SCRIPTS:
+        start = ["python", f"{subcommand}.py"]
+    elif name in ("__main__.py", *SCRIPTS):
+        start = ["python", "-m", "shiftnet", subcommand]
+    else:
+        start = ["shiftnet", subcommand]
+    return shlex.join([*start, *arguments])
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

@@ -89,7 +89,7 @@ def test_the_command_writes_a_checkpoint_that_gives_the_originals_logits(name, t
     out = tmp_path / "out"
     assert convert.main([str(FILES / name), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert f"evaluate it: python evaluate.py --ckpt {out}" in printed
+    assert f"evaluate it: shiftnet evaluate {out}" in printed
     assert "parameters" in printed
     model = shiftnet.load(out)
     x, expected = expected_logits(entry)

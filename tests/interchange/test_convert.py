@@ -166,7 +166,7 @@ def test_a_network_of_unknown_data_loads_predicts_and_asks_for_images(tmp_path, 
     np.savez(tmp_path / "net.npz", **file.arrays)
     argv = [str(tmp_path / "net.npz"), "--out", str(tmp_path / "out"), "--class-names", "a,b,c"]
     assert command.main([*argv, "--mean", "0.5,0.5,0.5", "--std", "1,1,1"]) == 0
-    assert f"evaluate.py --ckpt {tmp_path / 'out'} --data-dir FOLDER" in capsys.readouterr().out
+    assert f"evaluate {tmp_path / 'out'} --data-dir FOLDER" in capsys.readouterr().out
     model = shiftnet.load(tmp_path / "out")
     assert (model.class_names, model.mean, model.std) == (("a", "b", "c"), (0.5,) * 3, (1.0,) * 3)
     assert set(model.predict(np.zeros((2, 32, 32, 3), np.uint8)).names) <= {"a", "b", "c"}
