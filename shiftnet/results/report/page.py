@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import shiftnet
 from shiftnet.errors import UserError
 from shiftnet.results.report import grids
 from shiftnet.results.report.sources import Found
@@ -51,7 +50,6 @@ def render(found: Found) -> str:
         sections=parts.sections(found),
         colors={name: i for i, name in enumerate(names)} if len(names) <= charts.FEW_RUNS else {},
         empty=(grids.NONE,),
-        version=shiftnet.__version__,
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
