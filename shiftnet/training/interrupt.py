@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from shiftnet.errors import end_at_once
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,8 +64,7 @@ class Interrupt:
         def watch() -> None:
             while (number := os.read(receive, 1)[0]) != 0:
                 if number == signal.SIGINT:
-                    os.write(2, b"interrupted\n")
-                    os._exit(128 + number)
+                    end_at_once(number)
 
         watching = threading.Thread(target=watch, daemon=True)
         watching.start()
