@@ -30,6 +30,7 @@ class Interrupt:
     def __init__(self) -> None:
         self._signal = 0
         self._previous: dict[int, Any] = {}
+        self._ends_at_once = False
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
@@ -41,6 +42,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
+        if self._ends_at_once and signum == signal.SIGINT:
+            return  # the thread that watches has been told too
         if not self._signal:
             again = "once more stops at once, without saving"
             hint = f"; {again}" if signum == signal.SIGINT else ""
@@ -69,9 +72,11 @@ class Interrupt:
         watching = threading.Thread(target=watch, daemon=True)
         watching.start()
         before = signal.set_wakeup_fd(send)
+        self._ends_at_once = True
         try:
             yield
         finally:
+            self._ends_at_once = False
             signal.set_wakeup_fd(before)
             os.write(send, b"\0")
             watching.join()
