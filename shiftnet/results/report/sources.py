@@ -429,7 +429,8 @@ def _pictures(workdir: Path, config: Config) -> Pictures | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         words = f"seed {config.seed}, epoch {int(found['epoch'])}"
-        return Pictures(*(list(map(_picture, found[kind])) for kind in ("wrong", "sample")), words)
+        wrong, sample = (list(map(_picture, found[kind])) for kind in ("wrong", "sample"))
+        return Pictures(wrong, sample, words)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -446,8 +447,8 @@ def _picture(found: Mapping[str, Any]) -> Picture:
     """
     if not re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*", found["data"]):
         raise ValueError(f"the data of image {found['image']} are not of a PNG or JPEG")
-    texts = (str(found[name]) for name in ("image", "class", "prediction"))
-    return Picture(*texts, float(found["confidence"]), found["data"])
+    image, label, prediction = (str(found[name]) for name in ("image", "class", "prediction"))
+    return Picture(image, label, prediction, float(found["confidence"]), found["data"])
 
 
 def _config(workdir: Path) -> Config:
