@@ -3,6 +3,6 @@
 if __name__ == "__main__":  # the processes that decode images import this file too
     import sys
 
-    from shiftnet.cli.train import main
+    from shiftnet.__main__ import main
 
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shiftnet import __version__
 from shiftnet.cli import COMMANDS
-from shiftnet.errors import reported, unknown
+from shiftnet.errors import interrupts_end, interrupts_end_at_once, reported, unknown
 
 USAGE = """\
 usage: shiftnet SUBCOMMAND ...
@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown("subcommand", name, COMMANDS)
-    return importlib.import_module(f"shiftnet.cli.{name}").main(rest)
+    with interrupts_end_at_once():
+        command = importlib.import_module(f"shiftnet.cli.{name}")
+    with interrupts_end():
+        return command.main(rest)
 
 
 if __name__ == "__main__":

@@ -198,8 +198,7 @@ class CheckpointManager:
 
     def metadata(self, step: int) -> Mapping[str, Any]:
         """Reads the metadata of a step's checkpoint."""
-        with _safe(self.path(step)) as path:
-            return ocp.checkpointables_metadata(path).custom_metadata
+        return read_metadata(self.path(step))
 
     def delete(self, *, before: int = 0, after: int | None = None) -> None:
         """Deletes the checkpoints of the steps before one, and of those after another."""
@@ -351,6 +350,12 @@ def read(path: str | os.PathLike[str], sharding: Sharding | None = None) -> Save
         else:
             raise UserError("; ".join(skipped))
     raise UserError(f"the checkpoints in {path} are replaced faster than they can be read")
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """Reads the metadata of a checkpoint, as `find` returns it, without checking its files."""
+    with _safe(path) as readable:
+        return ocp.checkpointables_metadata(readable).custom_metadata
 
 
 def write(

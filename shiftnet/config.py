@@ -1017,7 +1017,8 @@ def apply_argument(
 
     Args:
       config: the configuration to change.
-      argument: `name=value` pairs with commas between them; `""` changes nothing.
+      argument: `name=value` pairs with commas between them; `""` changes nothing. A comma that no
+        `name=` follows is part of the value.
       fields: the names that the recipe knows, with the field each stands for, for example
         `{"expansion": "model.expansion"}`.
       recipes: for a family on the CIFARs `CIFAR_RECIPES`, which `recipe=NAME` takes one of.
@@ -1026,7 +1027,7 @@ def apply_argument(
       UserError: if it is not of that form, or for an unknown name or a value of the wrong type.
     """
     chosen = None
-    for pair in argument.split(",") if argument else ():
+    for pair in re.split(r",(?=\s*\w+\s*=|\s*$)", argument) if argument else ():
         name, equals, text = (part.strip() for part in pair.partition("="))
         if not equals:
             raise UserError(f"expected name=value after the colon, found {pair!r}")

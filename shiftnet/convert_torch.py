@@ -2,7 +2,7 @@
 
 import sys
 
-from shiftnet.cli.convert import main
+from shiftnet.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,13 +1,18 @@
 """Errors for people to read: one sentence and an exit code, without a traceback."""
 
+import contextlib
 import difflib
 import functools
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+GRACE = 5.0  # seconds from Ctrl-C on for closing files, in which nothing else should happen
 
 
 class UserError(ValueError):
@@ -74,6 +79,72 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             return 130
 
     return wrapper
+
+
+@contextlib.contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """While entered, Ctrl-C ends the process with one line: where there is nothing to clean up.
+
+    A `KeyboardInterrupt` in the middle of an import is a traceback at best; at worst the import
+    goes over it, or raises an `ImportError` for it. Nothing changes outside the main thread.
+    """
+    with _interrupts(_end):
+        yield
+
+
+@contextlib.contextmanager
+def interrupts_end() -> Iterator[None]:
+    """While entered, Ctrl-C is a `KeyboardInterrupt`, and whatever comes of it an end of a line.
+
+    Where a callback goes over it, or what is closed takes too long, the process ends all the same.
+
+    Raises:
+      KeyboardInterrupt: in place of any exception after Ctrl-C.
+    """
+    interrupted = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            _end(signum, frame)
+        interrupted = True
+        end = threading.Timer(GRACE, _end, (signum, frame))
+        end.daemon = True
+        end.start()
+        raise KeyboardInterrupt
+
+    with _interrupts(interrupt):
+        try:
+            yield
+        except Exception as error:
+            if interrupted:
+                raise KeyboardInterrupt from error
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    end_at_once(signum)
+
+
+def end_at_once(signum: int) -> NoReturn:
+    """Ends this process and those that it started, without closing anything, as after Ctrl-C."""
+    if multiprocessing := sys.modules.get("multiprocessing"):  # takes long to import
+        for child in multiprocessing.active_children():
+            child.terminate()
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signum)
 
 
 def _missing_platform() -> str | None:

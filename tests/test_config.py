@@ -335,6 +335,15 @@ def test_the_text_after_the_colon_reaches_the_recipe(recipe):
     assert (model.expansion, model.dtype) == (3.0, "bfloat16")
 
 
+def test_a_value_after_the_colon_may_have_commas():
+    made = config.default_config()
+    fields = {name: f"model.{name}" for name in ("expansion", "weights_of")}
+    text = "weights_of=layer1.*:float,layer3.*:s3/2,expansion=3"
+    config.apply_argument(made, text, fields)
+    assert made.model.weights_of == "layer1.*:float,layer3.*:s3/2"
+    assert made.model.expansion == 3
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [

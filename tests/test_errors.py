@@ -26,3 +26,41 @@ def test_a_platform_that_is_not_there_is_named(platform):
     *_, line = process.stderr.splitlines()
     assert line.startswith(f"error: JAX finds no device of JAX_PLATFORMS={platform}")
     assert "Traceback" not in process.stderr
+
+
+ENDINGS = {
+    "while it starts": """
+with errors.interrupts_end_at_once():
+    signal.raise_signal(signal.SIGINT)
+    threading.Event().wait()
+""",
+    "gone over": """
+class Ungrateful:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+errors.GRACE = 0.1
+sys.unraisablehook = lambda *_: None
+with errors.interrupts_end():
+    Ungrateful()
+    threading.Event().wait()
+""",
+    "turned into another error": """
+@errors.reported
+def main():
+    with errors.interrupts_end():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("a module could not be imported")
+sys.exit(main())
+""",
+}
+
+
+@pytest.mark.parametrize("when", ENDINGS)
+def test_ctrl_c_is_one_line_whatever_it_meets(when):
+    program = f"import signal, sys, threading\nfrom shiftnet import errors\n{ENDINGS[when]}"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")

@@ -1,7 +1,9 @@
 """The subcommands of `shiftnet`, one file each: they parse, call and print."""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Subcommand -> what it does. Each is the function `main` of the module of its name here.
@@ -32,13 +34,22 @@ def prog(subcommand: str) -> str:
     return SCRIPTS.get(Path(sys.argv[0]).name, f"shiftnet {subcommand}")
 
 
-def command(subcommand: str) -> str:
-    """Returns how to start a subcommand in the way in which the running one was started."""
-    program = Path(sys.argv[0]).name
-    if {program, f"{subcommand}.py"} <= SCRIPTS.keys() - {"convert_torch.py"}:
-        return f"python {subcommand}.py"
-    module = program in ("__main__.py", "convert_torch.py")
-    return f"python -m shiftnet {subcommand}" if module else f"shiftnet {subcommand}"
+def typed(subcommand: str, arguments: Sequence[str], *, program: str | None = None) -> str:
+    """Returns a command line for a shell, that calls `subcommand` as the running one was called.
+
+    Args:
+      subcommand: such as `"train"`.
+      arguments: what follows it.
+      program: how the running command was called; None: by `sys.argv[0]`.
+    """
+    name = Path(program or sys.argv[0]).name
+    if name in SCRIPTS and f"{subcommand}.py" in SCRIPTS:
+        start = ["python", f"{subcommand}.py"]
+    elif name in ("__main__.py", *SCRIPTS):
+        start = ["python", "-m", "shiftnet", subcommand]
+    else:
+        start = ["shiftnet", subcommand]
+    return shlex.join([*start, *arguments])
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from shiftnet import checkpoint, data, interchange
 from shiftnet import config as config_lib
-from shiftnet.cli import command, prog
+from shiftnet.cli import prog, typed
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.interchange.convert import UNKNOWN, Options, convert, names_of
@@ -35,18 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mean",
         metavar="R,G,B",
-        help="what images are normalised with, for pixels in [0, 1] (default: the data set's)",
+        help="what is subtracted from images, for pixels in [0, 1] (default: the data set's)",
     )
-    parser.add_argument("--std", metavar="R,G,B", help="likewise")
+    parser.add_argument("--std", metavar="R,G,B", help="what they are divided by after that")
     parser.add_argument(
         "--class-names",
         metavar="FILE|A,B,...",
-        help="a file of one name a line or a JSON list, or the names (default: the data set's)",
+        help="a file of one name per line or a JSON list, or the names (default: the data set's)",
     )
     parser.add_argument(
         "--weights",
         choices=("float", "sign"),
-        help="where the arrays do not show which (default: sign for a wide ResNet, else float)",
+        help="form of the weights, where the arrays do not show it (default: sign for a wide "
+        "ResNet, else float)",
     )
     parser.add_argument(
         "--entry",
@@ -74,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         converted.metadata,
     )
     recipe = config_lib.from_json(converted.metadata["config"])
-    folder = " --data-dir FOLDER" if recipe.data.name == UNKNOWN else ""
+    folder = ["--data-dir", "FOLDER"] if recipe.data.name == UNKNOWN else []
     print(converted.report)
-    print(f"\nwritten: {directory}\nevaluate it: {command('evaluate')} {directory}{folder}")
+    evaluate = typed("evaluate", [str(directory), *folder])
+    print(f"\nwritten: {directory}\nevaluate it: {evaluate}")
     return 0
 
 

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--compare",
         metavar="ARCH[:OPTION=VALUE,...]",
         nargs="+",
-        help="networks to compare, such as resnet20 shiftresnet20:expansion=3,weights=s3",
+        help="networks to compare, such as resnet20 shiftresnet20:expansion=3,weights=s3 "
+        "'resnet20:weights_of=layer1.*:float,layer3.*:s3/2'",
     )
     for name in OPTIONS:
         field = config_lib.FIELDS[f"model.{name}"]
@@ -152,7 +153,8 @@ def page_flops(family: str, counts: Counts) -> int:
 def _default(name: str) -> str:
     if name == "reduction_mode":
         return "block for depthwiseresnet, mobileresnet and shuffleresnet, net otherwise"
-    return str(config_lib.FIELDS[f"model.{name}"].default)
+    default = config_lib.FIELDS[f"model.{name}"].default
+    return str(default).lower() if isinstance(default, bool) else str(default) or "none"
 
 
 def _config(arch: str) -> config_lib.Config:

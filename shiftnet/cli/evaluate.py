@@ -27,42 +27,59 @@ from shiftnet.training.processes import set_up
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates what the command line names; returns the exit code."""
     parser = config_lib.Parser(prog=prog("evaluate"), description=__doc__)
-    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="as --ckpt")
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CKPT",
+        help="a run's working directory (its last checkpoint), its best/, one step, a converted "
+        "checkpoint, a packed .safetensors file, or a glob; or a trained network's name, which "
+        "shiftnet models lists",
+    )
     parser.add_argument(
         "--ckpt",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="checkpoints: a run's working directory (its last), its best/, one step, a converted "
-        "one, a packed .safetensors file, or a glob; or a trained network's name, see shiftnet "
-        "models",
+        help="the same, as an option",
     )
-    parser.add_argument("--dataset", metavar="NAME", help="default: what each was trained on")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="data set to evaluate on (default: the one of training)"
+    )
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
         help="a folder of images, val/<class>/* or <class>/*, whose classes are matched by name; "
-        "or where the data set is prepared; default: as in training",
+        "or where the data set is prepared (default: as in training)",
     )
     parser.add_argument(
         "--labels",
         metavar="CSV",
-        help="a file that lists the images of --data-dir and their classes, one FILE,CLASS a line",
+        help="a file that lists images of --data-dir and their classes, one FILE,CLASS per line",
     )
     parser.add_argument(
         "--on-corrupt",
         choices=("error", "skip"),
-        help="what to do about image files that cannot be read; default: as in training",
-    )
-    parser.add_argument("--batch-size", metavar="N", type=int, help="default: as in training")
-    parser.add_argument(
-        "--per-class", action="store_true", help="precision, recall and F1 of every class too"
+        help="what to do about image files that cannot be read (default: as in training)",
     )
     parser.add_argument(
-        "--confused", metavar="N", type=int, default=0, help="the N most confused pairs of classes"
+        "--batch-size", metavar="N", type=int, help="images per step (default: as in training)"
     )
     parser.add_argument(
-        "--wrong", metavar="N", type=int, default=0, help="the N most confident wrong predictions"
+        "--per-class", action="store_true", help="print precision, recall and F1 of every class too"
+    )
+    parser.add_argument(
+        "--confused",
+        metavar="N",
+        type=int,
+        default=0,
+        help="print the N most confused pairs of classes",
+    )
+    parser.add_argument(
+        "--wrong",
+        metavar="N",
+        type=int,
+        default=0,
+        help="print the N most confident wrong predictions",
     )
     parser.add_argument(
         "--predictions",

@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "ckpt", metavar="CKPT", help="a checkpoint or a name, as evaluate.py takes it"
+        "ckpt",
+        metavar="CKPT",
+        help="a checkpoint or a trained network's name, as evaluate takes it",
     )
     parser.add_argument(
         "out", metavar="OUT", nargs="?", help=f"the file to write, {', '.join(ENDINGS)}"
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forms.add_argument(
         "--packed",
         action="store_true",
-        help="write a 1-bit wide ResNet's arrays as its original packs them, a bit per weight",
+        help="write a 1-bit wide ResNet's arrays as its original packs them, one bit per weight",
     )
     forms.add_argument(
         "--integers",

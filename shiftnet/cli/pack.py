@@ -14,7 +14,11 @@ from shiftnet.files import path_of
 def main(argv: Sequence[str] | None = None) -> int:
     """Packs the checkpoint that the command line names; returns the exit code."""
     parser = config_lib.Parser(prog="shiftnet pack", description=__doc__)
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, as for evaluate.py")
+    parser.add_argument(
+        "ckpt",
+        metavar="CKPT",
+        help="a checkpoint or a trained network's name, as evaluate takes it",
+    )
     parser.add_argument("out", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument(
         "--rest",

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "ckpt",
         metavar="CKPT",
-        help="a checkpoint as evaluate takes it, or a trained network's name",
+        help="a checkpoint or a trained network's name, as evaluate takes it",
     )
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="image files, folders, or - for a list of them"

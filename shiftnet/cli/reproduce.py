@@ -5,10 +5,12 @@ stopped, by --budget or Ctrl-C, continues exactly where it was when it is chosen
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from shiftnet import config as config_lib
+from shiftnet.cli import typed
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.results import reproduce
@@ -41,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.list:
             print("\nto train some of them: --only PATTERN or --next, see --help")
         return 0
-    return reproduce.run(options, deadline, cheapest_first=arguments.next)
+    code = reproduce.run(options, deadline, cheapest_first=arguments.next)
+    if code > 128:
+        print(f"to continue: {typed('reproduce', sys.argv[1:] if argv is None else argv)}")
+    return code
 
 
 def seconds_of(text: str) -> float:
@@ -66,12 +71,18 @@ def _arguments(argv: Sequence[str] | None) -> Any:
         "into their results",
     )
     parser.add_argument(
-        "--only", metavar="PATTERN", help="the rows or tables of that name, e.g. 'shiftresnet20_*'"
+        "--only",
+        metavar="PATTERN",
+        help="train the rows, or tables, of that name, such as 'shiftresnet20_*'",
     )
     parser.add_argument(
-        "--next", action="store_true", help="the cheapest missing rows, while they fit the budget"
+        "--next",
+        action="store_true",
+        help="train the cheapest missing rows that the budget has room for",
     )
-    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="of a row (default: 1)")
+    parser.add_argument(
+        "--seeds", metavar="N", type=int, default=1, help="seeds per row (default: 1)"
+    )
     parser.add_argument(
         "--together",
         metavar="N",
@@ -92,14 +103,24 @@ def _arguments(argv: Sequence[str] | None) -> Any:
         metavar="|".join(config_lib.CIFAR_RECIPES),
         help="train by that recipe in place of the rows' own; results go into its folder",
     )
-    parser.add_argument("--results", metavar="DIR", default="results", help="default: results")
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        default="results",
+        help="folder of the tables and results (default: results)",
+    )
     parser.add_argument(
         "--workdir",
         metavar="DIR",
         default="runs/reproduce",
-        help="for what is not finished (default: runs/reproduce)",
+        help="where unfinished runs are kept (default: runs/reproduce)",
     )
-    parser.add_argument("--data-dir", metavar="DIR", default="", help="default: as in training")
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        default="",
+        help="folder of prepared data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+    )
     arguments = parser.parse_args(argv)
     for name in ("seeds", "together", "epochs"):
         value = getattr(arguments, name)

@@ -19,7 +19,11 @@ from shiftnet.results.shift_figure import Offsets
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws the shifts of the checkpoint that the command line names; returns the exit code."""
     parser = config_lib.Parser(prog="shiftnet shifts", description=__doc__)
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, as for evaluate.py")
+    parser.add_argument(
+        "ckpt",
+        metavar="CKPT",
+        help="a checkpoint or a trained network's name, as evaluate takes it",
+    )
     parser.add_argument("out", metavar="OUT.svg", help="the figure to write")
     arguments = parser.parse_args(argv)
     out = path_of(arguments.out, "OUT.svg")

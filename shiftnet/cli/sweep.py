@@ -6,10 +6,12 @@
 Each trial is a run in a directory of its own. The same command continues a sweep that was stopped.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 
 from shiftnet import config as config_lib
-from shiftnet.cli import prog
+from shiftnet.cli import prog, typed
 from shiftnet.cli.reproduce import MOST_SEEDS, seconds_of
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = config_lib.Parser(
         prog=prog("sweep"),
         description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --config FILE[:ARGUMENT] --over FIELD=VALUES [--over ...] [...]",
     )
     parser.add_argument(
@@ -34,19 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a setting to search: A,B,... for a list, LOW..HIGH for a range of numbers, "
         "LOW..HIGH:log for one on a logarithmic scale",
     )
-    parser.add_argument("--trials", metavar="N", type=int, default=20, help="in all (default: 20)")
+    parser.add_argument(
+        "--trials",
+        metavar="N",
+        type=int,
+        default=20,
+        help="number of trials, earlier ones included (default: 20)",
+    )
     parser.add_argument(
         "--seeds",
         metavar="N",
         type=int,
         default=1,
-        help="of each trial, trained in one program, which a large chip has room for (default: 1)",
+        help="seeds per trial, trained in one program; for a large chip (default: 1)",
     )
     parser.add_argument(
         "--no-prune", action="store_true", help="train every trial to its end, also poor ones"
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", default="runs/sweep", help="default: runs/sweep"
+        "--workdir",
+        metavar="DIR",
+        default="runs/sweep",
+        help="where the trials go, and where a sweep is continued from (default: runs/sweep)",
     )
     parser.add_argument("--budget", metavar="TIME", help="stop and save within 90s, 9m, 2h, ...")
     config_lib.add_arguments(parser)
@@ -71,4 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prune=not arguments.no_prune,
     )
     set_up()
-    return sweep.run(options, deadline)
+    code = sweep.run(options, deadline)
+    if code > 128:
+        print(f"to continue: {typed('sweep', sys.argv[1:] if argv is None else argv)}")
+    return code

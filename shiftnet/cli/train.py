@@ -1,7 +1,6 @@
 """Trains a network, or continues training it."""
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 
 from shiftnet import config as config_lib
 from shiftnet import zoo
-from shiftnet.cli import command, prog
+from shiftnet.cli import prog, typed
 from shiftnet.config import Config
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
@@ -86,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
 
     workdir = path_of(arguments.workdir or _default_workdir(arguments.config), "--workdir")
+    if jax.process_index() == 0:
+        data = config.data.dir if config.data.source == "folder" else config.data.name
+        print(f"{config.model.arch} in {workdir}: reading {data} ...", flush=True)
     outcome = train(config, workdir, init=init, profile=arguments.profile)
     if jax.process_index() == 0:
         given = sys.argv[1:] if argv is None else argv
@@ -113,8 +115,7 @@ def _default_workdir(recipe: str) -> str:
 def _command(argv: Sequence[str], workdir: Path) -> str:
     """Returns the command that was given, with its working directory, for a shell."""
     named = any(word.partition("=")[0] == "--workdir" for word in argv)
-    words = [*argv, *([] if named else [f"--workdir={workdir}"])]
-    return f"{command('train')} {shlex.join(words)}"
+    return typed("train", [*argv, *([] if named else [f"--workdir={workdir}"])])
 
 
 def _report(outcome: Outcome, workdir: Path, again: str) -> str:
@@ -126,7 +127,7 @@ def _report(outcome: Outcome, workdir: Path, again: str) -> str:
         chosen = f"best epoch {best['epoch']}, chosen on the {outcome.chosen_on} images: "
         lines.append(f"{chosen}test accuracy {best['test_accuracy']:.2%}")
     if outcome.finished:
-        lines.append(f"evaluate it: {command('evaluate')} {shlex.quote(str(workdir))}")
+        lines.append(f"evaluate it: {typed('evaluate', [str(workdir)])}")
     else:
         lines.append(f"stopped after step {outcome.step}, saved; to continue: {again}")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.kernels import operation
-from shiftnet.training import environment, low_bit
+from shiftnet.training import environment, low_bit, pictures
 from shiftnet.training.batch_statistics import make_estimator
 from shiftnet.training.data_iterator import make_data_iterator
 from shiftnet.training.deadline import Deadline
@@ -350,7 +350,7 @@ def train(
         }
         chosen_on = next(iter(evaluators))
         accumulator = MetricAccumulator(config.batch_size, record.sums, step_logs)
-        saved_step = step
+        saved_step = began_at = step
         began, before = time.monotonic(), record.seconds
         saved_at = began
         epoch_began = (times.clock(), step)
@@ -395,8 +395,6 @@ def train(
             if len(referenced) == referenced.maxlen:
                 best_checkpoints.delete(before=referenced[0])
 
-        if not is_over():
-            progress.message("compiling the training step, which may take minutes ...")
         signal, is_stopped = 0, False
         choices: list[str] = []
         profiled = stack.enter_context(contextlib.closing(Profile(workdir, on=profile and is_main)))
@@ -404,12 +402,16 @@ def train(
         while not is_over() and deadline.left > 0 and not signal and not is_stopped:
             # Step
             step_began, step_before = times.clock(), step
-            with operation.choices() as chosen:  # while the step is traced
+            with contextlib.ExitStack() as first:
+                if step == began_at:
+                    first.enter_context(interrupt.ending_at_once())  # nothing can be lost yet
+                    progress.message("compiling the training step, which may take minutes ...")
+                chosen = first.enter_context(operation.choices())  # while it is traced
                 state, losses, corrects = data.advance(state, step)
             for choice in chosen:
                 if choice not in choices:
                     choices.append(choice)
-                    progress.message(choice)
+                    progress.message(f"kernel chosen for {choice}")
             step += losses.shape[-1]
             profiled.step(losses)
             # This waits for the call before, so that the device has the next one meanwhile and no
@@ -474,6 +476,9 @@ def train(
                                     report_skipped(progress, name, evaluation.skipped)
                         names, confusion = dataset.class_names, evaluation.confusion()
                         log.write_confusion(step, epoch, names, confusion)
+                        if run == 0 and is_main:
+                            shown = pictures.describe(evaluation, dataset.test, names)
+                            log.write_images(step, epoch, shown)
 
                         # Best
                         accuracy, best = line[f"{chosen_on}_accuracy"], record.best[run]
@@ -523,7 +528,8 @@ def train(
             progress.message(
                 f"ended early: no higher validation accuracy since epoch {best and best['epoch']}"
             )
-        progress.message(times.sentence())
+        if step > began_at:
+            progress.message(times.sentence())
         deadline.compiled(times.compilation)
         trained, weights = nnx.merge(program.graphdef, *network(0)), None
         if watch:

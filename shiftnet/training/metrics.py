@@ -1,4 +1,4 @@
-"""The numbers a run leaves behind: `metrics.jsonl`, `steps.jsonl` and `confusion.json`."""
+"""What a run leaves behind: `metrics.jsonl`, `steps.jsonl`, `confusion.json`, `images.json`."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import numpy as np
 
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.files import write_atomically
+from shiftnet.training import pictures
 from shiftnet.training.trackers import Tracker
 
 FILE = "metrics.jsonl"
@@ -81,17 +82,32 @@ class MetricsLog:
         Raises:
           RunFailed: where it cannot be written.
         """
-        if not self._on:
-            return
-        path = self._path.with_name(CONFUSION)
         content = {
             "step": step,
             "epoch": epoch,
             "class_names": list(class_names),
             "confusion": confusion,
         }
+        self._replace(CONFUSION, content)
+
+    def write_images(self, step: int, epoch: int, images: Mapping[str, Any]) -> None:
+        """Replaces `images.json`, some images with what the last evaluation took them for.
+
+        Args:
+          step: of the evaluation.
+          epoch: likewise.
+          images: from `pictures.describe`.
+
+        Raises:
+          RunFailed: where it cannot be written.
+        """
+        self._replace(pictures.FILE, {"step": step, "epoch": epoch, **images})
+
+    def _replace(self, name: str, content: Mapping[str, Any]) -> None:
+        if not self._on:
+            return
         try:
-            write_atomically(path, json.dumps(content) + "\n")
+            write_atomically(self._path.with_name(name), json.dumps(content) + "\n")
         except UserError as error:
             raise RunFailed(str(error)) from error
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import shiftnet
-from shiftnet import checkpoint, data
+from shiftnet import checkpoint, cli, data
 from shiftnet.__main__ import main as shiftnet_main
 from shiftnet.cli import COMMANDS, convert, evaluate, export, train
 from shiftnet.config import GROUPS, MOST_USED
@@ -233,7 +234,37 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     assert "Traceback" not in err
     saved = checkpoint.find(workdir)
     assert f"stopped after step {saved.name}, saved" in out
-    assert f"--workdir {workdir}" in out
+    assert f"to continue: {shlex.join(['python', *command[1:]])}" in out
+
+
+def test_ctrl_c_while_the_step_is_compiled_ends_in_one_line(tmp_path):
+    command = [sys.executable, "train.py", "--config", QUICKSTART, "--workdir", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, *SMALL],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("compiling the training step"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("train.py", "python train.py 'a b'"),
+        ("/usr/bin/shiftnet", "shiftnet train 'a b'"),
+        ("x/shiftnet/__main__.py", "python -m shiftnet train 'a b'"),
+    ],
+)
+def test_a_hint_is_a_command_as_it_was_typed(program, expected):
+    assert cli.typed("train", ["a b"], program=program) == expected
 
 
 @pytest.mark.parametrize(

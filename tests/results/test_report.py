@@ -17,6 +17,11 @@ from tests import browser
 
 ROOT = Path(__file__).parents[2]
 SHORT = sorted(path for path in (ROOT / "results" / "smoke").glob("*_*epochs*") if path.is_dir())
+# A PNG of one pixel.
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVQI12NgYGAAAAAEAAEnNCcK"
+    "AAAAAElFTkSuQmCC"
+)
 HOSTILE = "<script>alert('1')</script>"
 
 TABLE = """
@@ -106,6 +111,9 @@ def make_workdir(
     names = [HOSTILE, *(f"class {i}" for i in range(1, classes))]
     found = {"step": 30, "epoch": 3, "class_names": names, "confusion": confusion(names)}
     (folder / "confusion.json").write_text(json.dumps(found))
+    one = {"image": HOSTILE, "class": HOSTILE, "prediction": "class 1", "confidence": 0.9}
+    images = {"step": 30, "epoch": 3, "wrong": [{**one, "data": PIXEL}], "sample": []}
+    (folder / "images.json").write_text(json.dumps(images))
     return folder
 
 
@@ -316,7 +324,7 @@ def test_seeds_of_one_recipe_are_put_together(tmp_path):
     (row,) = grids.of_trainings([training]).rows
     assert [cell.text for cell in row][1] == "epoch 2 of 164"
     assert [cell.text for cell in row][6:9] == ["25.00 ± 7.07", "25.00 ± 7.07", "2"]
-    loss = charts.curves([training])[0].spec["datasets"]["records"]
+    loss = charts.curves([training], ["run"])[0].spec["datasets"]["records"]
     assert {record["seed"] for record in loss} == {0, 1}
 
 
@@ -335,6 +343,95 @@ def test_a_row_in_training_is_drawn_by_its_own_name(tmp_path):
     both = sources.find(rows).trainings
     assert [training.name for training in both] == ["a/row_seeds0-1", "b/row_seeds0-1"]
     assert [len(training.runs) for training in both] == [2, 2]
+
+
+def test_the_loss_of_a_first_epoch_does_not_flatten_the_others(tmp_path):
+    workdir = make_workdir(tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    (training,) = sources.find([workdir]).trainings
+    loss = charts.curves([training], ["run"])[0]
+    assert loss.note == ""
+    text = (
+        (workdir / "metrics.jsonl").read_text().replace('"test_loss": 1.5,', '"test_loss": 51.0,')
+    )
+    (workdir / "metrics.jsonl").write_text(text)
+    (training,) = sources.find([workdir]).trainings
+    loss = charts.curves([training], ["run"])[0]
+    assert loss.note == "Losses above 2 are beyond the top."
+    assert loss.spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == [0.25, 2.0]
+    assert all(layer["mark"]["clip"] for layer in loss.spec["layer"])
+
+
+def test_a_run_has_one_color_in_all_figures(folder, tmp_path):
+    workdirs = [make_workdir(tmp_path / name, [0.1, 0.2]) for name in ("one", "two")]
+    found = sources.find([folder, *workdirs])
+    names = sections.names(found)
+    assert names == ["shiftresnet20_3c_c100", "wrn20_1_1bit_c100", "one", "two"]
+    drawn = [*charts.curves(found.trainings[1:], names), *charts.sign_flips(found.trainings, names)]
+    drawn.append(charts.per_class(found.trainings[1].confusion, "two", names))
+    for chart in drawn:
+        layer = chart.spec["layer"][0] if "layer" in chart.spec else chart.spec
+        assert layer["encoding"]["color"]["scale"]["domain"] == names
+
+
+def test_what_was_trained_comes_before_what_was_not(folder):
+    untrained = TABLE.partition("[[tables.rows]]")[0].replace("Networks", "Untrained")
+    row = TABLE.split("[[tables.rows]]")[2].replace("resnet20_3c_c100", "resnet56_c100")
+    (folder / "table.toml").write_text(f"{untrained}[[tables.rows]]{row}{TABLE}")
+    parts = sections.sections(sources.find([folder]))
+    titles = [part.title for part in parts]
+    assert titles[-2:] == ["Shortened schedules", "Not trained yet"]
+    (folded,) = parts[-1].details
+    assert folded.title == "Untrained <b>of</b> a page"
+    assert [row[0].text for row in folded.grids[0][1].rows] == ["resnet56_c100"]
+
+
+def test_a_row_by_two_recipes_is_in_one_figure(folder, tmp_path):
+    inner = folder / "short"
+    make_result(inner, "shiftresnet20_3c_c100", [[0.5, 0.64]], full_epochs=3, recipe="short")
+    training = make_workdir(tmp_path / "shiftresnet20_3c_c100_seeds0", [0.4, 0.5])
+    parts = sections.sections(sources.find([folder, inner, training]))
+    (part,) = (part for part in parts if part.title == "The same rows by several recipes")
+    ((_, grid),) = part.grids
+    assert [[cell.text for cell in row[1:4]] for row in grid.rows] == [
+        ["full recipe, 3 epochs", "66.50 ± 0.71", "68.50 ± 0.71"],
+        ["short recipe, 2 epochs", "64.00", "64.00"],
+        ["run, epoch 2 of 164", "50.00", "50.00"],
+    ]
+    (chart,) = part.charts
+    drawn = {(r["recipe"], r["epoch"]): r["accuracy"] for r in chart.spec["datasets"]["records"]}
+    assert drawn["full recipe, 3 epochs", 1] == 45
+    assert drawn["short recipe, 2 epochs", 2] == 64
+    assert len(drawn) == 7
+    alone = sections.sections(sources.find([folder]))
+    assert "The same rows by several recipes" not in [part.title for part in alone]
+
+
+def test_facts_of_a_run(tmp_path):
+    workdir = make_workdir(tmp_path / "run", [0.1, 0.3, 0.2])
+    sessions = [
+        {"from_step": 0, "device": "a GPU", "versions": {"jax": "1.0"}, "commit": "a" * 40},
+        {
+            "from_step": 9,
+            "device": "a CPU",
+            "versions": {"jax": "1.1"},
+            "commit": "b" * 40 + "-dirty",
+        },
+    ]
+    (workdir / "environment.json").write_text(json.dumps(sessions))
+    found = sources.find([workdir])
+    assert sections.title(found) == "run"
+    (part,) = sections.sections(found)
+    facts = dict(part.facts)
+    assert facts["Network"] == "shiftresnet8, weights s3"
+    assert facts["Data"] == "digits"
+    assert facts["Machine"] == "a GPU, then a CPU"
+    assert facts["Code"] == "aaaaaaaaaa, then bbbbbbbbbb with changes"
+    assert facts["Packages"] == "jax 1.1"
+    tiles = {tile.title: (tile.value, tile.note) for tile in part.tiles}
+    assert tiles["Test accuracy"] == ("20.00 %", "best 30.00 % after epoch 2")
+    assert tiles["Epochs"] == ("3", "of 164")
+    (workdir / "environment.json").write_text("[{")  # a run may be writing it
+    assert "Machine" not in dict(sections.sections(sources.find([workdir]))[0].facts)
 
 
 def test_the_best_epoch_is_chosen_on_held_out_images():
@@ -368,9 +465,9 @@ def test_family(row, family):
 
 def test_per_class_accuracy_and_confused_pairs(tmp_path):
     (training,) = sources.find([make_workdir(tmp_path / "run", [0.1])]).trainings
-    by_class = charts.per_class(training.confusion).spec["datasets"]["records"]
+    by_class = charts.per_class(training.confusion, "run", ["run"]).spec["datasets"]["records"]
     assert {record["accuracy"] for record in by_class} == {0.72}
-    section = sections.of_training(training)
+    section = sections.of_training(training, ["run"])
     ((caption, pairs),) = section.grids
     assert caption == "Most confused classes (seed 0, epoch 3)"
     assert [cell.text for cell in pairs.rows[0]] == [HOSTILE, "class 1", "20", "20.0%"]
@@ -381,14 +478,17 @@ def test_many_classes_have_no_matrix():
     names = [f"class {i}" for i in range(1000)]
     found = sources.Confusion(names, [(i, i, 50) for i in range(1000)], "seed 0")
     assert charts.matrix(found) is None
-    assert len(charts.per_class(found).spec["datasets"]["records"]) == 1000
+    assert len(charts.per_class(found, "run", ["run"]).spec["datasets"]["records"]) == 1000
 
 
 def test_what_is_not_there_is_said(tmp_path):
     empty = make_workdir(tmp_path / "empty", [])
     first = make_workdir(tmp_path / "first", [0.1], low_bit=False)
     (first / "confusion.json").unlink()
-    made = [sections.of_training(training) for training in sources.find([empty, first]).trainings]
+    made = [
+        sections.of_training(training, [training.name])
+        for training in sources.find([empty, first]).trainings
+    ]
     assert made[0].sentences == ["There is nothing to draw: no epoch has finished yet."]
     assert made[1].sentences == [
         "Curves need two epochs; so far there are fewer.",
@@ -404,7 +504,7 @@ def test_a_loss_that_is_not_a_number_is_left_out(tmp_path):
     assert "NaN" in text
     (workdir / "metrics.jsonl").write_text(text)
     (training,) = sources.find([workdir]).trainings
-    loss = sections.of_training(training).charts[0]
+    loss = sections.of_training(training, ["run"]).charts[0]
     assert len(loss.spec["datasets"]["records"]) == 5
     assert "NaN" not in page._drawn(loss)
 
@@ -423,6 +523,12 @@ def test_a_loss_that_is_not_a_number_is_left_out(tmp_path):
             "run/confusion.json",
             '{"epoch": 1, "class_names": ["a"], "confusion": [[0, 1, 5]]}',
             "[0, 1, 5] is not of 1 classes",
+        ),
+        ("run/images.json", "{}", "images.json is damaged: it has no 'epoch'"),
+        (
+            "run/images.json",
+            '{"epoch": 1, "wrong": [], "sample": [{"image": "0", "data": "https://a/b.png"}]}',
+            "images.json is damaged: the data of image 0 are not of a PNG or JPEG",
         ),
         ("results/table.toml", "[[tables]]", "table.toml is damaged"),
         (
@@ -492,6 +598,13 @@ DRAWN = """charts.map((chart) => {
 })"""
 
 
+CUT = "tables.map((box) => box.scrollWidth > box.clientWidth)"
+SAYS_SO = """tables.map((box) => {
+  const hint = box.parentElement.querySelector(".hint");
+  return getComputedStyle(hint).display !== "none";
+})"""
+
+
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
     """A page of a real browser."""
@@ -525,10 +638,14 @@ def test_the_page_in_a_browser(tab, folder, tmp_path):
                 assert chart["marks"] > 0, chart
                 assert chart["label"], chart
             assert tab.evaluate("document.documentElement.scrollWidth") == width
+            # Every table that goes on beyond the edge says so, and no other.
+            assert tab.evaluate(CUT) == tab.evaluate(SAYS_SO)
+            assert (tab.evaluate(CUT).count(True) > 1) == (width == 390)
+            assert tab.evaluate("[...document.images].every((image) => image.naturalWidth)")
             backgrounds.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(backgrounds) == 2
     assert tab.complaints == []
-    assert set(tab.requests) == {out.as_uri()}
+    assert {url for url in tab.requests if not url.startswith("data:image/")} == {out.as_uri()}
 
 
 def test_pointing_at_a_result_tells_its_name(tab, folder, tmp_path):
@@ -549,6 +666,26 @@ def test_pointing_at_a_result_tells_its_name(tab, folder, tmp_path):
     words = tab.evaluate("document.querySelector('#vg-tooltip-element').textContent")
     assert "shiftresnet20_3c_c100" in words
     assert "68.50" in words
+
+
+def test_on_paper_everything_is_open_and_light(tab, folder, tmp_path):
+    out = tmp_path / "report.html"
+    assert main([str(folder), "--out", str(out)]) == 0
+    tab.show(out, width=1280, dark=True)
+    opened = "document.querySelectorAll('details[open]').length"
+    assert tab.evaluate(opened) == 0
+    tab.evaluate(
+        """addEventListener("beforeprint", () => {
+          window.seen = document.querySelectorAll("details:not([open])").length;
+        })"""
+    )
+    assert tab.call("Page.printToPDF")["data"]
+    assert tab.evaluate("window.seen") == 0
+    assert tab.evaluate(opened) == 0  # again
+    tab.call("Emulation.setEmulatedMedia", media="print")
+    page_color = "getComputedStyle(document.body).backgroundColor"
+    assert tab.evaluate(page_color) == "rgb(255, 255, 255)"
+    tab.call("Emulation.setEmulatedMedia", media="")
 
 
 def test_the_browser_would_notice(tab, tmp_path):

@@ -19,6 +19,8 @@ Records = list[dict[str, Any]]
 
 HEIGHT = 260  # default height in pixels
 FEW_RUNS = 8  # more colors than these cannot be told apart
+# Ours, what was reported for the same networks, and others'; readable on both themes.
+KINDS = ("#d9480f", "#8b949e", "#1a7f8e")
 FEW_EPOCHS = 40  # with more, a line's points hide it
 NAMED_CLASSES = 20  # most classes whose names fit beside a confusion matrix
 MATRIX_CLASSES = 200  # most classes with which a confusion matrix is readable
@@ -172,6 +174,8 @@ def sizes(found: Found) -> Chart | None:
     for other in found.others:
         records.append(_size(other.name, kinds[2], other.accuracy, other.bytes, other.source))
     records.sort(key=lambda record: -kinds.index(record["kind"]))  # ours above the others
+    for record in records:
+        record["area"] = (130, 30, 60)[kinds.index(record["kind"])]
     x = alt.X(
         "bytes:Q",
         title="bytes",
@@ -179,7 +183,7 @@ def sizes(found: Found) -> Chart | None:
         axis=alt.Axis(format="~s", tickCount=5, grid=False, labelSeparation=12),
     )
     y = alt.Y("accuracy:Q", title="top-1, %", scale=alt.Scale(zero=False, padding=16))
-    scale = alt.Scale(domain=list(kinds))
+    scale = alt.Scale(domain=list(kinds), range=list(KINDS))
     legend = alt.Legend(title=None, orient="top")
     tooltip = [
         alt.Tooltip("name:N"),
@@ -187,21 +191,29 @@ def sizes(found: Found) -> Chart | None:
         alt.Tooltip("bytes:Q", format=","),
         alt.Tooltip("source:N"),
     ]
+    color = alt.Color("kind:N", scale=scale, legend=legend)
+    shapes = alt.Scale(domain=list(kinds), range=["circle", "square", "triangle-up"])
     base = alt.Chart(_named("records")).encode(x=x, y=y)
-    points = base.mark_point(filled=True, size=70, opacity=1).encode(
-        color=alt.Color("kind:N", scale=scale, legend=legend),
-        shape=alt.Shape("kind:N", scale=scale, legend=legend),
+    is_ours = f"datum.kind === '{kinds[0]}'"
+    points = base.mark_point(filled=True, opacity=1).encode(
+        color=color,
+        shape=alt.Shape("kind:N", scale=shapes, legend=legend),
+        size=alt.Size("area:Q", scale=None, legend=None),
         tooltip=tooltip,
     )
-    names = base.mark_text(align="left", dx=7, dy=-6, fontSize=10).encode(
-        text="label:N", color=alt.Color("kind:N", scale=scale, legend=legend)
+    others = base.transform_filter(f"!({is_ours})").mark_text(
+        align="left", dx=7, dy=-6, fontSize=10, opacity=alt.expr("width < 500 ? 0 : 1")
     )
+    ours = base.transform_filter(is_ours).mark_text(
+        align="left", dx=9, dy=-9, fontSize=12, fontWeight="bold"
+    )
+    names = [text.encode(text="label:N", color=color) for text in (others, ours)]
     note = (
         "Trained here: the accuracy and the size of the file that is kept, metadata included. "
         "Reported: parameters in float32, low-bit weights packed. Others: as their sources count; "
         "those at 80 % are of the MicroNet challenge of 2019, which RIAIR won."
     )
-    spec = _spec(alt.LayerChart(layer=[points, names]), records, height=420)
+    spec = _spec(alt.LayerChart(layer=[points, *names]), records, height=420)
     return Chart("Accuracy against bytes on CIFAR-100", spec, note, wide=True)
 
 
@@ -220,11 +232,14 @@ def _size(
     }
 
 
-def curves(trainings: Sequence[Training], *, means: bool = False) -> list[Chart]:
+def curves(
+    trainings: Sequence[Training], names: Sequence[str], *, means: bool = False
+) -> list[Chart]:
     """Draws loss, accuracy and learning rate over the epochs.
 
     Args:
       trainings: the trainings to compare; those with fewer than two epochs are left out.
+      names: of all trainings of the page, each of which has one color on all of it.
       means: draw only the test accuracy, as the mean over each training's seeds.
     """
     trainings = [training for training in trainings if training.epochs_done > 1]
@@ -232,7 +247,7 @@ def curves(trainings: Sequence[Training], *, means: bool = False) -> list[Chart]
         return []
     if means:
         records = [record for training in trainings for record in _mean_accuracies(training)]
-        spec = _lines(records, "accuracy", "top-1, %")
+        spec = _lines(records, "accuracy", "top-1, %", names)
         title = "Test accuracy over the epochs, mean of the seeds"
         return [Chart(title, spec, wide=True)] if records else []
     losses, accuracies, rates = [], [], []
@@ -250,16 +265,37 @@ def curves(trainings: Sequence[Training], *, means: bool = False) -> list[Chart]
                 rate = sources.number(line, "lr")
                 if rate is not None and run is training.runs[0]:  # the same for all seeds
                     rates.append({**at, "lr": _short(rate)})
+    if len({record["lr"] for record in rates}) == 1:
+        rates = []
     drawn = [
         ("Loss", losses, "loss", "cross-entropy"),
         ("Accuracy", accuracies, "accuracy", "top-1, %"),
         ("Learning rate", rates, "lr", "learning rate"),
     ]
-    return [
-        Chart(f"{title} over the epochs", _lines(records, field, axis))
-        for title, records, field, axis in drawn
-        if records
-    ]
+    made = []
+    for title, records, field, axis in drawn:
+        if not records:
+            continue
+        # A first epoch's loss, or that of one that went wrong, must not flatten all others.
+        top = _without_outliers([record["loss"] for record in records]) if field == "loss" else None
+        note = "" if top is None else f"Losses above {top:.3g} are beyond the top."
+        made.append(
+            Chart(f"{title} over the epochs", _lines(records, field, axis, names, top=top), note)
+        )
+    return made
+
+
+def _without_outliers(values: Sequence[float]) -> float | None:
+    """Returns the largest value that is no outlier; None if there is no outlier above.
+
+    An outlier is farther from the upper quartile than three times the distance between the
+    quartiles (Tukey, Exploratory Data Analysis, 1977: "far out").
+    """
+    if len(values) < 4:
+        return None
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    inside = [value for value in values if value <= upper + 3 * (upper - lower)]
+    return max(inside) if len(inside) < len(values) else None
 
 
 def _mean_accuracies(training: Training) -> Records:
@@ -278,8 +314,37 @@ def _mean_accuracies(training: Training) -> Records:
     ]
 
 
-def sign_flips(trainings: Sequence[Training]) -> list[Chart]:
-    """Draws the fraction of low-bit weights whose sign changed in each epoch, one line per seed."""
+def recipes(compared: Mapping[str, Sequence[tuple[str, Training]]], names: Sequence[str]) -> Chart:
+    """Draws the test accuracy of rows by several recipes, the mean of the seeds.
+
+    Args:
+      compared: for each row its trainings, with the words that tell them apart.
+      names: as for `curves`.
+    """
+    records = [
+        {**record, "recipe": words}
+        for trainings in compared.values()
+        for words, training in trainings
+        for record in _mean_accuracies(training)
+    ]
+    words = list(dict.fromkeys(record["recipe"] for record in records))
+    dashes = [[1, 0], [6, 3], [2, 2], [8, 2, 2, 2]]
+    dash = alt.StrokeDash(
+        "recipe:N",
+        scale=alt.Scale(domain=words, range=[dashes[i % len(dashes)] for i in range(len(words))]),
+        legend=alt.Legend(title=None),
+    )
+    spec = _lines(records, "accuracy", "top-1, %", names, strokeDash=dash)
+    return Chart("Test accuracy over the epochs, by recipe", spec, wide=True)
+
+
+def sign_flips(trainings: Sequence[Training], names: Sequence[str]) -> list[Chart]:
+    """Draws the fraction of low-bit weights whose sign changed in each epoch, one line per seed.
+
+    Args:
+      trainings: those of the figure.
+      names: as for `curves`.
+    """
     records = [
         {"run": training.name, "seed": run.seed, "epoch": line["epoch"], "share": _short(share)}
         for training in trainings
@@ -289,7 +354,7 @@ def sign_flips(trainings: Sequence[Training]) -> list[Chart]:
     ]
     if len({record["epoch"] for record in records}) < 2:
         return []
-    spec = _lines(records, "share", "fraction of weights", percent=True)
+    spec = _lines(records, "share", "fraction of weights", names, percent=True)
     return [Chart("Low-bit weights that changed their sign in an epoch", spec)]
 
 
@@ -401,14 +466,21 @@ def _layer_lines(records: Records) -> dict[str, Any]:
     return _spec(lines, records)
 
 
-def per_class(confusion: Confusion) -> Chart:
-    """Draws the accuracy of every class that has images, from the worst to the best."""
+def per_class(confusion: Confusion, run: str, names: Sequence[str]) -> Chart:
+    """Draws the accuracy of every class that has images, from the worst to the best.
+
+    Args:
+      confusion: of the run.
+      run: its name.
+      names: as for `curves`.
+    """
     images, right = _totals(confusion)
     ranked = sorted(images, key=lambda label: right.get(label, 0) / images[label])
     records = [
         {
             "class": confusion.class_names[label],
             "rank": rank,
+            "run": run,
             "accuracy": _short(right.get(label, 0) / images[label]),
             "images": images[label],
         }
@@ -416,6 +488,8 @@ def per_class(confusion: Confusion) -> Chart:
     ]
     tooltip = ["class:N", alt.Tooltip("accuracy:Q", format=".1%"), "images:Q"]
     scale = alt.Scale(domain=[0, 1])
+    one = names if len(names) <= FEW_RUNS else [run]
+    color = alt.Color("run:N", scale=alt.Scale(domain=list(one)), legend=None)
     if len(records) <= LISTED_CLASSES:
         bars = (
             alt.Chart(_named("records"))
@@ -423,6 +497,7 @@ def per_class(confusion: Confusion) -> Chart:
             .encode(
                 x=alt.X("accuracy:Q", title="accuracy", axis=_PERCENT, scale=scale),
                 y=alt.Y("class:N", sort=None, title=None, axis=alt.Axis(labelLimit=130)),
+                color=color,
                 tooltip=tooltip,
             )
         )
@@ -439,6 +514,7 @@ def per_class(confusion: Confusion) -> Chart:
                     scale=alt.Scale(paddingInner=0.1 if len(records) <= MATRIX_CLASSES else 0),
                 ),
                 y=alt.Y("accuracy:Q", title="accuracy", axis=_PERCENT, scale=scale),
+                color=color,
                 tooltip=tooltip,
             )
         )
@@ -504,22 +580,43 @@ def _totals(confusion: Confusion) -> tuple[dict[int, int], dict[int, int]]:
 _PERCENT = alt.Axis(format="~%", tickCount=5)
 
 
-def _lines(records: Records, field: str, axis: str, *, percent: bool = False) -> dict[str, Any]:
-    """Draws a field over the epochs: one line per seed, one color per run, or family if many."""
-    runs = list(dict.fromkeys(record["run"] for record in records))
-    if len(runs) > FEW_RUNS:
+def _lines(
+    records: Records,
+    field: str,
+    axis: str,
+    names: Sequence[str],
+    *,
+    percent: bool = False,
+    top: float | None = None,
+    **encoding: Any,
+) -> dict[str, Any]:
+    """Draws a field over the epochs: one line per seed, one color per run, or family if many.
+
+    Args:
+      records: the points.
+      field: the one to draw.
+      axis: its title.
+      names: of all runs that have a color on the page.
+      percent: whether the field is a fraction.
+      top: of the axis; None: the largest value.
+      encoding: of the lines, besides.
+    """
+    by, colored = "run", list(names)
+    if len(names) > FEW_RUNS:
         records = [{**record, "family": sources.family(record["run"])} for record in records]
-    by = "run" if len(runs) <= FEW_RUNS else "family"
-    names = list(dict.fromkeys(record[by] for record in records))
+        by, colored = "family", list(dict.fromkeys(map(sources.family, names)))
+    present = {record[by] for record in records}
+    shown = [name for name in colored if name in present]
     color = alt.Color(
         f"{by}:N",
-        scale=alt.Scale(domain=names),
-        legend=alt.Legend(title=None) if len(names) > 1 else None,
+        scale=alt.Scale(domain=colored),
+        legend=alt.Legend(title=None, values=shown) if len(shown) > 1 else None,
     )
-    keys = [key for key in ("run", "seed", "part", "epoch", "seeds") if key in records[0]]
+    keys = [key for key in ("run", "recipe", "seed", "part", "epoch", "seeds") if key in records[0]]
     tooltip = [alt.Tooltip(f"{key}:{'Q' if key == 'epoch' else 'N'}") for key in keys]
     tooltip.append(alt.Tooltip(f"{field}:Q", format=".2%" if percent else ".4~r"))
-    more: dict[str, Any] = {"detail": [f"{key}:N" for key in ("run", "seed") if key in keys]}
+    detail = [f"{key}:N" for key in ("run", "recipe", "seed") if key in keys]
+    more: dict[str, Any] = {"detail": detail, **encoding}
     if "part" in keys:
         more["strokeDash"] = alt.StrokeDash(
             "part:N",
@@ -532,9 +629,13 @@ def _lines(records: Records, field: str, axis: str, *, percent: bool = False) ->
     elif field == "lr" and (powers := _powers([record["lr"] for record in records])):
         look = {"scale": alt.Scale(type="log"), "axis": alt.Axis(values=powers)}
     else:
-        look = {"scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=5)}
+        lowest = min(record[field] for record in records)
+        scale = alt.Scale(zero=False) if top is None else alt.Scale(domain=[lowest, top], nice=True)
+        look = {"scale": scale, "axis": alt.Axis(tickCount=5)}
     y = alt.Y(f"{field}:Q", title=axis, **look)
-    lines = _hovered(records, y, tooltip, step=field == "lr", color=color, **more)
+    lines = _hovered(
+        records, y, tooltip, step=field == "lr", clip=top is not None, color=color, **more
+    )
     return _spec(lines, records)
 
 
@@ -553,6 +654,7 @@ def _hovered(
     *,
     width: float = 2,
     step: bool = False,
+    clip: bool = False,
     **encoding: Any,
 ) -> alt.LayerChart:
     """Draws lines over the epochs; the point nearest to the pointer shows its values."""
@@ -562,8 +664,8 @@ def _hovered(
     nearest = alt.selection_point(nearest=True, on="pointerover", clear="pointerout", empty=False)
     points = alt.Chart(_named("records")).encode(x=x, y=y, color=encoding["color"])
     layers = [
-        base.mark_line(strokeWidth=width, interpolate="step" if step else "linear"),
-        points.mark_point(filled=True, opacity=1)
+        base.mark_line(strokeWidth=width, interpolate="step" if step else "linear", clip=clip),
+        points.mark_point(filled=True, opacity=1, clip=clip)
         .encode(
             size=alt.condition(nearest, alt.value(110), alt.value(24 if few else 0)),
             tooltip=list(tooltip),

@@ -3,9 +3,10 @@
 import math
 import re
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from shiftnet import config as config_lib
 from shiftnet.results import Row, mean_and_spread
 from shiftnet.results.report import sources
 from shiftnet.results.report.sources import Filled, Outcome, Training
@@ -33,6 +34,14 @@ class Cell(NamedTuple):
 
     text: str
     marked: bool = False
+
+
+class Tile(NamedTuple):
+    """A number to see first: what it is, itself, and a few words below it."""
+
+    title: str
+    value: str
+    note: str = ""
 
 
 class Grid(NamedTuple):
@@ -197,6 +206,128 @@ def of_trainings(trainings: Sequence[Training]) -> Grid:
     )
 
 
+def by_recipe(compared: Mapping[str, Sequence[tuple[str, Training]]]) -> Grid:
+    """Returns rows that were trained by several recipes, one line for each."""
+    rows = []
+    for trainings in compared.values():
+        for words, training in trainings:
+            final, best = _accuracies(training)
+            seconds = training.about.seconds
+            each = None if seconds is None else duration(seconds / len(training.runs))
+            rows.append(
+                [
+                    Cell(training.name),
+                    Cell(words),
+                    _mean(final),
+                    _mean(best),
+                    Cell(str(len(training.runs))),
+                    Cell(each or NONE),
+                    Cell(", ".join(_devices(training)) or NONE),
+                ]
+            )
+    head = ["row", "recipe", "ours, final", "ours, best", "n", "time, per seed", "device"]
+    return Grid(head, rows)
+
+
+def tiles(training: Training) -> list[Tile]:
+    """Returns the numbers to see first of a training."""
+    final, best = _accuracies(training)
+    found = []
+    if final:
+        note = f"best {mean_and_spread(best)} %"
+        if len(training.runs) > 1:
+            note += f", {len(training.runs)} seeds"
+        elif line := sources.best(training.runs[0]):
+            note += f" after epoch {line['epoch']}"
+        found.append(Tile("Test accuracy", f"{mean_and_spread(final)} %", note))
+    if training.epochs_done < training.epochs:
+        note = f"of {training.epochs}"
+    else:
+        note = "" if training.epochs == training.full_epochs else f"of {training.full_epochs}"
+    found.append(Tile("Epochs", str(training.epochs_done), note))
+    if training.parameters is not None and training.multiply_adds is not None:
+        note = f"{_metric(training.multiply_adds)} multiply-adds"
+        found.append(Tile("Parameters", f"{training.parameters:,}", note))
+    if training.bytes is not None:
+        is_low = training.parameters is not None and training.bytes < 4 * training.parameters
+        note = "low-bit weights packed" if is_low else "float32"
+        found.append(Tile("Size", f"{_metric(training.bytes)}B", note))
+    if training.about.seconds is not None:
+        rates = _rates(training)
+        note = f"{statistics.median(rates):,.0f} images/s" if rates else ""
+        found.append(Tile("Training time", duration(training.about.seconds), note))
+    return found
+
+
+def facts(training: Training) -> list[tuple[str, str]]:
+    """Returns what a training was made with: recipe, data, machine, code and packages."""
+    about = training.about
+    found = [*_recipe(about.config)]
+    if len(training.runs) > 1:
+        found.append(("Seeds", ", ".join(str(run.seed) for run in training.runs)))
+    if about.sessions:
+        last = about.sessions[-1]
+        commits = dict.fromkeys(one.commit for one in about.sessions if one.commit is not None)
+        found += [
+            ("Machine", ", then ".join(_devices(training))),
+            ("Code", ", then ".join(map(_commit, commits)) or "not under version control"),
+            ("Packages", ", ".join(f"{name} {version}" for name, version in last.versions.items())),
+        ]
+    if about.finished:
+        found.append(("Last epoch", about.finished))
+    return [(name, words) for name, words in found if words]
+
+
+def _recipe(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns a recipe in words, without the settings that are as always."""
+    if not config:
+        return []
+
+    def of(group: str) -> Mapping[str, Any]:
+        return config.get(group) or {}
+
+    model, data, optimizer = of("model"), of("data"), of("optimizer")
+    usual = config_lib.default_config().model.to_dict()
+    settings = [
+        f"{name} {value}" for name, value in model.items() if value != usual.get(name, value)
+    ]
+    settings = [text for text in settings if not text.startswith("arch ")]
+    place = f" from {data['dir']}" if data.get("dir") and data.get("source") == "folder" else ""
+    source = data.get("name", "") if data.get("source") != "folder" else "image files"
+    rate = optimizer.get("lr")
+    training = [
+        optimizer.get("name", "sgd"),
+        "" if rate is None else f"learning rate {rate:g}",
+        f"{of('schedule').get('name', 'step')} schedule",
+        f"{config.get('epochs')} epochs",
+        f"{config.get('batch_size')} images per step",
+    ]
+    return [
+        ("Network", ", ".join([str(model.get("arch", "")), *settings])),
+        ("Data", f"{source}{place}"),
+        ("Training", ", ".join(filter(None, training))),
+    ]
+
+
+def _devices(training: Training) -> list[str]:
+    return list(dict.fromkeys(session.device for session in training.about.sessions))
+
+
+def _commit(commit: str) -> str:
+    """Shortens a commit, as `git log --oneline` does."""
+    name, _, changed = commit.partition("-")
+    return f"{name[:10]}{' with changes' if changed else ''}"
+
+
+def _metric(number: float) -> str:
+    """Returns a number with three digits and a prefix of the SI, such as `"5.95 M"`."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5 or prefix == "G":
+            break
+        number /= 1000
+    return f"{number:.3g} {prefix}"
+
+
 def missing(filled: Filled) -> int:
     """Returns how many rows of a table were not trained on the full schedule."""
     return len(filled.table.rows) - len(filled.full)
@@ -261,25 +392,32 @@ def _seeds_network_and_speed(outcome: Outcome) -> list[Cell]:
 
 def _training_row(training: Training) -> list[Cell]:
     last = [run.lines[-1] for run in training.runs if run.lines]
-    evaluated = [lines[-1] for run in training.runs if (lines := sources.evaluated(run))]
-    best = [line for run in training.runs if (line := sources.best(run))]
-    rates = [
-        rate
-        for run in training.runs
-        for line in run.lines
-        if (rate := sources.number(line, "images_per_second")) is not None
-    ]
+    final, best = _accuracies(training)
+    rates = _rates(training)
     costs = (training.parameters, training.multiply_adds, training.bytes)
     return [
         Cell(training.name),
         Cell(schedule(training)),
         *(Cell(NONE if cost is None else f"{cost:,}") for cost in costs),
         _mean(_percents(last, "train_accuracy")),
-        _mean(_percents(evaluated, "test_accuracy")),
-        _mean(_percents(best, "test_accuracy")),
+        _mean(final),
+        _mean(best),
         Cell(str(len(training.runs))),
         Cell(f"{statistics.median(rates):,.0f}" if rates else NONE),
     ]
+
+
+def _accuracies(training: Training) -> tuple[list[float], list[float]]:
+    """Returns the seeds' test accuracies in percent, the last and that of the best epoch."""
+    last = [lines[-1] for run in training.runs if (lines := sources.evaluated(run))]
+    best = [line for run in training.runs if (line := sources.best(run))]
+    return _percents(last, "test_accuracy"), _percents(best, "test_accuracy")
+
+
+def _rates(training: Training) -> list[float]:
+    lines = (line for run in training.runs for line in run.lines)
+    rates = (sources.number(line, "images_per_second") for line in lines)
+    return [rate for rate in rates if rate is not None]
 
 
 def _percents(lines: Sequence[sources.Line], name: str) -> list[float]:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from shiftnet.results.report.charts import Chart
 
 FIGURE_WIDTH = 760  # pixels
-# Of an SVG; those of the page's light theme.
-COLORS = ("#d55e00", "#0072b2", "#6e7781")
 
 
 def render(found: Found) -> str:
@@ -30,7 +28,8 @@ def render(found: Found) -> str:
         import markupsafe
         import vl_convert
 
-        from shiftnet.results.report.sections import sections
+        from shiftnet.results.report import charts
+        from shiftnet.results.report import sections as parts
     except ImportError as error:
         raise UserError(
             f"the page needs {error.name}, which is not installed: "
@@ -45,8 +44,11 @@ def render(found: Found) -> str:
         name.split("_")
     )
     environment.filters["drawn"] = lambda chart: markupsafe.Markup(_drawn(chart))
+    names = parts.names(found)
     return environment.from_string(template).render(
-        sections=sections(found),
+        title=parts.title(found),
+        sections=parts.sections(found),
+        colors={name: i for i, name in enumerate(names)} if len(names) <= charts.FEW_RUNS else {},
         empty=(grids.NONE,),
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -72,7 +74,7 @@ def figure(found: Found) -> str:
     if chart is None:
         raise UserError("there is no trained network of CIFAR-100 to draw")
     spec = {**chart.spec, "width": FIGURE_WIDTH, "background": "white"}
-    spec["config"] = {"font": "sans-serif", "range": {"category": COLORS}, "view": {"stroke": None}}
+    spec["config"] = {"font": "sans-serif", "view": {"stroke": None}}
     return vl_convert.vegalite_to_svg(spec)
 
 

@@ -1,6 +1,8 @@
 """Reads what a report is about: working directories of runs, and folders of results."""
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import re
@@ -13,12 +15,12 @@ from flax import nnx
 
 import shiftnet.config
 import shiftnet.data
-from shiftnet import models, results
+from shiftnet import checkpoint, models, results
 from shiftnet.config import CIFAR_RECIPES, Config
 from shiftnet.errors import UserError
 from shiftnet.models.counting import count
-from shiftnet.training import metrics
-from shiftnet.training.workdir import RECIPE
+from shiftnet.training import metrics, pictures
+from shiftnet.training.workdir import ENVIRONMENT, RECIPE
 
 Line = Mapping[str, Any]
 
@@ -44,6 +46,56 @@ class Confusion(NamedTuple):
     of: str
 
 
+class Picture(NamedTuple):
+    """An image and what the network took it for.
+
+    Attributes:
+      image: its number in the data set, or its file.
+      label, prediction: names of classes.
+      confidence: the probability that the network gives to its prediction, a fraction.
+      data: the image as a data URL.
+    """
+
+    image: str
+    label: str
+    prediction: str
+    confidence: float
+    data: str
+
+
+class Pictures(NamedTuple):
+    """Images of an evaluation: the most confident mistakes, and a sample of all."""
+
+    wrong: Sequence[Picture]
+    sample: Sequence[Picture]
+    of: str  # the network that predicted, in words
+
+
+class Session(NamedTuple):
+    """On what and with what code a run was trained; None is unknown."""
+
+    device: str
+    versions: Mapping[str, str]
+    commit: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """The facts about a training that are not numbers of an epoch.
+
+    Attributes:
+      config: the recipe's settings, groups being mappings in it; empty where they are not known.
+      sessions: one for each change of the device, the packages or the code, the newest last.
+      seconds: time of all seeds together, in all sessions; None if it is not known.
+      finished: when the last epoch ended, `"2026-11-27 19:06 UTC"`; empty if it is not known.
+    """
+
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sessions: Sequence[Session] = ()
+    seconds: float | None = None
+    finished: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """A recipe and its runs.
@@ -57,6 +109,9 @@ class Training:
       bytes: size of all parameters, with low-bit weights packed.
       runs: one per seed.
       confusion: None if none was written.
+      about: its recipe, machine and time.
+      pictures: None if none were written.
+      row: the row of the results' table that it is named after, or would be.
     """
 
     name: str
@@ -67,6 +122,9 @@ class Training:
     bytes: int | None
     runs: Sequence[Run]
     confusion: Confusion | None
+    about: About = About()
+    pictures: Pictures | None = None
+    row: str = ""
 
     @property
     def epochs_done(self) -> int:
@@ -259,6 +317,8 @@ def _outcome(folder: Path, row: str) -> Outcome | None:
                 bytes=int(result["bytes"]),
                 runs=[Run(run["seed"], _checked(run["epochs"])) for run in runs],
                 confusion=confusion,
+                about=_about_row(result),
+                row=row,
             ),
             recipe=str(result.get("recipe", "")),
             final=[float(accuracy) for accuracy in results.accuracies(result, "final")],
@@ -321,7 +381,88 @@ def _training(name: str, members: Sequence[tuple[Path, Config]]) -> Training:
         bytes=costs and costs.weight_bytes,
         runs=runs,
         confusion=confusion,
+        about=_about(config, [workdir for workdir, _ in members]),
+        pictures=next(
+            (p for workdir, config in members if (p := _pictures(workdir, config))), None
+        ),
+        row=re.sub(r"_seeds[\d-]+$", "", _place(members[0][0]).name),
     )
+
+
+def _about(config: Config, workdirs: Sequence[Path]) -> About:
+    """Returns the facts that runs wrote beside their metrics, as far as they can be read."""
+    places = list(dict.fromkeys(map(_place, workdirs)))
+    sessions, seconds = [], []
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            found = json.loads((place / ENVIRONMENT).read_text(encoding="utf-8"))
+            sessions += [session for entry in found if (session := _session(entry)) not in sessions]
+        # There may be none yet, or the run may replace it meanwhile.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            metadata = checkpoint.read_metadata(checkpoint.find(place))
+            seconds.append(float(metadata["seconds"]))
+    times = [(workdir / metrics.FILE).stat().st_mtime for workdir in workdirs if _lines(workdir)]
+    return About(
+        config.to_dict(),
+        sessions,
+        sum(seconds) if len(seconds) == len(places) else None,
+        _moment(datetime.datetime.fromtimestamp(max(times), datetime.UTC)) if times else "",
+    )
+
+
+def _about_row(result: Mapping[str, Any]) -> About:
+    """Returns the facts in a row's file."""
+    sessions: list[Session] = []
+    for run in result["runs"]:
+        for entry in (*run.get("earlier", ()), run):
+            if (session := _session(entry)) not in sessions:
+                sessions.append(session)
+    finished = max(str(run.get("finished", "")) for run in result["runs"])
+    return About(
+        result["config"],
+        sessions,
+        # Each of the seeds trained together has the seconds of all of them.
+        sum(run["seconds"] / run["together"] for run in result["runs"]),
+        _moment(datetime.datetime.fromisoformat(finished)) if finished else "",
+    )
+
+
+def _session(entry: Mapping[str, Any]) -> Session:
+    commit = entry["commit"]
+    versions = {str(name): str(version) for name, version in entry["versions"].items()}
+    return Session(str(entry["device"]), versions, None if commit is None else str(commit))
+
+
+def _moment(moment: datetime.datetime) -> str:
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _pictures(workdir: Path, config: Config) -> Pictures | None:
+    """Returns the images that a run wrote beside its metrics, if it did."""
+    path = workdir / pictures.FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        words = f"seed {config.seed}, epoch {int(found['epoch'])}"
+        wrong, sample = (list(map(_picture, found[kind])) for kind in ("wrong", "sample"))
+        return Pictures(wrong, sample, words)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {_words(error)}") from error
+
+
+def _picture(found: Mapping[str, Any]) -> Picture:
+    """Checks an image of a file.
+
+    Raises:
+      KeyError, TypeError, ValueError: if it is malformed.
+    """
+    if not re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*", found["data"]):
+        raise ValueError(f"the data of image {found['image']} are not of a PNG or JPEG")
+    image, label, prediction = (str(found[name]) for name in ("image", "class", "prediction"))
+    return Picture(image, label, prediction, float(found["confidence"]), found["data"])
 
 
 def _config(workdir: Path) -> Config:
