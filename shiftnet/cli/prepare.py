@@ -61,19 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from shiftnet.data import prepared
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # after clearing up
     start = time.monotonic()
-    written = prepared.write(
-        out,
-        sources,
-        next(iter(sources.values())).class_names,
-        side=arguments.side,
-        form=arguments.format,
-        exif=exif,
-        root=root,
-        on_corrupt=arguments.on_corrupt,
-        report=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    # A scheduler's SIGTERM ends it as Ctrl-C does, after clearing up.
+    former = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        written = prepared.write(
+            out,
+            sources,
+            next(iter(sources.values())).class_names,
+            side=arguments.side,
+            form=arguments.format,
+            exif=exif,
+            root=root,
+            on_corrupt=arguments.on_corrupt,
+            report=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    finally:
+        signal.signal(signal.SIGTERM, former)
     seconds = time.monotonic() - start
     counts = " and ".join(f"{count:,} ({part})" for part, count in written.images.items())
     total = sum(written.images.values())
