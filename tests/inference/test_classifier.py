@@ -52,7 +52,7 @@ def pixels():
 
 def test_requests_of_any_size_share_a_few_programs(model, pixels, caplog):
     def programs():
-        return sum(m.startswith("Compiling jit(logits)") for m in caplog.messages)
+        return sum(m.startswith("Compiling jit(probabilities)") for m in caplog.messages)
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for size in range(1, 14):
@@ -101,7 +101,7 @@ def test_threads_share_one_compilation(model, pixels, caplog):
         found = list(threads.map(predict, range(16)))
     for each in found:
         np.testing.assert_array_equal(each.probabilities, alone.probabilities)
-    assert sum(m.startswith("Compiling jit(logits)") for m in caplog.messages) == 1
+    assert sum(m.startswith("Compiling jit(probabilities)") for m in caplog.messages) == 1
 
 
 def test_it_says_what_it_is(model):
