@@ -271,10 +271,11 @@ def _in_files(
         from shiftnet.data import folder
 
         train, test = folder.open_training(data_dir, exif=exif and name != IMAGENET)
-        if 0 < getattr(train, "side", size) < size:
+        side = getattr(train, "side", size)
+        if side < size:
             raise errors.UserError(
-                f"data.size is {size}, more than the {train.side} pixels that {data_dir} was "
-                "prepared with (--side)"
+                f"data.size is {size}, more than the {side} pixels that {data_dir} was prepared "
+                "with (--side)"
             )
         names, name = train.class_names, data_dir
         found = folder.found(train, test)

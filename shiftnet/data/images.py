@@ -226,10 +226,10 @@ def for_training(
       CorruptImage: if it cannot be decoded.
     """
     try:
-        jpeg = None if isinstance(data, np.ndarray) else _jpeg(data)
-        less, orientation = 1, 1
+        encoded = b"" if isinstance(data, np.ndarray) else data
+        jpeg, less, orientation = _jpeg(encoded), 1, 1
         if jpeg:
-            orientation = _jpeg_orientation(data, jpeg) if exif else 1
+            orientation = _jpeg_orientation(encoded, jpeg) if exif else 1
             shape = jpeg.shape[::-1] if orientation in _TRANSPOSED else jpeg.shape
         else:
             pixels = data if isinstance(data, np.ndarray) else np.asarray(_read(data, exif))
@@ -238,11 +238,10 @@ def for_training(
         top, left, height, width = _stored_box(box, shape, orientation)
         right, bottom = left + width, top + height
         if jpeg:
-            assert isinstance(data, bytes)
             while less < 8 and min(height, width) >= 2 * less * size:
                 less *= 2
             try:
-                pixels = _upper_rows(data, jpeg, bottom, less)
+                pixels = _upper_rows(encoded, jpeg, bottom, less)
             except ValueError:  # sampling factors that TurboJPEG does not know, or a damaged file
                 pixels, less = np.asarray(_read(data, exif=False)), 1
         # The whole pixels of what is decoded that the crop touches, and the crop within them.
