@@ -275,7 +275,7 @@ class Classifier:
             if layer not in self._features:
                 self._features[layer] = self._recorder(layer)
             compute = self._features[layer]
-        return compute(x)
+        return compute(jnp.asarray(x))
 
     def _recorder(self, layer: str | None) -> Callable[[jax.Array], jax.Array]:
         graphdef, state = self._fixed
