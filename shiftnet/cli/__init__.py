@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "evaluate trained networks on a data set",
     "predict": "classify images",
     "models": "list the trained networks that can be named",
+    "prepare": "resize images once, for faster training",
     "count": "count parameters, multiply-adds, bits and bytes",
     "convert": "convert a checkpoint of the original PyTorch codes",
     "pack": "write a network with its low-bit weights at their true width",

@@ -3,8 +3,9 @@
 `digits` is in this package and needs nothing else; `cifar10` and `cifar100` are TensorFlow
 Datasets directories, downloaded and prepared on first use (see `shiftnet.data.cifar`). These are
 held in memory. `imagenet2012`, other prepared sets (see `shiftnet.data.tfds_source`) and folders
-of image files (see `shiftnet.data.folder`) are read image by image, by `shiftnet.data.stream`;
-images that are made small are read once and held in memory too.
+of image files (see `shiftnet.data.folder`), which `shiftnet prepare` may have resized (see
+`shiftnet.data.prepared`), are read image by image, by `shiftnet.data.stream`; images that are made
+small are read once and held in memory too.
 """
 
 from collections.abc import Sequence
@@ -149,7 +150,7 @@ def load(
         raise errors.unknown("data.source", source, SOURCES)
     if source != "tfds" or name not in IN_MEMORY:
         small = is_small(name, source, size)
-        dataset = _in_files(name, source, data_dir, validation, mean, std, exif, small)
+        dataset = _in_files(name, source, data_dir, validation, mean, std, exif, small, size)
         return _read(dataset, size, resize or size, workers, on_corrupt) if small else dataset
     own_mean, own_std = normalization(name, mean, std)
     if name in digits.NAMES:
@@ -259,6 +260,7 @@ def _in_files(
     std: Sequence[float],
     exif: bool,
     small: bool,
+    size: int = 0,
 ) -> Dataset:
     train: Source
     test: Source | None
@@ -270,6 +272,12 @@ def _in_files(
         from shiftnet.data import folder
 
         train, test = folder.open_training(data_dir, exif=exif and name != IMAGENET)
+        side = getattr(train, "side", size)
+        if side < size:
+            raise errors.UserError(
+                f"data.size is {size}, more than the {side} pixels that {data_dir} was prepared "
+                "with (--side)"
+            )
         names, name = train.class_names, data_dir
         found = folder.found(train, test)
         if test is None:

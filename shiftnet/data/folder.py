@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from shiftnet.data import prepared
 from shiftnet.data.classes import listed
 from shiftnet.data.images import CorruptImage, Encoded, extensions
+from shiftnet.data.prepared import PreparedSource
 from shiftnet.errors import UserError
 from shiftnet.files import path_of
 
@@ -182,11 +184,16 @@ def _read(path: str, label: int, exif: bool) -> Encoded:
         raise CorruptImage(path, f"cannot be read ({error.strerror or error})") from error
 
 
-def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSource | None]:
+# Some images in class folders, and what `shiftnet prepare` made of such.
+Images = FolderSource | PreparedSource
+
+
+def open_training(directory: str, *, exif: bool) -> tuple[Images, Images | None]:
     """Opens `directory/train` and the folder beside it that is named as one of `TEST`.
 
     Both have the classes of `train`; some may have no images in the other. A directory without
-    folders of these names holds the class folders themselves.
+    folders of these names holds the class folders themselves. A prepared folder has the parts that
+    it was made of.
 
     Returns:
       The images to learn from, and those to test on, or None if there is no folder for them.
@@ -196,6 +203,12 @@ def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSo
         images.
     """
     root = _existing(directory)
+    if prepared.is_prepared(root):
+        parts = prepared.parts_of(root, exif=exif)
+        if TRAIN not in parts and "all" not in parts:
+            raise UserError(f"{root} was prepared without training images")
+        train = PreparedSource(root, TRAIN if TRAIN in parts else "all")
+        return train, PreparedSource(root, "test") if "test" in parts else None
     folders = {name.lower(): root / name for name in _folders(root)}
     test = _test_folder(folders)
     if TRAIN not in folders and test is not None:
@@ -203,13 +216,13 @@ def open_training(directory: str, *, exif: bool) -> tuple[FolderSource, FolderSo
             f"{root} has a folder {test.name} and no folder {TRAIN}; expected {TRAIN}/<class>/* "
             f"and {TEST[0]}/<class>/*"
         )
-    train = FolderSource(folders.get(TRAIN, root), exif=exif)
+    source = FolderSource(folders.get(TRAIN, root), exif=exif)
     if test is None:
-        return train, None
-    return train, FolderSource(test, exif=exif, class_names=train.class_names)
+        return source, None
+    return source, FolderSource(test, exif=exif, class_names=source.class_names)
 
 
-def open_test(directory: str, *, exif: bool) -> FolderSource:
+def open_test(directory: str, *, exif: bool) -> Images:
     """Opens the images to evaluate on: those of `open_training`, or of class folders alone.
 
     Its classes are those that have images there.
@@ -218,6 +231,11 @@ def open_test(directory: str, *, exif: bool) -> FolderSource:
       UserError: if there are no images in class folders, or only those to train on.
     """
     root = _existing(directory)
+    if prepared.is_prepared(root):
+        parts = prepared.parts_of(root, exif=exif)
+        if "test" not in parts and "all" not in parts:
+            raise UserError(f"{root} was prepared without images to test on")
+        return PreparedSource(root, "test" if "test" in parts else "all", present=True)
     folders = {name.lower(): root / name for name in _folders(root)}
     test = _test_folder(folders)
     if test is None and TRAIN in folders and _folders(folders[TRAIN]):  # else a class, as in CIFAR
@@ -237,7 +255,24 @@ def images_in(folder: Path) -> list[Path]:
     return [folder / file for file in _images(folder, "", [], _LeftOut())]
 
 
-def found(*given: FolderSource | None) -> str:
+def parts(directory: str, *, exif: bool) -> dict[str, Images]:
+    """Opens all images of a folder, as parts of a prepared one: "train", "test" or "all".
+
+    Raises:
+      UserError: as `open_training`, but there need be no images to train on.
+    """
+    root = _existing(directory)
+    folders = {name.lower() for name in _folders(root)}
+    if not prepared.is_prepared(root) and TRAIN not in folders and folders & set(TEST):
+        return {"test": open_test(directory, exif=exif)}
+    train, test = open_training(directory, exif=exif)
+    if test is not None:
+        return {TRAIN: train, "test": test}
+    divided = train.folder != root and train.folder.name.lower() == TRAIN
+    return {TRAIN if divided else "all": train}
+
+
+def found(*given: Images | None) -> str:
     """Returns what was found and what was left out, for a person to read, in one line."""
     sources = [source for source in given if source is not None]
     parts = []
@@ -254,6 +289,8 @@ def found(*given: FolderSource | None) -> str:
     for source in sources:
         if source.left_out:
             line += f"; left out of {source.folder}: {source.left_out}"
+    if isinstance(sources[0], PreparedSource):
+        line += f"; {sources[0].how}"
     if sources[0].exif:
         line += "; turned as their EXIF orientation says (data.exif)"
     return line

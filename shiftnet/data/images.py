@@ -69,13 +69,13 @@ class Encoded(NamedTuple):
     """An image as it is stored.
 
     Attributes:
-      data: the file's bytes.
+      data: the file's bytes, or the pixels of an image that is stored decoded, uint8 [H, W, 3].
       label: of its class, counted from 0.
       name: what errors call it: a path, or the name that the data set gives it.
       exif: whether it is shown turned as its EXIF orientation says.
     """
 
-    data: bytes
+    data: bytes | np.ndarray
     label: int
     name: str
     exif: bool = False
@@ -113,11 +113,12 @@ class CorruptImage(ValueError):
         return f"{self.name} {self.reason}"
 
 
-def decode(data: bytes, *, name: str, exif: bool = False) -> np.ndarray:
-    """Decodes an image file in full.
+def decode(data: bytes | np.ndarray, *, name: str, exif: bool = False) -> np.ndarray:
+    """Decodes an image in full.
 
     Args:
-      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG or another of `formats()`.
+      data: the file's bytes: JPEG (grey, RGB, CMYK or YCCK), PNG or another of `formats()`; or
+        pixels, as in `Encoded`.
       name: what an error calls it.
       exif: whether it is turned as its EXIF orientation says.
 
@@ -134,7 +135,7 @@ def decode(data: bytes, *, name: str, exif: bool = False) -> np.ndarray:
 
 
 def for_evaluation(
-    data: bytes, *, size: int, resize: int, name: str, exif: bool = False
+    data: bytes | np.ndarray, *, size: int, resize: int, name: str, exif: bool = False
 ) -> np.ndarray:
     """Decodes an image and takes its middle: torchvision's `Resize(resize)`, `CenterCrop(size)`.
 
@@ -142,7 +143,7 @@ def for_evaluation(
     Pillow's bilinear filter with antialiasing. The result is torchvision's, bit for bit.
 
     Args:
-      data: the file's bytes.
+      data: as in `Encoded`.
       size: side of the result, in pixels; at most `resize`.
       resize: the shorter side before the crop, in pixels.
       name: what an error calls it.
@@ -172,18 +173,23 @@ def middle(image: Image.Image, *, size: int, resize: int, exif: bool = False) ->
     Raises:
       Exception: whatever Pillow raises if it cannot be decoded.
     """
-    image = _upright(image, exif)
-    shorter, longer = sorted(image.size)
-    other = int(resize * longer / shorter)
-    width, height = (resize, other) if image.width <= image.height else (other, resize)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = with_shorter_side(_upright(image, exif), resize)
+    width, height = image.size
     # `round` is Python's, to even.
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+def with_shorter_side(image: Image.Image, side: int) -> Image.Image:
+    """Resizes an image as torchvision's `Resize(side)` does; see `for_evaluation`."""
+    shorter, longer = sorted(image.size)
+    other = int(side * longer / shorter)
+    size = (side, other) if image.width <= image.height else (other, side)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
 def for_training(
-    data: bytes,
+    data: bytes | np.ndarray,
     *,
     size: int,
     flip: bool,
@@ -205,7 +211,7 @@ def for_training(
     levels on average (3.9 in the worst crop) and by 25 at most.
 
     Args:
-      data: the file's bytes.
+      data: as in `Encoded`.
       size: side of the result, in pixels.
       flip: whether the image is mirrored left to right with probability 1/2.
       rng: makes the random choices; the same state gives the same result.
@@ -220,12 +226,13 @@ def for_training(
       CorruptImage: if it cannot be decoded.
     """
     try:
-        jpeg, less, orientation = _jpeg(data), 1, 1
+        encoded = b"" if isinstance(data, np.ndarray) else data
+        jpeg, less, orientation = _jpeg(encoded), 1, 1
         if jpeg:
-            orientation = _jpeg_orientation(data, jpeg) if exif else 1
+            orientation = _jpeg_orientation(encoded, jpeg) if exif else 1
             shape = jpeg.shape[::-1] if orientation in _TRANSPOSED else jpeg.shape
         else:
-            pixels = np.asarray(_read(data, exif))
+            pixels = data if isinstance(data, np.ndarray) else np.asarray(_read(data, exif))
             shape = pixels.shape[0], pixels.shape[1]
         box = crop_box(rng, *shape, scale, ratio)
         top, left, height, width = _stored_box(box, shape, orientation)
@@ -234,7 +241,7 @@ def for_training(
             while less < 8 and min(height, width) >= 2 * less * size:
                 less *= 2
             try:
-                pixels = _upper_rows(data, jpeg, bottom, less)
+                pixels = _upper_rows(encoded, jpeg, bottom, less)
             except ValueError:  # sampling factors that TurboJPEG does not know, or a damaged file
                 pixels, less = np.asarray(_read(data, exif=False)), 1
         # The whole pixels of what is decoded that the crop touches, and the crop within them.
@@ -285,14 +292,16 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | np.ndarray) -> Image.Image:
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(data)
     with warnings.catch_warnings():
         # About metadata that nothing here uses; some files of ImageNet have damaged EXIF.
         warnings.simplefilter("ignore")
         return Image.open(io.BytesIO(data), formats=formats())
 
 
-def _read(data: bytes, exif: bool) -> Image.Image:
+def _read(data: bytes | np.ndarray, exif: bool) -> Image.Image:
     """Decodes an image in full, in mode RGB."""
     return _upright(_open(data), exif)
 
@@ -394,8 +403,8 @@ def _resized(pixels: np.ndarray, box: tuple[float, float, float, float], size: i
     return np.frombuffer(result.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
-def _corrupt(name: str, data: bytes, error: Exception) -> CorruptImage:
-    if not data:
+def _corrupt(name: str, data: bytes | np.ndarray, error: Exception) -> CorruptImage:
+    if not len(data):
         reason = "it is empty"
     elif isinstance(error, Image.UnidentifiedImageError):
         reason = "it is no image of a known kind"  # Pillow's sentence gives a memory address

@@ -5,10 +5,10 @@ number of worker processes, the number of processes of the job, and where a run 
 not change a bit of it. (As long as NumPy stays the same: its generators may draw other numbers in
 another version.)
 
-Grain starts its workers by spawning, so the script that is run is imported again in each: it must
-do its work under `if __name__ == "__main__"`. Grain imports JAX where it is installed; nothing here
-or there initialises it, so workers take no accelerator. Batches come through POSIX shared memory
-(/dev/shm on Linux), up to four per worker.
+Grain starts its workers by spawning. They import neither the script that is run nor JAX (see
+`shiftnet.data.worker_start`). A stream keeps its workers from epoch to epoch, and evaluation has a
+stream of its own, whose workers wait through the training between. Batches come through POSIX
+shared memory (/dev/shm on Linux), up to four per worker.
 """
 
 import functools
@@ -30,7 +30,7 @@ from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 
 from shiftnet import errors
-from shiftnet.data import images
+from shiftnet.data import images, worker_start
 from shiftnet.data.classes import listed
 from shiftnet.data.images import CorruptImage
 from shiftnet.data.order import balanced, generator, shuffled
@@ -442,6 +442,7 @@ def _batches(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
     if workers:
+        worker_start.install()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
     return iter(batches)

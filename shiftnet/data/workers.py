@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-# A process takes about two seconds to start, in which it would have decoded a few hundred images
-# from files; fewer than these for each process are decoded sooner by the run itself.
+# A process takes half a second or more to start, in which it would decode a few hundred images from
+# files; fewer than these for each process are decoded sooner by the run itself.
 IMAGES_PER_WORKER = 250
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -18,7 +18,7 @@ from flax import nnx
 import shiftnet.config
 from shiftnet import checkpoint, models, packing, tensor_file
 from shiftnet.config import Config
-from shiftnet.data import RGB
+from shiftnet.data import RGB, augment
 from shiftnet.errors import UserError
 from shiftnet.files import path_of
 from shiftnet.inference.preprocessing import ImageLike, Preprocessing, each, stacked
@@ -92,13 +92,13 @@ class Classifier:
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        compiled = ("_lock", "_inputs", "_fixed", "_compiled", "_features")
+        compiled = ("_lock", "_inputs", "_fixed", "_logits", "_probabilities", "_features")
         return {name: value for name, value in vars(self).items() if name not in compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.Lock()  # held while something is compiled
-        self._inputs: set[Any] = set()  # the shapes and dtypes of images that have a program
+        self._inputs: set[Any] = set()  # the functions, shapes and dtypes that have a program
         self._features: dict[str | None, Callable[[jax.Array], jax.Array]] = {}  # by layer
 
     def __repr__(self) -> str:
@@ -151,12 +151,17 @@ class Classifier:
             with self._lock:
                 fixed = self._fixed
             return nnx.merge(*fixed)(x)
-        if (x.shape, x.dtype) in self._inputs:
-            return self._compiled(x)
+        return self._run("_logits", x)
+
+    def _run(self, function: str, x: jax.Array | np.ndarray) -> jax.Array:
+        """Calls a compiled function; one thread compiles, and others that need it wait."""
+        inputs = function, x.shape, x.dtype
+        if inputs in self._inputs:
+            return getattr(self, function)(x)
         with self._lock:
-            logits = self._compiled(x)
-            self._inputs.add((x.shape, x.dtype))
-        return logits
+            result = getattr(self, function)(x)
+            self._inputs.add(inputs)
+        return result
 
     @functools.cached_property
     def _fixed(self) -> tuple[nnx.GraphDef[nnx.Module], nnx.State]:
@@ -167,22 +172,41 @@ class Classifier:
             return nnx.split(network)
 
     @functools.cached_property
-    def _compiled(self) -> Callable[[jax.Array], jax.Array]:
-        """The function that is compiled for each shape and dtype; the first use needs the lock.
+    def _logits(self) -> Callable[[Any], jax.Array]:
+        def logits(network: Any, x: jax.Array) -> jax.Array:
+            return network(x)
 
-        The arrays of a small network are constants: XLA computes what depends on them alone once.
-        One image on 2 cores took ShiftResNet20 e=9 2.9 ms before and takes 1.7 ms, 1-bit WRN-20-10
-        77 and 52 ms, 3-bit ResNet-18 of 224x224 47 and 25 ms.
+        return self._compile(logits)
+
+    @functools.cached_property
+    def _probabilities(self) -> Callable[[Any], jax.Array]:
+        """From uint8 to probabilities in one program: JAX takes longer to start each of ten small
+        ones than this takes for one image."""
+
+        def probabilities(network: Any, pixels: jax.Array) -> jax.Array:
+            return jax.nn.softmax(network(augment.normalize(pixels, self.mean, self.std)))
+
+        return self._compile(probabilities)
+
+    def _compile(
+        self, function: Callable[[nnx.Module, jax.Array], jax.Array]
+    ) -> Callable[[Any], jax.Array]:
+        """Returns a function of the network that is compiled for each shape and dtype.
+
+        The first use needs the lock. The arrays of a small network are constants: XLA computes what
+        depends on them alone once. One image on 2 cores took ShiftResNet20 e=9 2.9 ms before and
+        takes 1.7 ms, 1-bit WRN-20-10 77 and 52 ms, 3-bit ResNet-18 of 224x224 47 and 25 ms.
         """
         graphdef, state = self._fixed
 
-        def logits(state: nnx.State, x: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, state)(x)
+        @functools.wraps(function)
+        def run(state: nnx.State, x: jax.Array) -> jax.Array:
+            return function(nnx.merge(graphdef, state), x)
 
         options = compiler_options(jax.default_backend())
         if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > CONSTANT_BYTES:
-            return functools.partial(jax.jit(logits, compiler_options=options), state)
-        return jax.jit(functools.partial(logits, state), compiler_options=options)
+            return functools.partial(jax.jit(run, compiler_options=options), state)
+        return jax.jit(functools.partial(run, state), compiler_options=options)
 
     def predict(
         self,
@@ -213,9 +237,9 @@ class Classifier:
         for batch in self._batches(images, batch_size):
             count = len(batch)
             size = min(1 << (count - 1).bit_length(), batch_size)
-            filled = np.pad(batch, [(0, size - count), (0, 0), (0, 0), (0, 0)])
-            x = self.preprocess.normalize(filled)
-            rows.append(np.asarray(jax.nn.softmax(self(x)))[:count])
+            if size > count:
+                batch = np.pad(batch, [(0, size - count), (0, 0), (0, 0), (0, 0)])
+            rows.append(np.asarray(self._run("_probabilities", batch))[:count])
         probabilities = np.concatenate(rows)
         classes = probabilities.argmax(-1).astype(np.int32)
         names = [self.class_names[label] for label in classes]
@@ -251,7 +275,7 @@ class Classifier:
             if layer not in self._features:
                 self._features[layer] = self._recorder(layer)
             compute = self._features[layer]
-        return compute(x)
+        return compute(jnp.asarray(x))
 
     def _recorder(self, layer: str | None) -> Callable[[jax.Array], jax.Array]:
         graphdef, state = self._fixed
@@ -278,13 +302,14 @@ class Classifier:
         return functools.partial(program, state)
 
 
-def _normalized(x: jax.Array | np.ndarray) -> jax.Array:
-    """Returns `x` as an array of JAX's.
+def _normalized(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Returns an array as it is, and what else JAX takes for one as an array of its own.
 
     Raises:
       ValueError: if it is not floating `[N, H, W, 3]`.
     """
-    x = jnp.asarray(x)
+    if not isinstance(x, np.ndarray):
+        x = jnp.asarray(x)
     if x.ndim != 4 or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             "expected normalised floating [N, H, W, 3] "

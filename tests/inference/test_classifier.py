@@ -52,7 +52,7 @@ def pixels():
 
 def test_requests_of_any_size_share_a_few_programs(model, pixels, caplog):
     def programs():
-        return sum(m.startswith("Compiling jit(logits)") for m in caplog.messages)
+        return sum(m.startswith("Compiling jit(probabilities)") for m in caplog.messages)
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for size in range(1, 14):
@@ -101,7 +101,7 @@ def test_threads_share_one_compilation(model, pixels, caplog):
         found = list(threads.map(predict, range(16)))
     for each in found:
         np.testing.assert_array_equal(each.probabilities, alone.probabilities)
-    assert sum(m.startswith("Compiling jit(logits)") for m in caplog.messages) == 1
+    assert sum(m.startswith("Compiling jit(probabilities)") for m in caplog.messages) == 1
 
 
 def test_it_says_what_it_is(model):
@@ -213,3 +213,17 @@ def test_a_path_is_expanded_and_a_url_refused(model, monkeypatch):
     assert shiftnet.load(f"~/{model.path.name}").path == model.path
     with pytest.raises(UserError, match="must be a local path, found the URL 'https://host/net'"):
         shiftnet.load("https://host/net")
+
+
+def test_low_bit_weights_are_computed_at_loading_and_not_in_each_call(tmp_path):
+    def operations(weights):
+        network, recipe = small(weights)
+        path = tmp_path / f"{weights}.safetensors"
+        packing.write(path, network, note(recipe))
+        jaxpr = jax.make_jaxpr(shiftnet.load(path))(jnp.asarray(images()))
+        return [str(equation.primitive) for equation in jaxpr.eqns]
+
+    as_floats = operations("float")
+    assert len(as_floats) > 10
+    for weights in ("sign", "s3", "denseshift"):
+        assert operations(weights) == as_floats, weights
