@@ -320,7 +320,7 @@ def _simd_sizes(graph: Graph, plan: schedule.Plan) -> dict[str, int]:
     for layer in graph.layers:
         if isinstance(layer, Conv | Depthwise | Pool):
             (codes,) = graph.inputs(layer)
-            taps = max(taps, layer.shift[0] ** 2 if isinstance(layer, Conv) and layer.shift else 1)
+            taps = max(taps, _taps(layer))
             depth = max(depth, codes.channels, _depth(layer))
     return {
         "TAPS": taps,
@@ -342,7 +342,7 @@ def _unpacked(graph: Graph, layer: Layer) -> tuple[int, int]:
     channels = _up(layer.output.channels, 16)
     rest = 3 * 4 * channels
     if isinstance(layer, Conv) and layer.shift is not None:
-        rest += _up(layer.shift[0] ** 2 * codes.channels * itemsize, 64)
+        rest += _up(_taps(layer) * codes.channels * itemsize, 64)
     if isinstance(layer, Pool):
         return rest, rest
     if isinstance(layer, Depthwise):
@@ -356,6 +356,15 @@ def _unpacked(graph: Graph, layer: Layer) -> tuple[int, int]:
 def _depth(layer: Conv | Depthwise | Pool) -> int:
     """Returns how many products a sum has."""
     return math.prod(layer.window if isinstance(layer, Pool) else layer.weights.shape[:3])
+
+
+def _taps(layer: Conv | Depthwise | Pool) -> int:
+    """Returns how many pixels a sum reads from."""
+    if isinstance(layer, Pool):
+        return math.prod(layer.window)
+    if isinstance(layer, Conv) and layer.shift is not None:
+        return layer.shift[0] ** 2
+    return layer.weights.shape[0] ** 2
 
 
 def _up(number: int, multiple: int) -> int:

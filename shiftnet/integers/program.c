@@ -3,12 +3,15 @@
    prevents that. */
 #if !defined(NET_PORTABLE) && (defined(__AVX2__) || (defined(__ARM_NEON) && defined(__aarch64__)))
 #define NET_SIMD
+#define NET_SLACK 32 /* bytes */
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #else
 #include <arm_neon.h>
 #endif
+#else
+#define NET_SLACK 0
 #endif
 
 typedef struct {
@@ -45,39 +48,12 @@ enum { INT8, UINT8, INT16, INT32 };
 /* The order of bits that all compilers of today use, and that the C standard leaves open. */
 typedef char right_shifts_keep_the_sign[(-2 >> 1) == -1 ? 1 : -1];
 
-static int16_t memory[NET_MEMORY / 2];
+static int16_t memory[(NET_MEMORY + NET_SLACK) / 2];
 static uint8_t *next_row[NET_LAYERS];
 static uint16_t rows_done[NET_LAYERS];
 static const uint8_t *window_start[NET_LAYERS][2]; /* the first row that exists of a window */
 static int16_t window_top[NET_LAYERS];              /* the number of its first row */
 static const uint8_t *next_image_row;
-
-static int32_t load(const uint8_t *from, uint8_t type)
-{
-    switch (type) {
-    case INT8:
-        return *(const int8_t *)from;
-    case UINT8:
-        return *from;
-    default:
-        return *(const int16_t *)(const void *)from;
-    }
-}
-
-static void store(uint8_t *to, uint8_t type, int32_t value)
-{
-    switch (type) {
-    case INT8:
-    case UINT8:
-        *to = (uint8_t)value;
-        break;
-    case INT16:
-        *(int16_t *)(void *)to = (int16_t)value;
-        break;
-    default:
-        *(int32_t *)(void *)to = value;
-    }
-}
 
 static unsigned size_of(uint8_t type)
 {
@@ -118,6 +94,33 @@ static void table_row(const layer *l, uint8_t *out)
 
 #ifndef NET_SIMD
 static uint32_t sums[NET_WIDEST];
+
+static int32_t load(const uint8_t *from, uint8_t type)
+{
+    switch (type) {
+    case INT8:
+        return *(const int8_t *)from;
+    case UINT8:
+        return *from;
+    default:
+        return *(const int16_t *)(const void *)from;
+    }
+}
+
+static void store(uint8_t *to, uint8_t type, int32_t value)
+{
+    switch (type) {
+    case INT8:
+    case UINT8:
+        *to = (uint8_t)value;
+        break;
+    case INT16:
+        *(int16_t *)(void *)to = (int16_t)value;
+        break;
+    default:
+        *(int32_t *)(void *)to = value;
+    }
+}
 
 /* A multiplier, as the powers of two that it is the sum of. */
 typedef struct {

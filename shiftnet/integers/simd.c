@@ -6,7 +6,7 @@
 
    A step reads 4 bytes of each pixel's input with AVX2: 4 numbers of 8 bits where the sums of some
    steps fit in 16 bits ("narrow"), else 2 numbers of 16 bits; with NEON one number of 16 bits. */
-enum { LANES = 16, PIXELS = 4 };
+enum { LANES = 16, PIXELS = 4, SLACK = NET_SLACK };
 
 #define ALIGNED __attribute__((aligned(64)))
 
@@ -24,9 +24,11 @@ enum { NARROW_STEP = 0, WIDE_STEP = 1, UNPACKED = NET_UNPACKED_WIDE };
 static uint8_t unpacked[UNPACKED] ALIGNED;
 static uint8_t *place[NET_LAYERS];
 static int16_t channel_weights[NET_DEEPEST];
-static uint8_t columns[PIXELS * NET_DEEPEST * 2] ALIGNED; /* what the sums of 4 pixels read */
-static uint8_t moved[NET_DEEPEST * 2] ALIGNED;            /* a pixel of a shift's result */
-static uint8_t nothing[NET_DEEPEST * 2] ALIGNED;          /* a pixel outside of the image */
+/* What the sums of 4 pixels read, a pixel of a shift's result, and a pixel outside of the image. Like
+   `memory` they end after what they hold, since 16 numbers are read at a time. */
+static uint8_t columns[PIXELS * NET_DEEPEST * 2 + SLACK] ALIGNED;
+static uint8_t moved[NET_DEEPEST * 2 + SLACK] ALIGNED;
+static uint8_t nothing[NET_DEEPEST * 2 + SLACK] ALIGNED;
 
 static unsigned smaller(unsigned a, unsigned b)
 {
@@ -34,6 +36,15 @@ static unsigned smaller(unsigned a, unsigned b)
 }
 
 #ifdef __AVX2__
+static __m256i vector(const void *x)
+{
+    return _mm256_loadu_si256((const __m256i *)x);
+}
+
+static void put_vector(void *to, __m256i x)
+{
+    _mm256_storeu_si256((__m256i *)to, x);
+}
 
 static __m256i four_bytes(const uint8_t *x)
 {
@@ -42,51 +53,37 @@ static __m256i four_bytes(const uint8_t *x)
     return _mm256_set1_epi32(word);
 }
 
-static __m256i *at(int32_t *x)
-{
-    return (__m256i *)(void *)x;
-}
-
-static __m256i vector(const void *x)
-{
-    return _mm256_load_si256((const __m256i *)x);
-}
-
-/* Sums of unsigned inputs times signed weights of 8 bits; up to `run` steps fit in 16 bits. */
+/* Adds products of unsigned inputs and signed weights of 8 bits; up to `run` steps fit in 16 bits. */
 static void narrow_sums(int32_t to[PIXELS][LANES], const uint8_t *x, unsigned pixel,
                         const uint8_t *w, unsigned steps, unsigned run)
 {
     const uint8_t *x1 = x + pixel, *x2 = x1 + pixel, *x3 = x2 + pixel;
     const __m256i ones = _mm256_set1_epi16(1);
-    unsigned done, p;
-    for (done = 0; done < steps;) {
-        const unsigned end = smaller(steps, done + run);
-        const int first = done == 0;
+    size_t i = 0;
+    unsigned p;
+    while (i < 4 * steps) {
+        const size_t end = smaller(4 * steps, (unsigned)i + 4 * run);
+        const int begun = i != 0;
         __m256i s[PIXELS][2];
         for (p = 0; p < PIXELS; p++)
             s[p][0] = s[p][1] = _mm256_setzero_si256();
-        for (; done < end; done++, w += 64, x += 4, x1 += 4, x2 += 4, x3 += 4) {
-            const __m256i w0 = vector(w), w1 = vector(w + 32);
-#define ADD_PIXEL(p, from)                                                              \
-    do {                                                                                \
-        const __m256i bytes = four_bytes(from);                                         \
-        s[p][0] = _mm256_add_epi16(s[p][0], _mm256_maddubs_epi16(bytes, w0));           \
-        s[p][1] = _mm256_add_epi16(s[p][1], _mm256_maddubs_epi16(bytes, w1));           \
-    } while (0)
-            ADD_PIXEL(0, x);
-            ADD_PIXEL(1, x1);
-            ADD_PIXEL(2, x2);
-            ADD_PIXEL(3, x3);
-#undef ADD_PIXEL
+        for (; i < end; i += 4) {
+            const __m256i w0 = vector(w + LANES * i), w1 = vector(w + LANES * i + 32);
+            const __m256i bytes[PIXELS] = {four_bytes(x + i), four_bytes(x1 + i),
+                                           four_bytes(x2 + i), four_bytes(x3 + i)};
+            for (p = 0; p < PIXELS; p++) {
+                s[p][0] = _mm256_add_epi16(s[p][0], _mm256_maddubs_epi16(bytes[p], w0));
+                s[p][1] = _mm256_add_epi16(s[p][1], _mm256_maddubs_epi16(bytes[p], w1));
+            }
         }
         for (p = 0; p < PIXELS; p++) {
             __m256i a = _mm256_madd_epi16(s[p][0], ones), b = _mm256_madd_epi16(s[p][1], ones);
-            if (!first) {
-                a = _mm256_add_epi32(a, *at(to[p]));
-                b = _mm256_add_epi32(b, *at(to[p] + 8));
+            if (begun) {
+                a = _mm256_add_epi32(a, vector(to[p]));
+                b = _mm256_add_epi32(b, vector(to[p] + 8));
             }
-            *at(to[p]) = a;
-            *at(to[p] + 8) = b;
+            put_vector(to[p], a);
+            put_vector(to[p] + 8, b);
         }
     }
 }
@@ -96,39 +93,101 @@ static void wide_sums(int32_t to[PIXELS][LANES], const uint8_t *x, unsigned pixe
 {
     const uint8_t *x1 = x + pixel, *x2 = x1 + pixel, *x3 = x2 + pixel;
     __m256i s[PIXELS][2];
+    size_t i;
     unsigned p;
     for (p = 0; p < PIXELS; p++)
         s[p][0] = s[p][1] = _mm256_setzero_si256();
-    for (; steps != 0; steps--, w += 64, x += 4, x1 += 4, x2 += 4, x3 += 4) {
-        const __m256i w0 = vector(w), w1 = vector(w + 32);
-#define ADD_PIXEL(p, from)                                                              \
-    do {                                                                                \
-        const __m256i pair = four_bytes(from);                                          \
-        s[p][0] = _mm256_add_epi32(s[p][0], _mm256_madd_epi16(pair, w0));               \
-        s[p][1] = _mm256_add_epi32(s[p][1], _mm256_madd_epi16(pair, w1));               \
-    } while (0)
-        ADD_PIXEL(0, x);
-        ADD_PIXEL(1, x1);
-        ADD_PIXEL(2, x2);
-        ADD_PIXEL(3, x3);
-#undef ADD_PIXEL
+    for (i = 0; i < 4 * steps; i += 4) {
+        const __m256i w0 = vector(w + LANES * i), w1 = vector(w + LANES * i + 32);
+        const __m256i pairs[PIXELS] = {four_bytes(x + i), four_bytes(x1 + i), four_bytes(x2 + i),
+                                       four_bytes(x3 + i)};
+        for (p = 0; p < PIXELS; p++) {
+            s[p][0] = _mm256_add_epi32(s[p][0], _mm256_madd_epi16(pairs[p], w0));
+            s[p][1] = _mm256_add_epi32(s[p][1], _mm256_madd_epi16(pairs[p], w1));
+        }
     }
     for (p = 0; p < PIXELS; p++) {
-        *at(to[p]) = s[p][0];
-        *at(to[p] + 8) = s[p][1];
+        put_vector(to[p], s[p][0]);
+        put_vector(to[p] + 8, s[p][1]);
     }
 }
 
-/* 16 bytes of each of several places, of which the masks choose. */
-static void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *masks, unsigned count,
-                   unsigned apart, unsigned offset)
+/* Returns 16 numbers as numbers of 16 bits. */
+static __m256i numbers(const uint8_t *from, uint8_t type)
+{
+    if (type == INT16)
+        return vector(from);
+    {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)from);
+        return type == INT8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+    }
+}
+
+static void widen(int16_t *to, const uint8_t *from, uint8_t type)
+{
+    put_vector(to, numbers(from, type));
+}
+
+/* Clips 16 numbers of 16 bits and stores them. */
+static void put_codes(uint8_t *to, __m256i codes, const layer *l)
+{
+    codes = _mm256_max_epi16(codes, _mm256_set1_epi16((int16_t)l->low));
+    codes = _mm256_min_epi16(codes, _mm256_set1_epi16((int16_t)l->high));
+    if (l->type == INT16) {
+        put_vector(to, codes);
+    } else {
+        const __m256i bytes = _mm256_and_si256(codes, _mm256_set1_epi16(255));
+        _mm_storeu_si128((__m128i *)(void *)to, _mm_packus_epi16(_mm256_castsi256_si128(bytes),
+                                                                 _mm256_extracti128_si256(bytes, 1)));
+    }
+}
+
+/* Brings 16 sums to codes. */
+static void finish(uint8_t *to, const int32_t *sum, const block *b, const layer *l)
+{
+    __m256i v[2];
+    unsigned i;
+    for (i = 0; i < 2; i++) {
+        v[i] = _mm256_mullo_epi32(vector(sum + 8 * i), vector(b->multiplier + 8 * i));
+        v[i] = _mm256_add_epi32(v[i], vector(b->bias + 8 * i));
+        v[i] = _mm256_srav_epi32(v[i], vector(b->shift + 8 * i));
+    }
+    if (l->type == INT32) {
+        const __m256i low = _mm256_set1_epi32(l->low), high = _mm256_set1_epi32(l->high);
+        for (i = 0; i < 2; i++)
+            put_vector(to + 32 * i, _mm256_min_epi32(_mm256_max_epi32(v[i], low), high));
+    } else {
+        put_codes(to, _mm256_permute4x64_epi64(_mm256_packs_epi32(v[0], v[1]), 0xd8), l);
+    }
+}
+
+/* Brings 16 sums of two numbers to codes. */
+static void add(uint8_t *to, const uint8_t *a, uint8_t a_type, const uint8_t *b, uint8_t b_type,
+                const layer *l)
+{
+    const __m256i x = numbers(a, a_type), y = numbers(b, b_type);
+    const uint32_t high = (uint32_t)(int32_t)l->multiplier[1] << 16;
+    const __m256i by = _mm256_set1_epi32((int32_t)(high | (uint16_t)l->multiplier[0]));
+    const __m256i bias = _mm256_set1_epi32(l->bias[0]);
+    const __m128i shift = _mm_cvtsi32_si128(l->shift[0]);
+    __m256i low = _mm256_madd_epi16(_mm256_unpacklo_epi16(x, y), by);
+    __m256i up = _mm256_madd_epi16(_mm256_unpackhi_epi16(x, y), by);
+    low = _mm256_sra_epi32(_mm256_add_epi32(low, bias), shift);
+    up = _mm256_sra_epi32(_mm256_add_epi32(up, bias), shift);
+    put_codes(to, _mm256_packs_epi32(low, up), l);
+}
+
+/* Takes each of 16 bytes from the place whose mask has it. */
+static void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
+                   unsigned count, size_t from_offset, size_t mask_offset)
 {
     __m128i chosen = _mm_setzero_si128();
-    unsigned t;
-    for (t = 0; t < count; t++, masks += apart)
-        chosen = _mm_or_si128(
-            chosen, _mm_and_si128(_mm_loadu_si128((const __m128i *)(const void *)masks),
-                                  _mm_loadu_si128((const __m128i *)(const void *)(from[t] + offset))));
+    unsigned i;
+    for (i = 0; i < count; i++) {
+        const void *bytes = from[i] + from_offset, *mask = masks[i] + mask_offset;
+        chosen = _mm_or_si128(chosen, _mm_and_si128(_mm_loadu_si128((const __m128i *)bytes),
+                                                    _mm_loadu_si128((const __m128i *)mask)));
+    }
     _mm_storeu_si128((__m128i *)(void *)to, chosen);
 }
 #else
@@ -148,9 +207,9 @@ static void wide_sums(int32_t to[PIXELS][LANES], const uint8_t *x, unsigned pixe
     for (p = 0; p < PIXELS; p++)
         for (i = 0; i < 4; i++)
             s[p][i] = vdupq_n_s32(0);
-    for (; steps != 0; steps--, w += 32, from++) {
+    for (; steps != 0; steps--, w += LANES * 2, from++) {
         const int16x8_t w0 = vld1q_s16((const int16_t *)(const void *)w);
-        const int16x8_t w1 = vld1q_s16((const int16_t *)(const void *)(w + 16));
+        const int16x8_t w1 = vld1q_s16((const int16_t *)(const void *)(w + LANES));
         for (p = 0; p < PIXELS; p++) {
             const int16_t number = from[p * next];
             s[p][0] = vmlal_n_s16(s[p][0], vget_low_s16(w0), number);
@@ -164,13 +223,74 @@ static void wide_sums(int32_t to[PIXELS][LANES], const uint8_t *x, unsigned pixe
             vst1q_s32(to[p] + 4 * i, s[p][i]);
 }
 
-static void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *masks, unsigned count,
-                   unsigned apart, unsigned offset)
+static void widen(int16_t *restrict to, const uint8_t *restrict from, uint8_t type)
+{
+    unsigned i;
+    if (type == INT16)
+        memcpy(to, from, LANES * 2);
+    else if (type == INT8)
+        for (i = 0; i < LANES; i++)
+            to[i] = (int8_t)from[i];
+    else
+        for (i = 0; i < LANES; i++)
+            to[i] = from[i];
+}
+
+static void put_codes(uint8_t *restrict to, const int32_t *restrict values, const layer *l)
+{
+    const int32_t low = l->low, high = l->high;
+    int32_t codes[LANES];
+    int16_t halves[LANES];
+    unsigned i;
+    for (i = 0; i < LANES; i++) {
+        const int32_t code = values[i] < low ? low : values[i];
+        codes[i] = code > high ? high : code;
+        halves[i] = (int16_t)codes[i];
+    }
+    if (l->type == INT32)
+        memcpy(to, codes, sizeof codes);
+    else if (l->type == INT16)
+        memcpy(to, halves, sizeof halves);
+    else
+        for (i = 0; i < LANES; i++)
+            to[i] = (uint8_t)codes[i];
+}
+
+static void finish(uint8_t *to, const int32_t *restrict sum, const block *restrict b,
+                   const layer *l)
+{
+    int32_t values[LANES];
+    unsigned i;
+    for (i = 0; i < LANES; i++) {
+        const uint32_t product = (uint32_t)sum[i] * (uint32_t)b->multiplier[i];
+        values[i] = (int32_t)(product + (uint32_t)b->bias[i]) >> b->shift[i];
+    }
+    put_codes(to, values, l);
+}
+
+static void add(uint8_t *to, const uint8_t *a, uint8_t a_type, const uint8_t *b, uint8_t b_type,
+                const layer *l)
+{
+    const int32_t by_a = l->multiplier[0], by_b = l->multiplier[1], bias = l->bias[0];
+    const uint8_t shift = l->shift[0];
+    int16_t x[LANES], y[LANES];
+    int32_t values[LANES];
+    unsigned i;
+    widen(x, a, a_type);
+    widen(y, b, b_type);
+    for (i = 0; i < LANES; i++)
+        values[i] = (x[i] * by_a + y[i] * by_b + bias) >> shift;
+    put_codes(to, values, l);
+}
+
+static void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
+                   unsigned count, size_t from_offset, size_t mask_offset)
 {
     uint8x16_t chosen = vdupq_n_u8(0);
-    unsigned t;
-    for (t = 0; t < count; t++, masks += apart)
-        chosen = vorrq_u8(chosen, vandq_u8(vld1q_u8(masks), vld1q_u8(from[t] + offset)));
+    unsigned i;
+    for (i = 0; i < count; i++)
+        chosen = vorrq_u8(chosen, vandq_u8(vld1q_u8(masks[i] + mask_offset),
+                                           vld1q_u8(from[i] + from_offset)));
     vst1q_u8(to, chosen);
 }
 #endif
@@ -267,6 +387,7 @@ static void unpack(const layer *l)
     weight_reader reader = {0, 0, 0};
     unsigned o, c;
     reader.next = l->weights;
+    memset(f.blocks, 0, (size_t)(f.masks - (uint8_t *)f.blocks));
     for (o = 0; o < l->channels; o++) {
         const unsigned lane = o % LANES;
         block *b = f.blocks + o / LANES;
@@ -314,137 +435,126 @@ static void unpack_segment(uint8_t first, uint8_t last)
         }
 }
 
-/* Reads up to 16 numbers; the others are 0. */
-static void load_some(int16_t *restrict to, const uint8_t *restrict from, uint8_t type,
-                      unsigned count)
+/* The same for up to 16 numbers, where more cannot be written. */
+static void finish_some(uint8_t *to, const int32_t *sum, const block *b, const layer *l,
+                        unsigned count)
 {
-    unsigned i;
-    if (count < LANES) {
-        for (i = 0; i < LANES; i++)
-            to[i] = (int16_t)(i < count ? load(from + i * size_of(type), type) : 0);
-    } else if (type == INT8) {
-        for (i = 0; i < LANES; i++)
-            to[i] = (int8_t)from[i];
-    } else if (type == UINT8) {
-        for (i = 0; i < LANES; i++)
-            to[i] = from[i];
+    uint8_t codes[LANES * 4];
+    if (count >= LANES) {
+        finish(to, sum, b, l);
     } else {
-        memcpy(to, from, LANES * 2);
+        finish(codes, sum, b, l);
+        memcpy(to, codes, count * size_of(l->type));
     }
 }
 
-static void store_some(uint8_t *restrict to, const int32_t *restrict from, const layer *l,
-                       unsigned count)
+/* Where the taps of a row's pixels read; the same until pixel `end`, except that it moves on. */
+typedef struct {
+    const uint8_t *from[NET_TAPS];  /* from pixel `start` */
+    const uint8_t *masks[NET_TAPS]; /* of a shift */
+    unsigned lengths[NET_TAPS];     /* of other layers: numbers, all taps one after the other */
+    int outside[NET_TAPS];          /* whether it is outside of the image, and does not move */
+    unsigned count, start, end;
+} readers;
+
+/* Finds what a pixel reads. */
+static void find_readers(readers *r, const layer *l, const form *f, const uint8_t *const *rows,
+                         unsigned pixel)
 {
-    const uint8_t type = l->type;
-    const int32_t low = l->low, high = l->high;
-    int32_t codes[LANES];
-    int16_t halves[LANES];
-    unsigned i;
-    for (i = 0; i < LANES; i++) {
-        const int32_t code = from[i] < low ? low : from[i];
-        codes[i] = code > high ? high : code;
-        halves[i] = (int16_t)codes[i];
+    const unsigned bytes = l->inputs * size_of(l->input_type);
+    unsigned t;
+    r->count = 0;
+    r->start = pixel;
+    r->end = l->width;
+    for (t = 0; t < l->tap_count; t++) {
+        const tap *at = l->taps + t;
+        const unsigned first = at->first, last = first + at->count;
+        const uint8_t *from = nothing;
+        int outside = rows[at->row] == 0;
+        if (!outside) {
+            if (pixel < first)
+                r->end = smaller(r->end, first);
+            else if (pixel < last)
+                r->end = smaller(r->end, last);
+            outside = pixel < first || pixel >= last;
+        }
+        if (!outside)
+            from = rows[at->row] + at->offset + (pixel - first) * l->across;
+        if (l->kind == SHIFTED) {
+            if (outside)
+                continue;
+            r->masks[r->count] = f->masks + t * bytes;
+        } else if (l->channel == 0 && r->count != 0) { /* goes on where the last one ends */
+            const unsigned before = r->count - 1;
+            if (!outside && !r->outside[before]
+                && from == r->from[before] + r->lengths[before] * size_of(l->input_type)) {
+                r->lengths[before] += l->inputs;
+                continue;
+            }
+        }
+        r->from[r->count] = from;
+        r->lengths[r->count] = l->inputs;
+        r->outside[r->count] = outside;
+        r->count++;
     }
-    if (count < LANES) {
-        for (i = 0; i < count; i++)
-            store(to + i * size_of(type), type, codes[i]);
-    } else if (type < INT16) {
-        for (i = 0; i < LANES; i++)
-            to[i] = (uint8_t)codes[i];
-    } else if (type == INT16) {
-        memcpy(to, halves, sizeof halves);
-    } else {
-        memcpy(to, codes, sizeof codes);
-    }
 }
 
-/* Brings sums to codes. */
-static void finish_some(uint8_t *to, const int32_t *restrict from, const block *restrict b,
-                        const layer *l, unsigned count)
-{
-    int32_t values[LANES];
-    unsigned i;
-    for (i = 0; i < LANES; i++)
-        values[i] = (int32_t)((uint32_t)from[i] * (uint32_t)b->multiplier[i] + (uint32_t)b->bias[i])
-                    >> b->shift[i];
-    store_some(to, values, l, count);
-}
-
-/* What a tap of a pixel reads. */
-static const uint8_t *read_by(const tap *t, const layer *l, const uint8_t *const *rows,
-                              unsigned pixel)
-{
-    if (rows[t->row] == 0 || pixel < t->first || pixel >= (unsigned)t->first + t->count)
-        return nothing;
-    return rows[t->row] + t->offset + (pixel - t->first) * l->across;
-}
-
-/* Copies numbers to a column, in the width that is added up. */
+/* Copies numbers to a column, in the width that is added up; writes up to 15 more. */
 static void put_column(uint8_t *restrict to, const uint8_t *restrict from, unsigned count,
                        uint8_t type, int narrow)
 {
-    unsigned i;
+    const unsigned size = size_of(type);
+    unsigned i, j;
     if (narrow) {
         const uint8_t flip = type == INT8 ? 128 : 0;
-        for (i = 0; i < count; i++)
-            to[i] = from[i] ^ flip;
+        for (i = 0; i < count; i += LANES)
+            for (j = 0; j < LANES; j++)
+                to[i + j] = from[i + j] ^ flip;
     } else {
-        int16_t *restrict wide = (int16_t *)(void *)to;
-        if (type == INT8)
-            for (i = 0; i < count; i++)
-                wide[i] = (int8_t)from[i];
-        else if (type == UINT8)
-            for (i = 0; i < count; i++)
-                wide[i] = from[i];
-        else
-            memcpy(to, from, count * 2);
+        for (i = 0; i < count; i += LANES)
+            widen((int16_t *)(void *)to + i, from + i * size, type);
     }
 }
 
-/* A pixel of a shift's result. */
-static void shift_pixel(const layer *l, const form *f, const uint8_t *const *rows, unsigned pixel)
+static void put_columns(const readers *r, const layer *l, uint8_t *to, unsigned pixel, int narrow)
 {
-    const uint8_t *from[NET_TAPS];
-    const unsigned bytes = l->inputs * size_of(l->input_type);
-    unsigned t, i;
-    for (t = 0; t < l->tap_count; t++)
-        from[t] = read_by(l->taps + t, l, rows, pixel);
-    for (i = 0; i + 16 <= bytes; i += 16)
-        choose(moved + i, from, f->masks + i, l->tap_count, bytes, i);
-    for (; i < bytes; i++)
-        for (t = 0, moved[i] = 0; t < l->tap_count; t++)
-            moved[i] |= f->masks[t * bytes + i] & from[t][i];
+    const unsigned bytes = l->inputs * size_of(l->input_type), item = narrow ? 1 : 2;
+    const size_t offset = (pixel - r->start) * l->across;
+    unsigned i;
+    if (l->kind == SHIFTED) {
+        for (i = 0; i < bytes; i += 16)
+            choose(moved + i, r->from, r->masks, r->count, offset + i, i);
+        put_column(to, moved, l->inputs, l->input_type, narrow);
+    } else {
+        for (i = 0; i < r->count; to += r->lengths[i] * item, i++)
+            put_column(to, r->from[i] + (r->outside[i] ? 0 : offset), r->lengths[i], l->input_type,
+                       narrow);
+    }
 }
 
 /* One row of sums over all channels of the input, brought to codes. */
 static void dense_row(const layer *l, const form *f, const uint8_t *const *rows, uint8_t *out)
 {
     const int narrow = f->run != 0;
-    const unsigned item = narrow ? 1 : 2, column = (f->depth + 3) / 4 * 4 * item;
-    const unsigned size = size_of(l->type);
+    const unsigned column = (f->depth + 3) / 4 * 4 * (narrow ? 1 : 2), size = size_of(l->type);
     /* The inputs of a 1x1 convolution are columns as they are. */
     const int direct = l->kind == SUMS && l->tap_count == 1 && narrow && l->input_type == UINT8
                        && l->inputs % 4 == 0;
-    unsigned first, p, o, t;
+    unsigned first, p, o;
+    readers r;
+    r.end = 0;
     for (first = 0; first < l->width; first += PIXELS) {
         const unsigned count = smaller(PIXELS, l->width - first);
         const uint8_t *x = columns;
         unsigned pixel = column;
         if (direct && count == PIXELS) {
-            x = read_by(l->taps, l, rows, first);
+            x = rows[0] + first * l->across;
             pixel = l->across;
         } else {
             for (p = 0; p < count; p++) {
-                uint8_t *to = columns + p * column;
-                if (l->kind == SHIFTED) {
-                    shift_pixel(l, f, rows, first + p);
-                    put_column(to, moved, l->inputs, l->input_type, narrow);
-                } else {
-                    for (t = 0; t < l->tap_count; t++, to += l->inputs * item)
-                        put_column(to, read_by(l->taps + t, l, rows, first + p), l->inputs,
-                                   l->input_type, narrow);
-                }
+                if (first + p >= r.end)
+                    find_readers(&r, l, f, rows, first + p);
+                put_columns(&r, l, columns + p * column, first + p, narrow);
             }
         }
         for (o = 0; o < l->channels; o += LANES) {
@@ -466,23 +576,35 @@ static void each_row(const layer *l, const form *f, const uint8_t *const *rows, 
 {
     const unsigned size = size_of(l->type);
     unsigned p, o, t, i;
-    for (p = 0; p < l->width; p++)
+    readers r;
+    r.end = 0;
+    for (p = 0; p < l->width; p++) {
+        size_t offset;
+        if (p >= r.end)
+            find_readers(&r, l, f, rows, p);
+        offset = (p - r.start) * l->across;
         for (o = 0; o < l->channels; o += LANES) {
-            const unsigned count = smaller(LANES, l->channels - o);
-            const uint8_t *weights = f->weights + o / LANES * f->bytes;
+            const int16_t *w = (const int16_t *)(void *)(f->weights + o / LANES * f->bytes);
             int32_t sum[LANES] = {0};
-            for (t = 0; t < l->tap_count; t++) {
-                int16_t x[LANES], w[LANES];
-                load_some(x, read_by(l->taps + t, l, rows, p) + o * l->channel, l->input_type, count);
+            for (t = 0; t < r.count; t++) {
+                int16_t x[LANES];
+                if (r.outside[t])
+                    continue;
+                widen(x, r.from[t] + offset + o * l->channel, l->input_type);
                 if (l->weights != 0)
-                    memcpy(w, weights + t * LANES * 2, sizeof w);
-                for (i = 0; i < LANES; i++)
-                    sum[i] += l->weights != 0 ? x[i] * w[i] : x[i];
+                    for (i = 0; i < LANES; i++)
+                        sum[i] += x[i] * w[t * LANES + i];
+                else
+                    for (i = 0; i < LANES; i++)
+                        sum[i] += x[i];
             }
-            finish_some(out + p * l->pixel + o * size, sum, f->blocks + o / LANES, l, count);
+            finish_some(out + p * l->pixel + o * size, sum, f->blocks + o / LANES, l,
+                        smaller(LANES, l->channels - o));
         }
+    }
 }
 
+/* Sums of products for one row of all channels, brought to codes. */
 static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
 {
     const form f = form_of(l);
@@ -494,26 +616,29 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
 
 /* One row of a sum; the second summand can have fewer channels. */
 static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, const layer *of_a,
-                         const layer *of_b, uint8_t *out)
+                    const layer *of_b, uint8_t *out)
 {
-    const int32_t by_a = l->multiplier[0], by_b = l->multiplier[1], bias = l->bias[0];
-    const unsigned shift = l->shift[0];
     const unsigned size = size_of(l->type), a_size = size_of(of_a->type), b_size = size_of(of_b->type);
     const int same = of_a->channels == of_b->channels;
     const unsigned channels = same ? (unsigned)l->channels * l->width : l->channels;
     const unsigned b_channels = same ? channels : of_b->channels;
     const uint8_t *end = out + l->row;
-    unsigned c, i;
+    unsigned c;
     for (; out != end; a += channels * a_size, b += b_channels * b_size, out += channels * size)
         for (c = 0; c < channels; c += LANES) {
             const unsigned count = smaller(LANES, channels - c);
-            int16_t x[LANES], y[LANES] = {0};
-            int32_t values[LANES];
-            load_some(x, a + c * a_size, of_a->type, count);
-            if (c < b_channels)
-                load_some(y, b + c * b_size, of_b->type, smaller(LANES, b_channels - c));
-            for (i = 0; i < LANES; i++)
-                values[i] = (x[i] * by_a + y[i] * by_b + bias) >> shift;
-            store_some(out + c * size, values, l, count);
+            const unsigned of_them = c < b_channels ? smaller(LANES, b_channels - c) : 0;
+            const uint8_t *y = b + c * b_size;
+            uint8_t some[LANES * 2] = {0}, codes[LANES * 4];
+            if (of_them < count) {
+                memcpy(some, y, of_them * b_size);
+                y = some;
+            }
+            if (count == LANES) {
+                add(out + c * size, a + c * a_size, of_a->type, y, of_b->type, l);
+            } else {
+                add(codes, a + c * a_size, of_a->type, y, of_b->type, l);
+                memcpy(out + c * size, codes, count * size);
+            }
         }
 }
