@@ -316,11 +316,11 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
                 )
         turns = alternate(workers, options.rounds)
         report["timed"] = timed(turns, 1)
-    fastest = f"C {list(report['builds'])[-1]}"
         for precision, form in best.items():
             facts = workers[f"onnxruntime {precision}, 1 thread"].ask("facts")
             report["peer"][precision][form] |= facts
             print(f"  onnxruntime {precision}: {facts['accuracy']:.2%} of the test images right")
+    fastest = f"C {list(report['builds'])[-1]}"
     report["ratios"] = {
         other: float(np.median(np.array(times) / np.array(turns.times[fastest])))
         for other, times in turns.times.items()
