@@ -2,7 +2,9 @@
 
 The program is `program.c`, the same for all networks, behind tables with the network's layers.
 Every weight is added as the signed powers of two that it is the sum of, and so are the multipliers
-of requantization, unless these may be any integer (`--requantize multiplier`).
+of requantization, unless these may be any integer (`--requantize multiplier`). Where the compiler
+has vector instructions, `simd.c` takes the place of that arithmetic, multiplies, and gives the same
+integers.
 """
 
 import dataclasses
@@ -103,9 +105,7 @@ void net_run(const uint8_t *image, int32_t *logits);
 
 #endif
 """
-    kernels = _resource("program.c").replace(
-        "#endif /* NET_SIMD */", f"#else\n{_resource('simd.c')}#endif"
-    )
+    kernels = _resource("program.c").replace("@SIMD@\n", _resource("simd.c"))
     split = kernels.index("enum { TABLE")
     after_enums = kernels.index("/* The order of bits")
     source = "\n".join(
@@ -123,11 +123,11 @@ void net_run(const uint8_t *image, int32_t *logits);
     )
     names = "".join(f"    {_string(each)},\n" for each in class_names)
     main = f"/* {MARK}. */\n" + _resource("main.c").replace("@NAMES@", names)
-    makefile = f"""# {MARK}.
+    makefile = f"""# {MARK}. For this computer's vector instructions: make ARCH=-march=native
 CFLAGS = -O3 -std=c99 -Wall -Wextra -Werror
 
 net: main.c net.c net.h
-\t$(CC) $(CFLAGS) -o $@ main.c net.c
+\t$(CC) $(CFLAGS) $(ARCH) -o $@ main.c net.c
 """
     files = {"net.c": source, "net.h": header, "main.c": main, "Makefile": makefile}
     renamed = {re.sub(r"^net\b", name, file): _renamed(text, name) for file, text in files.items()}

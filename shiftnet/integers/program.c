@@ -278,7 +278,9 @@ static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, const la
             c = 0;
     }
 }
-#endif /* NET_SIMD */
+#else
+@SIMD@
+#endif
 
 static uint8_t *start_of(const layer *l)
 {
