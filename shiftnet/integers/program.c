@@ -1,6 +1,6 @@
-/* The program below is portable and adds and shifts only. Where the compiler may use AVX2 (-mavx2) or
-   NEON of 64-bit Arm, net.c multiplies with these instead, to the same integers; -DNET_PORTABLE
-   prevents that. */
+/* This program is portable, and only adds and shifts. Where the compiler may use AVX2 (-mavx2) or
+   64-bit Arm's NEON it multiplies with these instead, and computes the same integers;
+   -DNET_PORTABLE prevents that. */
 #if !defined(NET_PORTABLE) && (defined(__AVX2__) || (defined(__ARM_NEON) && defined(__aarch64__)))
 #define NET_SIMD
 #define NET_SLACK 32 /* bytes */

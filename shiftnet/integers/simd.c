@@ -24,8 +24,8 @@ enum { NARROW_STEP = 0, WIDE_STEP = 1, UNPACKED = NET_UNPACKED_WIDE };
 static uint8_t unpacked[UNPACKED] ALIGNED;
 static uint8_t *place[NET_LAYERS];
 static int16_t channel_weights[NET_DEEPEST];
-/* What the sums of 4 pixels read, a pixel of a shift's result, and a pixel outside of the image. Like
-   `memory` they end after what they hold, since 16 numbers are read at a time. */
+/* What the sums of 4 pixels read, a pixel of a shift's result, and a pixel outside of the image.
+   Like `memory` they end after what they hold, since 16 numbers are read at a time. */
 static uint8_t columns[PIXELS * NET_DEEPEST * 2 + SLACK] ALIGNED;
 static uint8_t moved[NET_DEEPEST * 2 + SLACK] ALIGNED;
 static uint8_t nothing[NET_DEEPEST * 2 + SLACK] ALIGNED;
@@ -53,7 +53,7 @@ static __m256i four_bytes(const uint8_t *x)
     return _mm256_set1_epi32(word);
 }
 
-/* Adds products of unsigned inputs and signed weights of 8 bits; up to `run` steps fit in 16 bits. */
+/* Adds products of unsigned inputs and signed weights of 8 bits; `run` steps fit in 16 bits. */
 static void narrow_sums(int32_t to[PIXELS][LANES], const uint8_t *x, unsigned pixel,
                         const uint8_t *w, unsigned steps, unsigned run)
 {
@@ -137,8 +137,8 @@ static void put_codes(uint8_t *to, __m256i codes, const layer *l)
         put_vector(to, codes);
     } else {
         const __m256i bytes = _mm256_and_si256(codes, _mm256_set1_epi16(255));
-        _mm_storeu_si128((__m128i *)(void *)to, _mm_packus_epi16(_mm256_castsi256_si128(bytes),
-                                                                 _mm256_extracti128_si256(bytes, 1)));
+        const __m128i low = _mm256_castsi256_si128(bytes), up = _mm256_extracti128_si256(bytes, 1);
+        _mm_storeu_si128((__m128i *)(void *)to, _mm_packus_epi16(low, up));
     }
 }
 
@@ -362,7 +362,7 @@ static uint32_t put_channel(uint8_t *to, unsigned lane, const layer *l, const fo
 {
     const int16_t *from = channel_weights;
     uint32_t total = 0;
-    unsigned i, j;
+    unsigned i;
     if (l->channel != 0) {
         for (i = 0; i < f->depth; i++)
             memcpy(to + (i * LANES + lane) * 2, from + i, 2);
@@ -371,12 +371,14 @@ static uint32_t put_channel(uint8_t *to, unsigned lane, const layer *l, const fo
         for (i = 0; i < f->steps; i++, from += WIDE_STEP, to += LANES * WIDE_STEP * 2)
             memcpy(to, from, WIDE_STEP * 2);
     } else {
+        int8_t bytes[NET_DEEPEST];
+        for (i = 0; i < 4 * f->steps; i++) {
+            bytes[i] = (int8_t)from[i];
+            total += (uint32_t)(int32_t)from[i];
+        }
         to += lane * 4;
-        for (i = 0; i < f->steps; i++, from += 4, to += LANES * 4)
-            for (j = 0; j < 4; j++) {
-                to[j] = (uint8_t)from[j];
-                total += (uint32_t)from[j];
-            }
+        for (i = 0; i < f->steps; i++, to += LANES * 4)
+            memcpy(to, bytes + 4 * i, 4);
     }
     return total;
 }
@@ -618,7 +620,8 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
 static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, const layer *of_a,
                     const layer *of_b, uint8_t *out)
 {
-    const unsigned size = size_of(l->type), a_size = size_of(of_a->type), b_size = size_of(of_b->type);
+    const unsigned size = size_of(l->type);
+    const unsigned a_size = size_of(of_a->type), b_size = size_of(of_b->type);
     const int same = of_a->channels == of_b->channels;
     const unsigned channels = same ? (unsigned)l->channels * l->width : l->channels;
     const unsigned b_channels = same ? channels : of_b->channels;
