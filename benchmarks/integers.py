@@ -26,6 +26,7 @@ from benchmarks.protocol import ROOT, Worker, WorkerError, alternate, steps_for
 from benchmarks.train_step import NOT_QUIET, Refused, by_speed, host, print_row, timed
 from shiftnet import config as config_lib
 from shiftnet import integers, models, quantizers
+from shiftnet.data import Split
 from shiftnet.integers import c, calibration, interpreter
 
 OURS, PEER = "benchmarks.our_integers", "benchmarks.peers.onnx_integers"
@@ -97,7 +98,8 @@ def network(name: str) -> tuple[nnx.Module, Any, str]:
 
 def _start_from(low_bit: nnx.Module, trained: nnx.Module) -> None:
     """Gives a low-bit network the nearest weights, with their factors in the batch norms."""
-    theirs = dict(nnx.iter_modules(trained))
+    theirs: dict[Any, Any] = dict(nnx.iter_modules(trained))
+    modules: dict[Any, Any] = dict(nnx.iter_modules(low_bit))
     for path, module in nnx.iter_modules(low_bit):
         if isinstance(module, quantizers.LowBitWeight):
             continue
@@ -113,7 +115,7 @@ def _start_from(low_bit: nnx.Module, trained: nnx.Module) -> None:
         nearest = np.asarray(weight(), np.float64)
         factor = float((original * nearest).sum() / np.square(nearest).sum())
         *parent, last = path
-        parent_module = dict(nnx.iter_modules(low_bit))[tuple(parent)]
+        parent_module = modules[tuple(parent)]
         if isinstance(last, str) and last.startswith("conv"):
             bn = getattr(parent_module, last.replace("conv", "bn"))
         else:  # a shortcut's
@@ -126,7 +128,7 @@ def compiled(folder: Path, cc: str, build: str) -> dict[str, Any]:
     flags = BUILDS[build]
     names = {kind: str(folder / f"{build}{suffix}") for kind, suffix in SUFFIXES.items()}
     sources = {"program": ["main.c", "net.c"], "library": ["net.c"], "object": ["net.c"]}
-    extra = {"program": ["-s"], "library": ["-shared", "-fPIC", "-s"], "object": ["-c"]}
+    extra = {"program": ["-s"], "library": ["-shared", "-fPIC", "-s"], "object": ["-c", "-fno-pie"]}
     for kind, name in names.items():
         command = [cc, *WARNINGS, *flags, *extra[kind], "-o", name, *sources[kind]]
         subprocess.run(command, cwd=folder, check=True)
@@ -195,12 +197,13 @@ def build(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     model, trained, training = network(name)
     images = calibration.images(trained, options.data_dir, 256, 32)
     test = calibration.part(trained, options.data_dir, test=True)
+    assert isinstance(test, Split)
     graph = integers.convert(model, images, trained.mean, trained.std).graph
     program = c.program(graph, trained.class_names)
     c.write(program, folder)
     described, arrays = integers.arrays(graph)
     (folder / "graph.json").write_text(json.dumps({"layers": described}))
-    np.savez(folder / "graph.npz", **arrays)
+    np.savez(folder / "graph.npz", **arrays)  # type: ignore[arg-type]
     np.savez(
         folder / "data.npz",
         calibration=images,
