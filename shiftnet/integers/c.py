@@ -2,11 +2,14 @@
 
 The program is `program.c`, the same for all networks, behind tables with the network's layers.
 Every weight is added as the signed powers of two that it is the sum of, and so are the multipliers
-of requantization, unless these may be any integer (`--requantize multiplier`).
+of requantization, unless these may be any integer (`--requantize multiplier`). Where the compiler
+has vector instructions, `simd.c` takes the place of that arithmetic, multiplies, and gives the same
+integers.
 """
 
 import dataclasses
 import importlib.resources
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -86,6 +89,7 @@ def program(graph: Graph, class_names: Sequence[str], name: str = "net") -> Prog
         "WIDEST": max(layer.output.width for layer in graph.layers),
         "WINDOW": max(schedule.window(layer).rows for layer in graph.layers),
         "MULTIPLIES": int(graph.multiplies),
+        **_simd_sizes(graph, plan),
     }
     header = f"""/* {MARK}. */
 #ifndef NET_H
@@ -101,7 +105,7 @@ void net_run(const uint8_t *image, int32_t *logits);
 
 #endif
 """
-    kernels = _resource("program.c")
+    kernels = _resource("program.c").replace("@SIMD@\n", _resource("simd.c"))
     split = kernels.index("enum { TABLE")
     after_enums = kernels.index("/* The order of bits")
     source = "\n".join(
@@ -119,11 +123,11 @@ void net_run(const uint8_t *image, int32_t *logits);
     )
     names = "".join(f"    {_string(each)},\n" for each in class_names)
     main = f"/* {MARK}. */\n" + _resource("main.c").replace("@NAMES@", names)
-    makefile = f"""# {MARK}.
+    makefile = f"""# {MARK}. For this computer's vector instructions: make ARCH=-march=native
 CFLAGS = -O3 -std=c99 -Wall -Wextra -Werror
 
 net: main.c net.c net.h
-\t$(CC) $(CFLAGS) -o $@ main.c net.c
+\t$(CC) $(CFLAGS) $(ARCH) -o $@ main.c net.c
 """
     files = {"net.c": source, "net.h": header, "main.c": main, "Makefile": makefile}
     renamed = {re.sub(r"^net\b", name, file): _renamed(text, name) for file, text in files.items()}
@@ -303,6 +307,68 @@ class _Tables:
             "bias": self._array("biases", "int32_t", bias, purpose),
             "shift": self._array("shifts", "uint8_t", shift, purpose),
         }
+
+
+def _simd_sizes(graph: Graph, plan: schedule.Plan) -> dict[str, int]:
+    """Returns the sizes of the memory into which `simd.c` unpacks the weights of a segment."""
+    taps = depth = narrow = wide = first = 0
+    for end in plan.segments:
+        sizes = [_unpacked(graph, layer) for layer in graph.layers[first : end + 1]]
+        narrow = max(narrow, sum(size[0] for size in sizes))
+        wide = max(wide, sum(size[1] for size in sizes))
+        first = end + 1
+    for layer in graph.layers:
+        if isinstance(layer, Conv | Depthwise | Pool):
+            (codes,) = graph.inputs(layer)
+            taps = max(taps, _taps(layer))
+            depth = max(depth, codes.channels, _depth(layer))
+    return {
+        "TAPS": taps,
+        "DEEPEST": _up(depth, 4),
+        "UNPACKED_NARROW": narrow,
+        "UNPACKED_WIDE": wide,
+    }
+
+
+def _unpacked(graph: Graph, layer: Layer) -> tuple[int, int]:
+    """Returns the bytes that `simd.c` unpacks a layer to, with 8-bit weights if it can and without.
+
+    Weights have 8 bits where the sum of two products with inputs up to 255 fits in 16.
+    """
+    if not isinstance(layer, Conv | Depthwise | Pool):
+        return 0, 0
+    (codes,) = graph.inputs(layer)
+    itemsize = np.dtype(codes.dtype).itemsize
+    channels = _up(layer.output.channels, 16)
+    rest = 3 * 4 * channels
+    if isinstance(layer, Conv) and layer.shift is not None:
+        rest += _up(_taps(layer) * codes.channels * itemsize, 64)
+    if isinstance(layer, Pool):
+        return rest, rest
+    if isinstance(layer, Depthwise):
+        return (2 * _depth(layer) * channels + rest,) * 2
+    weights = _up(_depth(layer), 4) * channels
+    largest = max(map(abs, layer.levels), default=2**7)
+    narrow = itemsize == 1 and 2 * 255 * largest < 2**15
+    return weights * (1 if narrow else 2) + rest, weights * 2 + rest
+
+
+def _depth(layer: Conv | Depthwise | Pool) -> int:
+    """Returns how many products a sum has."""
+    return math.prod(layer.window if isinstance(layer, Pool) else layer.weights.shape[:3])
+
+
+def _taps(layer: Conv | Depthwise | Pool) -> int:
+    """Returns how many pixels a sum reads from."""
+    if isinstance(layer, Pool):
+        return math.prod(layer.window)
+    if isinstance(layer, Conv) and layer.shift is not None:
+        return layer.shift[0] ** 2
+    return layer.weights.shape[0] ** 2
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _resource(name: str) -> str:

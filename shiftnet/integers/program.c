@@ -1,3 +1,19 @@
+/* This program is portable, and only adds and shifts. Where the compiler may use AVX2 (-mavx2) or
+   64-bit Arm's NEON it multiplies with these instead, and computes the same integers;
+   -DNET_PORTABLE prevents that. */
+#if !defined(NET_PORTABLE) && (defined(__AVX2__) || (defined(__ARM_NEON) && defined(__aarch64__)))
+#define NET_SIMD
+#define NET_SLACK 32 /* bytes */
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+#else
+#define NET_SLACK 0
+#endif
+
 typedef struct {
     uint8_t row;     /* of the rows that the layer reads */
     uint8_t first;   /* the first pixel of the result that it adds to, and how many */
@@ -32,13 +48,79 @@ enum { INT8, UINT8, INT16, INT32 };
 /* The order of bits that all compilers of today use, and that the C standard leaves open. */
 typedef char right_shifts_keep_the_sign[(-2 >> 1) == -1 ? 1 : -1];
 
-static int16_t memory[NET_MEMORY / 2];
-static uint32_t sums[NET_WIDEST];
+static int16_t memory[(NET_MEMORY + NET_SLACK) / 2];
 static uint8_t *next_row[NET_LAYERS];
 static uint16_t rows_done[NET_LAYERS];
 static const uint8_t *window_start[NET_LAYERS][2]; /* the first row that exists of a window */
 static int16_t window_top[NET_LAYERS];              /* the number of its first row */
 static const uint8_t *next_image_row;
+
+static unsigned size_of(uint8_t type)
+{
+    return type < INT16 ? 1 : type == INT16 ? 2 : 4;
+}
+
+typedef struct {
+    const uint8_t *next;
+    uint32_t held;
+    uint8_t count;
+} weight_reader;
+
+static int next_weight(weight_reader *r, const layer *l)
+{
+    int code;
+    if (l->weights == 0)
+        return 1;
+    while (r->count < l->bits) {
+        r->held |= (uint32_t)*r->next++ << r->count;
+        r->count = (uint8_t)(r->count + 8);
+    }
+    code = (int)(r->held & ((1u << l->bits) - 1));
+    r->held >>= l->bits;
+    r->count = (uint8_t)(r->count - l->bits);
+    return l->levels ? l->levels[code] : (code ^ 128) - 128;
+}
+
+/* One row of a table's codes. */
+static void table_row(const layer *l, uint8_t *out)
+{
+    uint16_t i, c;
+    for (i = 0; i < l->width; i++) {
+        const uint8_t *table = l->weights;
+        for (c = 0; c < l->channels; c++, table += 256)
+            *out++ = table[*next_image_row++];
+    }
+}
+
+#ifndef NET_SIMD
+static uint32_t sums[NET_WIDEST];
+
+static int32_t load(const uint8_t *from, uint8_t type)
+{
+    switch (type) {
+    case INT8:
+        return *(const int8_t *)from;
+    case UINT8:
+        return *from;
+    default:
+        return *(const int16_t *)(const void *)from;
+    }
+}
+
+static void store(uint8_t *to, uint8_t type, int32_t value)
+{
+    switch (type) {
+    case INT8:
+    case UINT8:
+        *to = (uint8_t)value;
+        break;
+    case INT16:
+        *(int16_t *)(void *)to = (int16_t)value;
+        break;
+    default:
+        *(int32_t *)(void *)to = value;
+    }
+}
 
 /* A multiplier, as the powers of two that it is the sum of. */
 typedef struct {
@@ -94,38 +176,6 @@ static uint32_t times(uint32_t value, const factor *f)
 #endif
 }
 
-static int32_t load(const uint8_t *from, uint8_t type)
-{
-    switch (type) {
-    case INT8:
-        return *(const int8_t *)from;
-    case UINT8:
-        return *from;
-    default:
-        return *(const int16_t *)(const void *)from;
-    }
-}
-
-static void store(uint8_t *to, uint8_t type, int32_t value)
-{
-    switch (type) {
-    case INT8:
-    case UINT8:
-        *to = (uint8_t)value;
-        break;
-    case INT16:
-        *(int16_t *)(void *)to = (int16_t)value;
-        break;
-    default:
-        *(int32_t *)(void *)to = value;
-    }
-}
-
-static unsigned size_of(uint8_t type)
-{
-    return type < INT16 ? 1 : type == INT16 ? 2 : 4;
-}
-
 static int32_t finished(uint32_t value, uint8_t shift, const layer *l)
 {
     int32_t code = (int32_t)value >> shift;
@@ -173,27 +223,6 @@ static void add_tap(const uint8_t *const *rows, const layer *l, const tap *t, ui
     }
 }
 
-typedef struct {
-    const uint8_t *next;
-    uint32_t held;
-    uint8_t count;
-} weight_reader;
-
-static int next_weight(weight_reader *r, const layer *l)
-{
-    int code;
-    if (l->weights == 0)
-        return 1;
-    while (r->count < l->bits) {
-        r->held |= (uint32_t)*r->next++ << r->count;
-        r->count = (uint8_t)(r->count + 8);
-    }
-    code = (int)(r->held & ((1u << l->bits) - 1));
-    r->held >>= l->bits;
-    r->count = (uint8_t)(r->count - l->bits);
-    return l->levels ? l->levels[code] : (code ^ 128) - 128;
-}
-
 /* Sums of products for one row of all channels, brought to codes. */
 static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
 {
@@ -229,28 +258,18 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
     }
 }
 
-/* One row of a table's codes. */
-static void table_row(const layer *l, uint8_t *out)
-{
-    uint16_t i, c;
-    for (i = 0; i < l->width; i++) {
-        const uint8_t *table = l->weights;
-        for (c = 0; c < l->channels; c++, table += 256)
-            *out++ = table[*next_image_row++];
-    }
-}
-
 /* One row of a sum; the second summand can have fewer channels. */
-static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, uint8_t a_type,
-                    uint8_t b_type, uint16_t b_channels, uint8_t *out)
+static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, const layer *of_a,
+                    const layer *of_b, uint8_t *out)
 {
     const factor by_a = make_factor(l->multiplier[0]), by_b = make_factor(l->multiplier[1]);
+    const uint8_t a_type = of_a->type, b_type = of_b->type;
     const unsigned out_size = size_of(l->type), a_size = size_of(a_type), b_size = size_of(b_type);
     const uint8_t *end = out + l->row;
     uint16_t c = 0;
     for (; out != end; a += a_size, out += out_size) {
         uint32_t total = times((uint32_t)load(a, a_type), &by_a) + (uint32_t)l->bias[0];
-        if (c < b_channels) {
+        if (c < of_b->channels) {
             total += times((uint32_t)load(b, b_type), &by_b);
             b += b_size;
         }
@@ -259,6 +278,9 @@ static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, uint8_t 
             c = 0;
     }
 }
+#else
+@SIMD@
+#endif
 
 static uint8_t *start_of(const layer *l)
 {
@@ -295,7 +317,7 @@ static void compute_row(uint8_t number)
         table_row(l, next_row[number]);
     } else if (l->kind == ADD) {
         const layer *a = &layers[l->source[0]], *b = &layers[l->source[1]];
-        sum_row(l, rows[0][0], rows[1][0], a->type, b->type, b->channels, next_row[number]);
+        sum_row(l, rows[0][0], rows[1][0], a, b, next_row[number]);
     } else {
         sums_row(l, rows[0], next_row[number]);
     }
@@ -316,6 +338,9 @@ static void compute_segment(uint8_t first, uint8_t last)
     uint16_t target[NET_LAYERS];
     uint16_t row;
     uint8_t i, s;
+#ifdef NET_SIMD
+    unpack_segment(first, last);
+#endif
     for (row = 1; row <= layers[last].height; row++) {
         for (i = first; i < last; i++)
             target[i] = 0;

@@ -10,6 +10,7 @@ import pytest
 from shiftnet.integers import interpreter
 from tests.integers import programs
 
+CPUINFO = Path("/proc/cpuinfo")
 pytestmark = pytest.mark.skipif(programs.CC is None, reason="needs a C compiler")
 
 FEW = [
@@ -43,6 +44,65 @@ def test_the_program_gives_the_interpreters_integers(arch, form, bits, requantiz
     assert len(np.unique(expected)) > programs.CLASSES
     program = programs.compiled(graph, tmp_path, *programs.SANITIZED)
     np.testing.assert_array_equal(programs.logits(program, images), expected)
+
+
+AVX2 = CPUINFO.exists() and " avx2 " in CPUINFO.read_text()
+# The classes fill a part of a block of 16 channels; 3-bit weights are added 4 at a time, those of 8
+# bits 2.
+VECTORS = [
+    ("shiftresnet8", "s3", 3),
+    ("shiftresnet8", "float", 0),
+    ("depthwiseresnet8", "denseshift", 3),
+    ("wrn8", "sign", 0),
+]
+
+
+@pytest.mark.skipif(not AVX2, reason="needs a processor with AVX2")
+@pytest.mark.parametrize(("arch", "form", "bits"), VECTORS)
+def test_vector_instructions_give_the_same_integers(arch, form, bits, tmp_path):
+    graph = programs.converted(arch, form, bits).graph
+    images = programs.images(12, seed=1)
+    program = programs.compiled(graph, tmp_path, *programs.SANITIZED, "-mavx2")
+    found = programs.logits(program, images)
+    np.testing.assert_array_equal(found, interpreter.logits(graph, images))
+    symbols = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
+    assert "narrow_sums" in symbols
+
+
+@pytest.mark.skipif(not AVX2, reason="needs a processor with AVX2")
+def test_the_portable_form_can_be_had_where_vectors_could_be(tmp_path):
+    graph = programs.converted("shiftresnet8", "s3", 3).graph
+    program = programs.compiled(graph, tmp_path, "-mavx2", "-DNET_PORTABLE", "-O1")
+    images = programs.images(3, seed=1)
+    np.testing.assert_array_equal(
+        programs.logits(program, images), interpreter.logits(graph, images)
+    )
+    symbols = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
+    assert "narrow_sums" not in symbols
+
+
+AARCH64 = shutil.which("aarch64-linux-gnu-gcc")
+QEMU_AARCH64 = shutil.which("qemu-aarch64")
+
+
+@pytest.mark.skipif(AARCH64 is None or QEMU_AARCH64 is None, reason="needs gcc and QEMU for Arm64")
+@pytest.mark.parametrize(("arch", "form", "bits"), [VECTORS[0], VECTORS[2]])
+def test_neon_gives_the_same_integers(arch, form, bits, tmp_path):
+    graph = programs.converted(arch, form, bits).graph
+    images = programs.images(6, seed=1)
+    expected = programs.logits(programs.compiled(graph, tmp_path), images)
+    command = [AARCH64, *programs.STRICT, "-O2", "-static", "-o", "neon", "main.c", "net.c"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    result = subprocess.run(
+        [QEMU_AARCH64, "neon", "--logits", "images.raw"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = np.array([line.split() for line in result.stdout.splitlines()], np.int64)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.fixture(scope="module")
