@@ -30,11 +30,18 @@ def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
 
 @functools.cache
 def converted(
-    arch: str, weights: str, bits: int = 0, requantize: str = "shift", ends: bool = False
+    arch: str,
+    weights: str,
+    bits: int = 0,
+    requantize: str = "shift",
+    ends: bool = False,
+    activations: str = "float",
 ) -> integers.Conversion:
-    """A network with random weights as integers."""
+    """A network with random weights as integers; `arch` can be that of one with sparse shifts."""
     model = config_lib.default_config().model
-    model.arch, model.weights, model.weight_bits = arch, weights, bits
+    model.arch, _, shift = arch.partition("+")
+    model.shift = shift or "fixed"
+    model.weights, model.weight_bits, model.activations = weights, bits, activations
     model.quantize_first_last = ends
     network = networks.random(model, CLASSES)
     return integers.convert(network, images(6), MEAN, STD, requantize=requantize)

@@ -25,6 +25,9 @@ NETWORKS = pytest.mark.parametrize(
         ("resnet8", "sign", 0),
         ("depthwiseresnet8", "denseshift", 3),
         ("wrn8", "sign", 0),
+        ("mobileresnet8", "s3", 3),
+        ("shuffleresnet8", "ternary", 0),
+        ("shiftresnet8+sparse", "s3", 3),
     ],
 )
 
@@ -64,10 +67,14 @@ def reads(layer, x, row, column, channel):
         if isinstance(layer, integers.Depthwise):
             yield at(r, c, channel), layer.weights[i, j, 0, channel]
             continue
-        for k in range(x.shape[2]):
+        count = layer.weights.shape[2]
+        first = channel // layer.run % layer.groups * count
+        for k in range(count):
             moves = layer.shift is not None and k < x.shape[2] // 9 * 9
             dh, dw = (k // 3 % 3 - 1, k % 3 - 1) if moves else (0, 0)
-            yield at(r + dh, c + dw, k), layer.weights[i, j, k, channel]
+            if layer.offsets is not None:
+                dh, dw = layer.offsets[k]
+            yield at(r + dh, c + dw, first + k), layer.weights[i, j, k, channel]
 
 
 @NETWORKS
@@ -88,7 +95,9 @@ def test_every_layer_computes_what_its_integers_say(arch, form, bits):
 def test_an_integer_network_is_near_the_float_network(arch, form, bits):
     conversion = programs.converted(arch, form, bits)
     model = config_lib.default_config().model
-    model.arch, model.weights, model.weight_bits = arch, form, bits
+    model.arch, _, shift = arch.partition("+")
+    model.shift = shift or "fixed"
+    model.weights, model.weight_bits = form, bits
     images = conversion.images
     mean, std = (np.array(values, np.float32) for values in (programs.MEAN, programs.STD))
     x = np.moveaxis((images.astype(np.float32) / 255 - mean) / std, -1, 1)

@@ -17,11 +17,17 @@ FEW = [
     ("resnet8", "sign", 0),
     ("depthwiseresnet8", "denseshift", 3),
     ("wrn8", "sign", 0),
+    ("mobileresnet8", "s3", 3),
+    ("shuffleresnet8", "ternary", 0),
+    ("shiftresnet8+sparse", "s3", 3),
 ]
 FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
 ALL = [
     pytest.param(arch, form, bits, requantize, ends, marks=pytest.mark.slow)
-    for arch in ("shiftresnet8", "resnet8", "depthwiseresnet8", "wrn8")
+    for arch in (
+        *("shiftresnet8", "resnet8", "depthwiseresnet8", "wrn8"),
+        *("mobileresnet8", "shuffleresnet8", "shiftresnet8+sparse"),
+    )
     for form, bits in FORMS
     for requantize in ("shift", "multiplier")
     for ends in (False, True)
