@@ -114,6 +114,14 @@ class Conv(Layer):
         """Returns the group of input channels that each output channel reads."""
         return np.arange(self.weights.shape[-1]) // self.run % self.groups
 
+    def dense(self) -> np.ndarray:
+        """Returns the weights `[k, k, in_channels, out_channels]`, 0 between groups."""
+        if self.groups == 1:
+            return self.weights
+        reads = np.arange(self.groups)[:, None, None] == self.group()
+        blocks = self.weights[:, :, None] * reads
+        return blocks.reshape(*blocks.shape[:2], -1, blocks.shape[-1])
+
     def moves(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the offsets of a shift, in rows and in columns, for each input channel."""
         if self.offsets is not None:

@@ -64,7 +64,7 @@ def _layer(layer: Layer, inputs: list[jax.Array], images: jax.Array) -> jax.Arra
     if isinstance(layer, Conv):
         if layer.shift is not None:
             x = _shifted(x, *layer.moves(x.shape[-1]))
-        sums = _sums(x, jnp.asarray(_dense(layer), jnp.int32), layer.stride, jnp.matmul)
+        sums = _sums(x, jnp.asarray(layer.dense(), jnp.int32), layer.stride, jnp.matmul)
     elif isinstance(layer, Depthwise):
         weights = jnp.asarray(layer.weights, jnp.int32)
         sums = _sums(x, weights, layer.stride, lambda tap, w: tap * w[0])
@@ -111,15 +111,6 @@ def _tap(x: jax.Array, row: int, column: int, stride: int, height: int, width: i
     rows = slice(row, row + (height - 1) * stride + 1, stride)
     columns = slice(column, column + (width - 1) * stride + 1, stride)
     return x[:, rows, columns]
-
-
-def _dense(layer: Conv) -> np.ndarray:
-    """Returns a convolution's weights with zeros for the input channels of other groups."""
-    if layer.groups == 1:
-        return layer.weights
-    reads = np.arange(layer.groups)[:, None, None] == layer.group()
-    blocks = layer.weights[:, :, None] * reads
-    return blocks.reshape(*blocks.shape[:2], -1, blocks.shape[-1])
 
 
 def _shifted(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:

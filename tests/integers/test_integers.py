@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +15,7 @@ from shiftnet import config as config_lib
 from shiftnet.cli import export
 from shiftnet.errors import UserError
 from shiftnet.integers import c, digits, graph, interpreter, report, requantize, schedule
+from shiftnet.layers import LearnedShift
 from tests import networks
 from tests.integers import programs
 from tests.test_packing import note
@@ -219,6 +221,29 @@ def test_a_network_of_another_family_is_refused():
         )
 
 
+def shifting(offsets):
+    """A small network whose learned shifts are bilinear, with these offsets."""
+    model = config_lib.default_config().model
+    model.arch, model.shift = "shiftresnet8", "active"
+    network = networks.random(model, programs.CLASSES)
+    for _, module in nnx.iter_modules(network):
+        if isinstance(module, LearnedShift):
+            for learned in (module.rows, module.columns):
+                learned.set_value(jnp.asarray(np.resize(offsets, learned.shape), jnp.float32))
+    return network
+
+
+def test_bilinear_shifts_are_converted_where_their_offsets_are_whole():
+    found = integers.convert(
+        shifting([2.0, -1.0, 0.0]), programs.images(2), programs.MEAN, programs.STD
+    )
+    layer = found.graph["layer1.0.conv2"]
+    assert layer.shift == (5, 1)
+    assert layer.offsets[:4].tolist() == [[2, 2], [-1, -1], [0, 0], [2, 2]]
+    with pytest.raises(UserError, match=r"layer1.0.conv2 reads a bilinear shift, whose offsets"):
+        integers.convert(shifting([0.5]), programs.images(2), programs.MEAN, programs.STD)
+
+
 def saved(tmp_path, **model):
     recipe = config_lib.default_config()
     recipe.data.name = "digits"
@@ -257,7 +282,7 @@ def test_export_overwrites_no_file_of_another_origin(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("net.onnx", ["--report"], "--report is for .c and .json"),
+        ("net.onnx", ["--report"], "--report is for .c, .json and .onnx with --integers"),
         ("net.c", ["--packed"], "--packed is for arrays"),
         ("net.c", ["--calibration-images", "0"], "must be at least 1"),
         ("a-b.c", [], "must have the name of a function"),
