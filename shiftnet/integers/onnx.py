@@ -144,7 +144,6 @@ class _Writer:
     def convolution(self, layer: Conv | Depthwise, codes: Codes) -> None:
         weights, bias, unit = _integers(layer)
         stride, size = layer.stride, layer.weights.shape[0]
-        last = layer is self.graph.layers[-1]
         x = self.graph[layer.inputs[0]].name
         if isinstance(layer, Conv) and layer.shift is not None:
             x, stride = self.shifted(layer, x, codes), 1
@@ -166,25 +165,28 @@ class _Writer:
             f"{layer.name}.weights.real",
             axis=0,
         )
-        b = self.node(
-            "DequantizeLinear",
-            [
-                self.constant(f"{layer.name}.bias", bias.astype(np.int32)),
-                self.constant(f"{layer.name}.bias.scale", (scale * codes.step).astype(np.float32)),
-            ],
-            f"{layer.name}.bias.real",
-            axis=0,
-        )
+        eight = {_stored(codes), _stored(layer.output)} == {np.dtype("uint8")}
+        name = f"{layer.name}.bias"
+        terms = [x, w]
+        if eight and stored.itemsize == 1:
+            by = self.constant(f"{name}.scale", (scale * codes.step).astype(np.float32))
+            whole = self.constant(f"{name}.whole", bias.astype(np.int32))
+            terms.append(self.node("DequantizeLinear", [whole, by], name, axis=0))
         y = self.node(
             "Conv",
-            [x, w, b],
+            terms,
             f"{layer.name}.sum",
             kernel_shape=[size] * 2,
             strides=[stride] * 2,
             pads=[size // 2] * 4,
             group=len(unit) if isinstance(layer, Depthwise) else 1,
         )
-        if last:
+        if terms == [x, w]:
+            # Runtimes compute it in float32. As the convolution's own, onnxruntime would round the
+            # bias to a whole number of the sums' unit, which is more than a code of 16 bits.
+            offset = _factor_and_offset(layer)[1] * layer.output.step
+            y = self.node("Add", [y, self.constant(name, _per_channel(offset))], f"{name}.added")
+        if layer is self.graph.layers[-1]:
             self.node("Flatten", [y], "logits")
         else:
             self.codes(layer, y)

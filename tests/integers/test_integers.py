@@ -15,23 +15,22 @@ from shiftnet import config as config_lib
 from shiftnet.cli import export
 from shiftnet.errors import UserError
 from shiftnet.integers import c, digits, graph, interpreter, report, requantize, schedule
+from shiftnet.integers.convert import _moves
 from shiftnet.layers import LearnedShift
 from tests import networks
 from tests.integers import programs
 from tests.test_packing import note
 
-NETWORKS = pytest.mark.parametrize(
-    ("arch", "form", "bits"),
-    [
-        ("shiftresnet8", "s3", 3),
-        ("resnet8", "sign", 0),
-        ("depthwiseresnet8", "denseshift", 3),
-        ("wrn8", "sign", 0),
-        ("mobileresnet8", "s3", 3),
-        ("shuffleresnet8", "ternary", 0),
-        ("shiftresnet8+sparse", "s3", 3),
-    ],
-)
+FEW = [
+    ("shiftresnet8", "s3", 3),
+    ("resnet8", "sign", 0),
+    ("depthwiseresnet8", "denseshift", 3),
+    ("wrn8", "sign", 0),
+    ("mobileresnet8", "s3", 3),
+    ("shuffleresnet8", "ternary", 0),
+    ("shiftresnet8+sparse", "s3", 3),
+]
+NETWORKS = pytest.mark.parametrize(("arch", "form", "bits"), FEW)
 
 
 def one(layer, inputs, image, y, x, o):
@@ -93,7 +92,10 @@ def test_every_layer_computes_what_its_integers_say(arch, form, bits):
             assert found[y, x, o] == one(layer, inputs, image, y, x, o), (layer.name, y, x, o)
 
 
-@NETWORKS
+@pytest.mark.parametrize(
+    ("arch", "form", "bits"),
+    FEW[:4] + [pytest.param(*few, marks=pytest.mark.slow) for few in FEW[4:]],
+)
 def test_an_integer_network_is_near_the_float_network(arch, form, bits):
     conversion = programs.converted(arch, form, bits)
     model = config_lib.default_config().model
@@ -221,27 +223,17 @@ def test_a_network_of_another_family_is_refused():
         )
 
 
-def shifting(offsets):
-    """A small network whose learned shifts are bilinear, with these offsets."""
-    model = config_lib.default_config().model
-    model.arch, model.shift = "shiftresnet8", "active"
-    network = networks.random(model, programs.CLASSES)
-    for _, module in nnx.iter_modules(network):
-        if isinstance(module, LearnedShift):
-            for learned in (module.rows, module.columns):
-                learned.set_value(jnp.asarray(np.resize(offsets, learned.shape), jnp.float32))
-    return network
-
-
-def test_bilinear_shifts_are_converted_where_their_offsets_are_whole():
-    found = integers.convert(
-        shifting([2.0, -1.0, 0.0]), programs.images(2), programs.MEAN, programs.STD
-    )
-    layer = found.graph["layer1.0.conv2"]
-    assert layer.shift == (5, 1)
-    assert layer.offsets[:4].tolist() == [[2, 2], [-1, -1], [0, 0], [2, 2]]
-    with pytest.raises(UserError, match=r"layer1.0.conv2 reads a bilinear shift, whose offsets"):
-        integers.convert(shifting([0.5]), programs.images(2), programs.MEAN, programs.STD)
+@pytest.mark.parametrize("kind", ["active", "sparse"])
+def test_learned_shifts_are_converted_where_their_offsets_are_whole(kind):
+    shift = LearnedShift(4, kind, rngs=nnx.Rngs(0))
+    shift.rows.set_value(jnp.array([2.0, -1, 0, 9]))
+    shift.columns.set_value(jnp.array([0.0, 1, 0, 0]))
+    fields = _moves("conv", shift)
+    assert fields["shift"] == (7, 1)
+    assert fields["offsets"].tolist() == [[2, 0], [-1, 1], [0, 0], [3, 0]]
+    shift.rows.set_value(jnp.array([0.5, 0, 0, 0]))
+    with pytest.raises(UserError, match="conv reads a bilinear shift, whose offsets are not whole"):
+        _moves("conv", shift)
 
 
 def saved(tmp_path, **model):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shiftnet import data
 from shiftnet.integers import interpreter
 from tests.integers import programs
 
@@ -49,6 +50,18 @@ def test_the_program_gives_the_interpreters_integers(arch, form, bits, requantiz
     assert len(np.unique(expected)) > programs.CLASSES
     program = programs.compiled(graph, tmp_path, *programs.SANITIZED)
     np.testing.assert_array_equal(programs.logits(program, images), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "bits"), [("s3", 3), ("sign", 0), ("float", 0)])
+@pytest.mark.parametrize("arch", [arch for arch, *_ in FEW])
+def test_the_integers_are_equal_on_a_thousand_real_images(arch, form, bits, tmp_path):
+    images = data.load("digits").train.images[:1000]
+    graph = programs.converted(arch, form, bits, size=32).graph
+    program = programs.compiled(graph, tmp_path, "-O2")
+    np.testing.assert_array_equal(
+        programs.logits(program, images), interpreter.logits(graph, images)
+    )
 
 
 @pytest.fixture(scope="module")
