@@ -45,7 +45,7 @@ from shiftnet.quantizers import LowBitWeight, QuantizedWeight
 Requantize = Literal["shift", "multiplier"]
 REQUANTIZE: tuple[Requantize, ...] = ("shift", "multiplier")
 
-# Signed powers of two in a multiplier of `shift`. On the ShiftResNet20 of results/ one costs TODO.
+# Signed powers of two in a multiplier of `shift`.
 TERMS = 3
 # Images whose float tensors are kept to compare with.
 KEPT = 16
