@@ -534,7 +534,8 @@ class Stubs:
             data.normalization(name)  # knows the names
         return SimpleNamespace(name=name, class_names=("a",) * 10, part=None, found="")
 
-    def converter(self, ending: str) -> None:
+    def converter(self, ending: str, integers: bool) -> None:
+        del integers
         if ending in (".onnx", ".pth"):
             raise UserError("it is not installed")  # nor imported, which takes seconds
 

@@ -20,12 +20,16 @@ images of the training set. See docs/integers.md and docs/microcontroller.md.
 
 .json: the same integer network as data: its layers, and beside it their integers in an .npz.
 
+.onnx with --integers: the same integer network with QuantizeLinear and DequantizeLinear, whose
+convolutions onnxruntime computes in 8 bits, from `images` to `logits` as above; it needs the
+package onnx alone (pip install onnx).
+
 .safetensors, .npz, .pth: the arrays under the original code's names, in PyTorch's layouts, with a
 description of the network, by which convert_torch brings all of it back; .pth needs PyTorch.
---integers writes low-bit weights as they are computed with, for hardware: for each low-bit layer
-integers (int8, or int16 for 4-bit denseshift and 5-bit pot) under the weight's name and a float32
-number under that name and _scale, the weight being their product; float layers, biases and batch
-norms as above (y = (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias).
+Here --integers writes low-bit weights as they are computed with, for hardware: for each low-bit
+layer integers (int8, or int16 for 4-bit denseshift and 5-bit pot) under the weight's name and a
+float32 number under that name and _scale, the weight being their product; float layers, biases and
+batch norms as above (y = (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias).
 
 --hub DIR writes a folder as the Hugging Face hub has them: model.safetensors (the packed network),
 config.json and README.md, the card. shiftnet.load takes such a folder, and hf://OWNER/NAME where it
@@ -51,6 +55,7 @@ from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
 from shiftnet.integers import c, calibration, interpreter, report
+from shiftnet.integers import onnx as integers_onnx
 from shiftnet.interchange import originals
 from shiftnet.interchange.onnx import onnx
 from shiftnet.interchange.stablehlo import stablehlo
@@ -94,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     forms.add_argument(
         "--integers",
         action="store_true",
-        help="write low-bit weights as integers and scales, see above",
+        help="write an integer network as .onnx, or low-bit weights as integers and scales; see "
+        "above",
     )
-    integer = parser.add_argument_group("for .c and .json")
+    integer = parser.add_argument_group("for .c, .json and .onnx with --integers")
     integer.add_argument(
         "--calibrate-on",
         metavar="DIR",
@@ -136,22 +142,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.image_size is not None and arguments.image_size < 1:
         raise UserError(f"--image-size must be at least 1, found {arguments.image_size}")
     for option in ("packed", "integers"):
-        if getattr(arguments, option) and out.suffix in (*PROGRAMS, *INTEGERS):
+        refused = set(PROGRAMS + INTEGERS) - ({".onnx"} if option == "integers" else set())
+        if getattr(arguments, option) and out.suffix in refused:
             raise UserError(f"--{option} is for arrays, {out} is a program")
+    computes_integers = out.suffix in INTEGERS or (out.suffix == ".onnx" and arguments.integers)
     if arguments.calibration_images < 1:
         raise UserError(
             f"--calibration-images must be at least 1, found {arguments.calibration_images}"
         )
     for option, default in (("calibrate_on", None), ("requantize", "shift"), ("report", False)):
-        if getattr(arguments, option) != default and out.suffix not in INTEGERS:
+        if getattr(arguments, option) != default and not computes_integers:
             spelled = option.replace("_", "-")
-            raise UserError(f"--{spelled} is for {' and '.join(INTEGERS)}, OUT is {out}")
+            raise UserError(
+                f"--{spelled} is for {', '.join(INTEGERS)} and .onnx with --integers, OUT is {out}"
+            )
     if out.suffix == ".c":
         c.check_name(out.stem)
-    _require(out.suffix)  # before any work is done
+    _require(out.suffix, arguments.integers)  # before any work is done
 
     model = shiftnet.load(arguments.ckpt)
-    if out.suffix in INTEGERS:
+    if computes_integers:
         return _integers(model, out, arguments)
     if out.suffix in PROGRAMS:
         size = arguments.image_size or model.preprocess.size
@@ -197,7 +207,7 @@ def _hub(arguments: argparse.Namespace) -> int:
 
 
 def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> int:
-    """Writes an integer network, as a C program or as data; returns the exit code."""
+    """Writes an integer network, as a program or as data; returns the exit code."""
     size = arguments.image_size or model.preprocess.size
     images = calibration.images(model, arguments.calibrate_on, arguments.calibration_images, size)
     try:
@@ -214,6 +224,13 @@ def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> in
                 print("each layer multiplies once per value, to requantize it")
             else:
                 print("no layer multiplies")
+        elif out.suffix == ".onnx":
+            content = integers_onnx.onnx(graph, model.class_names)
+            write_atomically(out, content)
+            print(
+                f"{out}: {len(content):,} bytes; uint8 [batch, {size}, {size}, 3] to float32 "
+                f"[batch, {graph.classes}], in integers of 8 bits"
+            )
         else:
             described, arrays = integers.arrays(graph)
             document = {
@@ -274,13 +291,13 @@ def arrays(model: Classifier, *, packed: bool, integers: bool) -> dict[str, np.n
     return form(model.network, model.config.model)
 
 
-def _require(ending: str) -> None:
-    """Asks for the package that an ending needs beside this one's own.
+def _require(ending: str, integers: bool) -> None:
+    """Asks for the package that an ending, or its integers, need beside this one's own.
 
     Raises:
       UserError: where it is not installed.
     """
-    name = {".pth": "torch", ".onnx": "jax2onnx"}.get(ending)
+    name = {".pth": "torch", ".onnx": "onnx" if integers else "jax2onnx"}.get(ending)
     hint = "--help says how" if ending == ".onnx" else "take .safetensors"
     try:
         if name:

@@ -91,6 +91,8 @@ def program(graph: Graph, class_names: Sequence[str], name: str = "net") -> Prog
         "MULTIPLIES": int(graph.multiplies),
         **_simd_sizes(graph, plan),
     }
+    if any(isinstance(layer, Conv) and layer.groups > 1 for layer in graph.layers):
+        inside["PORTABLE"] = 1  # simd.c has no grouped convolutions
     header = f"""/* {MARK}. */
 #ifndef NET_H
 #define NET_H
@@ -256,15 +258,21 @@ class _Tables:
         if isinstance(layer, Pool):
             rows, columns = layer.window
         if isinstance(layer, Conv):
-            values["inputs"] = codes.channels
+            values["inputs"] = codes.channels // layer.groups
+            if layer.groups > 1:
+                values |= {"channel": pixel // layer.groups, "run": layer.run, "wrap": pixel}
             if layer.shift is not None:
                 kernel_size, dilation = layer.shift
                 rows = columns = kernel_size
                 values["kind"] = "SHIFTED"
                 values["moved"] = codes.channels // kernel_size**2 * kernel_size**2
                 values["centre"] = kernel_size // 2 * (kernel_size + 1)
+            if layer.offsets is not None:
+                dh, dw = layer.moves(codes.channels)
+                directions = values["centre"] + dh.astype(int) * rows + dw
+                values["directions"] = self._array("directions", "uint8_t", directions, "tables")
         else:
-            values |= {"inputs": 1, "channel": itemsize}
+            values |= {"inputs": 1, "channel": itemsize, "run": 1}
         taps = []
         for row in range(rows):
             for column in range(columns):

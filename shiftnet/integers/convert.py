@@ -30,19 +30,22 @@ from shiftnet.integers.graph import (
     Table,
 )
 from shiftnet.integers.requantize import MOST, requantization, sum_requantization
-from shiftnet.layers import BatchNorm
+from shiftnet.layers import BatchNorm, LearnedShift, Shift
+from shiftnet.layers.learned_shift import REACH, fold_shifts
 from shiftnet.layers.pooling import average_pool
 from shiftnet.models.depthwiseresnet import DepthwiseBlock
+from shiftnet.models.mobileresnet import MobileBlock
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import BasicBlock, ResNet, Shortcut
 from shiftnet.models.shiftresnet import ShiftConvBlock
+from shiftnet.models.shuffleresnet import ShuffleBlock, channel_shuffle
 from shiftnet.models.wrn import WideBlock, WideResNet
 from shiftnet.quantizers import LowBitWeight, QuantizedWeight
 
 Requantize = Literal["shift", "multiplier"]
 REQUANTIZE: tuple[Requantize, ...] = ("shift", "multiplier")
 
-# Signed powers of two in a multiplier of `shift`. On the ShiftResNet20 of results/ one costs TODO.
+# Signed powers of two in a multiplier of `shift`.
 TERMS = 3
 # Images whose float tensors are kept to compare with.
 KEPT = 16
@@ -81,7 +84,8 @@ def convert(
     blocks add up have 16 bits where they are not read as they are. Float weights get 8 bits.
 
     Args:
-      network: a trained one, of the CIFAR families.
+      network: a trained one, of the CIFAR families; changed in place, as learned shifts that round
+        their offsets are folded.
       images: uint8 `[N, H, W, 3]`, from which steps are chosen: a few hundred of the training set.
       mean, std: of each channel, for pixels in [0, 1].
       requantize: `"shift"`: steps are powers of two, and sums are brought to them by at most
@@ -94,6 +98,7 @@ def convert(
     """
     if isinstance(network, Network):
         network.dtype = None
+    fold_shifts(network)
     builder = _Builder(images, mean, std, None if requantize == "multiplier" else terms)
     builder.wide = any(
         getattr(module, "activation", None) is not None for _, module in nnx.iter_modules(network)
@@ -237,6 +242,7 @@ class _Builder:
         wide: bool = False,
         shift: Any = None,
         stride: int | None = None,
+        shuffle: bool = False,
     ) -> str:
         """Appends a convolution, a batch norm and a ReLU.
 
@@ -250,6 +256,7 @@ class _Builder:
           wide: for a result of 16 bits.
           shift: the shift before it.
           stride: at which its result is kept, beyond its own.
+          shuffle: whether a channel shuffle follows, by as many groups as the convolution has.
         """
         source = self.read(source, name, conv)
         value = self.values[source]
@@ -267,15 +274,20 @@ class _Builder:
         into = self.formats[source].step / output.step
         weights, levels, factor = _integers(conv.weight, scale * into, self.terms is not None)
         kind: Any = Conv
-        moved: dict[str, Any] = {}
-        if conv.groups > 1:
+        options: dict[str, Any] = {}
+        if 1 < conv.groups == weights.shape[3] and weights.shape[2] == 1:
             kind = Depthwise
-            if weights.shape[2] != 1 or conv.groups != weights.shape[3]:
-                raise UserError(f"{name} is a grouped convolution, which cannot be converted yet")
+        elif conv.groups > 1:
+            options = {"groups": conv.groups, "run": weights.shape[3] // conv.groups}
         elif shift is not None:
-            moved = {"shift": (shift.kernel_size, shift.dilation)}
+            options = _moves(name, shift)
+        if shuffle and kind is Conv:
+            in_order = channel_shuffle(np.arange(output.channels), conv.groups)
+            weights, factor, bias = weights[..., in_order], factor[in_order], bias[in_order]
+            value = value[..., in_order]
+            options["run"] = 1
         none = _no_requantization(output.channels)
-        layer = kind(name, (source,), output, weights, levels, steps, none, **moved)
+        layer = kind(name, (source,), output, weights, levels, steps, none, **options)
         sums = graph_lib.sum_bounds(layer, [self.formats[source]])
         after = self.requantization(name, factor, bias / output.step, sums)
         return self.append(dataclasses.replace(layer, requantization=after), value)
@@ -420,6 +432,47 @@ def _depthwise_block(builder: _Builder, name: str, x: str, block: DepthwiseBlock
     return builder.add(name, y, shortcut, relu=True, wide=builder.wide)
 
 
+def _mobile_block(builder: _Builder, name: str, x: str, block: MobileBlock) -> str:
+    y = builder.conv(
+        f"{name}.depth1", x, block.depth1, block.depth_bn1, relu=True, reader=block.conv1
+    )
+    y = builder.conv(f"{name}.conv1", y, block.conv1, block.bn1, relu=True, reader=block.depth2)
+    y = builder.conv(
+        f"{name}.depth2", y, block.depth2, block.depth_bn2, relu=True, reader=block.conv2
+    )
+    return builder.conv(f"{name}.conv2", y, block.conv2, block.bn2, relu=True, wide=builder.wide)
+
+
+def _shuffle_block(builder: _Builder, name: str, x: str, block: ShuffleBlock) -> str:
+    y = builder.conv(
+        f"{name}.conv1", x, block.conv1, block.bn1, relu=True, reader=block.depth, shuffle=True
+    )
+    y = builder.conv(f"{name}.depth", y, block.depth, block.bn2, relu=True, reader=block.conv3)
+    y = builder.conv(f"{name}.conv3", y, block.conv3, block.bn3, relu=False, wide=builder.wide)
+    shortcut = _shortcut(builder, name, x, block.shortcut)
+    return builder.add(name, y, shortcut, relu=True, wide=builder.wide)
+
+
+def _moves(name: str, shift: Shift | LearnedShift) -> dict[str, Any]:
+    """Returns the fields of a `Conv` that say how a shift moves its input.
+
+    Raises:
+      UserError: for offsets that are not whole, which need products with their fractions.
+    """
+    if isinstance(shift, Shift):
+        return {"shift": (shift.kernel_size, shift.dilation)}
+    offsets = np.stack([np.asarray(o[...]) for o in (shift.rows, shift.columns)], axis=1)
+    offsets = offsets.clip(-REACH, REACH)
+    whole = np.round(offsets).astype(np.int8)
+    if (offsets != whole).any():
+        raise UserError(
+            f"{name} reads a bilinear shift, whose offsets are not whole; networks with "
+            "model.shift sparse can be converted to integers"
+        )
+    reach = int(np.abs(whole).max())
+    return {"shift": (2 * reach + 1, 1), "offsets": whole}
+
+
 class _Strideless:
     """A convolution without its stride."""
 
@@ -441,6 +494,8 @@ BLOCKS: dict[type, Callable[[_Builder, str, str, Any], str]] = {
     ShiftConvBlock: _shift_conv_block,
     BasicBlock: _basic_block,
     DepthwiseBlock: _depthwise_block,
+    MobileBlock: _mobile_block,
+    ShuffleBlock: _shuffle_block,
 }
 
 

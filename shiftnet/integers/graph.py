@@ -16,6 +16,7 @@ import numpy as np
 
 from shiftnet.errors import UserError
 from shiftnet.integers import digits
+from shiftnet.kernels.shift.offsets import channel_offsets
 
 INT32 = (-(2**31), 2**31 - 1)
 
@@ -86,13 +87,18 @@ class Conv(Layer):
     """A convolution padded by zeros, a shift followed by a 1x1 convolution, or a linear layer.
 
     Attributes:
-      weights: int16 `[k, k, in_channels, out_channels]`.
+      weights: int16 `[k, k, in_channels // groups, out_channels]`.
       levels: all values that a weight can have, rising; they are stored as indices of these. Empty
         for 8-bit weights, -127 to 127.
       stride: in pixels, both ways.
       requantization: for each output channel.
       shift: `(kernel_size, dilation)` of a shift of the input, `shiftnet.kernels.shift`; None for
         none. k is 1 then.
+      offsets: the shift's rows and columns for each input channel, int8 `[in_channels, 2]`, within
+        the kernel; None for those that the channel's number decides.
+      groups: into which the input channels are divided.
+      run: how many output channels in turn read the same group; those after them read the next one,
+        and after the last the first. So a channel shuffle is the order of the output channels.
     """
 
     weights: np.ndarray
@@ -100,6 +106,29 @@ class Conv(Layer):
     stride: int
     requantization: Requantization
     shift: tuple[int, int] | None = None
+    offsets: np.ndarray | None = None
+    groups: int = 1
+    run: int = 1
+
+    def group(self) -> np.ndarray:
+        """Returns the group of input channels that each output channel reads."""
+        return np.arange(self.weights.shape[-1]) // self.run % self.groups
+
+    def dense(self) -> np.ndarray:
+        """Returns the weights `[k, k, in_channels, out_channels]`, 0 between groups."""
+        if self.groups == 1:
+            return self.weights
+        reads = np.arange(self.groups)[:, None, None] == self.group()
+        blocks = self.weights[:, :, None] * reads
+        return blocks.reshape(*blocks.shape[:2], -1, blocks.shape[-1])
+
+    def moves(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the offsets of a shift, in rows and in columns, for each input channel."""
+        if self.offsets is not None:
+            rows, columns = self.offsets.T
+            return rows, columns
+        assert self.shift is not None
+        return channel_offsets(channels, *self.shift)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from shiftnet.integers.graph import Add, Conv, Depthwise, Graph, Layer, Pool, Requantization, Table
-from shiftnet.kernels.shift.offsets import channel_offsets
 
 Tensors = dict[str, jax.Array]
 
@@ -64,8 +63,8 @@ def _layer(layer: Layer, inputs: list[jax.Array], images: jax.Array) -> jax.Arra
     (x,) = inputs
     if isinstance(layer, Conv):
         if layer.shift is not None:
-            x = _shifted(x, *layer.shift)
-        sums = _sums(x, jnp.asarray(layer.weights, jnp.int32), layer.stride, jnp.matmul)
+            x = _shifted(x, *layer.moves(x.shape[-1]))
+        sums = _sums(x, jnp.asarray(layer.dense(), jnp.int32), layer.stride, jnp.matmul)
     elif isinstance(layer, Depthwise):
         weights = jnp.asarray(layer.weights, jnp.int32)
         sums = _sums(x, weights, layer.stride, lambda tap, w: tap * w[0])
@@ -114,10 +113,9 @@ def _tap(x: jax.Array, row: int, column: int, stride: int, height: int, width: i
     return x[:, rows, columns]
 
 
-def _shifted(x: jax.Array, kernel_size: int, dilation: int) -> jax.Array:
+def _shifted(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
     """Returns `x` with every channel moved by its offset, 0 where that is outside."""
-    dh, dw = channel_offsets(x.shape[-1], kernel_size, dilation)
-    reach = dilation * (kernel_size // 2)
+    reach = int(max(np.abs(dh).max(), np.abs(dw).max()))
     padded = jnp.pad(x, [(0, 0), (reach, reach), (reach, reach), (0, 0)])
     rows = np.arange(x.shape[1])[:, None, None] + reach + dh
     columns = np.arange(x.shape[2])[None, :, None] + reach + dw

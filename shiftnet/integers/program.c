@@ -28,13 +28,15 @@ typedef struct {
     const int32_t *bias;
     const uint8_t *shift;
     const tap *taps;
+    const uint8_t *directions;  /* the tap of each channel; none: one tap after the other */
     int32_t low, high;
     uint32_t base, bytes, row;  /* of the buffer: its first byte, its size, that of a row */
     uint16_t height, width, channels;
     uint16_t inputs;            /* channels that a channel reads */
     uint16_t pixel;             /* bytes of a pixel of the result */
     uint16_t across;            /* bytes between what two neighbours of the result read */
-    uint16_t channel;           /* bytes between what two channels of the result read */
+    uint16_t channel;           /* bytes between what two channels of the result read, */
+    uint16_t run, wrap;         /* after `run` channels that read the same; back to 0 at `wrap` */
     uint16_t moved, centre;     /* channels that a shift moves; the tap of the others */
     uint16_t tap_count;
     uint8_t kind, type, input_type, bits, window, padding, stride;
@@ -229,11 +231,11 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
     const unsigned size = size_of(l->input_type), out_size = size_of(l->type);
     weight_reader reader;
     uint32_t channel = 0;
-    uint16_t o, c, i;
+    uint16_t o, c, i, alike = 0;
     reader.next = l->weights;
     reader.held = 0;
     reader.count = 0;
-    for (o = 0; o < l->channels; o++, out += out_size, channel += l->channel) {
+    for (o = 0; o < l->channels; o++, out += out_size) {
         const factor f = make_factor(l->multiplier[o]);
         const uint32_t bias = (uint32_t)l->bias[o];
         uint8_t *to = out;
@@ -243,7 +245,9 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
         if (l->kind == SHIFTED) {
             uint16_t direction = 0;
             for (c = 0; c < l->inputs; c++, at += size) {
-                const tap *t = l->taps + (c < l->moved ? direction : l->centre);
+                const tap *t = l->taps + (l->directions    ? l->directions[c]
+                                          : c < l->moved ? direction
+                                                         : l->centre);
                 add_tap(rows, l, t, at, next_weight(&reader, l));
                 if (++direction == l->tap_count)
                     direction = 0;
@@ -255,6 +259,12 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
         }
         for (i = 0; i < l->width; i++, to += l->pixel)
             store(to, l->type, finished(times(sums[i], &f) + bias, l->shift[o], l));
+        if (++alike == l->run) {
+            alike = 0;
+            channel += l->channel;
+            if (channel == l->wrap)
+                channel = 0;
+        }
     }
 }
 

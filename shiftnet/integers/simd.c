@@ -411,7 +411,9 @@ static void unpack(const layer *l)
         unsigned direction = 0;
         memset(f.masks, 0, l->tap_count * l->inputs * size);
         for (c = 0; c < l->inputs; c++) {
-            const unsigned t = c < l->moved ? direction : l->centre;
+            const unsigned t = l->directions    ? l->directions[c]
+                               : c < l->moved ? direction
+                                              : l->centre;
             memset(f.masks + (t * l->inputs + c) * size, 255, size);
             if (++direction == l->tap_count)
                 direction = 0;

@@ -235,7 +235,7 @@ def test_only_1_bit_wide_networks_have_a_packed_form(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
         assert not (folder / "net.npz").exists()
     for option in ("--packed", "--integers"):
-        assert export.main([str(ckpt), str(tmp_path / "net.onnx"), option]) == 2
+        assert export.main([str(ckpt), str(tmp_path / "net.stablehlo"), option]) == 2
         assert f"{option} is for arrays" in capsys.readouterr().err
 
 
@@ -265,4 +265,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     assert export.main([str(ckpt), str(tmp_path / "net.onnx")]) == 2
     assert "jax2onnx, which is not installed here; --help says how" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert export.main([str(ckpt), str(tmp_path / "net.onnx"), "--integers"]) == 2
+    assert "needs onnx, which is not installed here; --help says how" in capsys.readouterr().err
     assert not list(tmp_path.glob("net.*"))

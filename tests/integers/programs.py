@@ -22,7 +22,8 @@ CLASSES = 4
 def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
     """Smooth images, and an all black and an all white one."""
     draw = np.random.default_rng(seed)
-    coarse = draw.integers(0, 256, (count, 3, 3, 3)).repeat(size // 3, 1).repeat(size // 3, 2)
+    coarse = draw.integers(0, 256, (count, 3, 3, 3)).repeat(-(-size // 3), 1)[:, :size]
+    coarse = coarse.repeat(-(-size // 3), 2)[:, :, :size]
     noisy = np.clip(coarse + draw.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
     noisy[:1], noisy[1:2] = 0, 255
     return noisy
@@ -30,14 +31,22 @@ def images(count: int, size: int = 12, seed: int = 0) -> np.ndarray:
 
 @functools.cache
 def converted(
-    arch: str, weights: str, bits: int = 0, requantize: str = "shift", ends: bool = False
+    arch: str,
+    weights: str,
+    bits: int = 0,
+    requantize: str = "shift",
+    ends: bool = False,
+    activations: str = "float",
+    size: int = 12,
 ) -> integers.Conversion:
-    """A network with random weights as integers."""
+    """A network with random weights as integers; `arch` can be that of one with sparse shifts."""
     model = config_lib.default_config().model
-    model.arch, model.weights, model.weight_bits = arch, weights, bits
+    model.arch, _, shift = arch.partition("+")
+    model.shift = shift or "fixed"
+    model.weights, model.weight_bits, model.activations = weights, bits, activations
     model.quantize_first_last = ends
     network = networks.random(model, CLASSES)
-    return integers.convert(network, images(6), MEAN, STD, requantize=requantize)
+    return integers.convert(network, images(6, size), MEAN, STD, requantize=requantize)
 
 
 def compiled(graph: integers.Graph, folder: Path, *flags: str) -> Path:

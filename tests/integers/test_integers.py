@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,19 +15,22 @@ from shiftnet import config as config_lib
 from shiftnet.cli import export
 from shiftnet.errors import UserError
 from shiftnet.integers import c, digits, graph, interpreter, report, requantize, schedule
+from shiftnet.integers.convert import _moves
+from shiftnet.layers import LearnedShift
 from tests import networks
 from tests.integers import programs
 from tests.test_packing import note
 
-NETWORKS = pytest.mark.parametrize(
-    ("arch", "form", "bits"),
-    [
-        ("shiftresnet8", "s3", 3),
-        ("resnet8", "sign", 0),
-        ("depthwiseresnet8", "denseshift", 3),
-        ("wrn8", "sign", 0),
-    ],
-)
+FEW = [
+    ("shiftresnet8", "s3", 3),
+    ("resnet8", "sign", 0),
+    ("depthwiseresnet8", "denseshift", 3),
+    ("wrn8", "sign", 0),
+    ("mobileresnet8", "s3", 3),
+    ("shuffleresnet8", "ternary", 0),
+    ("shiftresnet8+sparse", "s3", 3),
+]
+NETWORKS = pytest.mark.parametrize(("arch", "form", "bits"), FEW)
 
 
 def one(layer, inputs, image, y, x, o):
@@ -64,10 +68,14 @@ def reads(layer, x, row, column, channel):
         if isinstance(layer, integers.Depthwise):
             yield at(r, c, channel), layer.weights[i, j, 0, channel]
             continue
-        for k in range(x.shape[2]):
+        count = layer.weights.shape[2]
+        first = channel // layer.run % layer.groups * count
+        for k in range(count):
             moves = layer.shift is not None and k < x.shape[2] // 9 * 9
             dh, dw = (k // 3 % 3 - 1, k % 3 - 1) if moves else (0, 0)
-            yield at(r + dh, c + dw, k), layer.weights[i, j, k, channel]
+            if layer.offsets is not None:
+                dh, dw = layer.offsets[k]
+            yield at(r + dh, c + dw, first + k), layer.weights[i, j, k, channel]
 
 
 @NETWORKS
@@ -84,11 +92,16 @@ def test_every_layer_computes_what_its_integers_say(arch, form, bits):
             assert found[y, x, o] == one(layer, inputs, image, y, x, o), (layer.name, y, x, o)
 
 
-@NETWORKS
+@pytest.mark.parametrize(
+    ("arch", "form", "bits"),
+    FEW[:4] + [pytest.param(*few, marks=pytest.mark.slow) for few in FEW[4:]],
+)
 def test_an_integer_network_is_near_the_float_network(arch, form, bits):
     conversion = programs.converted(arch, form, bits)
     model = config_lib.default_config().model
-    model.arch, model.weights, model.weight_bits = arch, form, bits
+    model.arch, _, shift = arch.partition("+")
+    model.shift = shift or "fixed"
+    model.weights, model.weight_bits = form, bits
     images = conversion.images
     mean, std = (np.array(values, np.float32) for values in (programs.MEAN, programs.STD))
     x = np.moveaxis((images.astype(np.float32) / 255 - mean) / std, -1, 1)
@@ -210,6 +223,19 @@ def test_a_network_of_another_family_is_refused():
         )
 
 
+@pytest.mark.parametrize("kind", ["active", "sparse"])
+def test_learned_shifts_are_converted_where_their_offsets_are_whole(kind):
+    shift = LearnedShift(4, kind, rngs=nnx.Rngs(0))
+    shift.rows.set_value(jnp.array([2.0, -1, 0, 9]))
+    shift.columns.set_value(jnp.array([0.0, 1, 0, 0]))
+    fields = _moves("conv", shift)
+    assert fields["shift"] == (7, 1)
+    assert fields["offsets"].tolist() == [[2, 0], [-1, 1], [0, 0], [3, 0]]
+    shift.rows.set_value(jnp.array([0.5, 0, 0, 0]))
+    with pytest.raises(UserError, match="conv reads a bilinear shift, whose offsets are not whole"):
+        _moves("conv", shift)
+
+
 def saved(tmp_path, **model):
     recipe = config_lib.default_config()
     recipe.data.name = "digits"
@@ -248,7 +274,7 @@ def test_export_overwrites_no_file_of_another_origin(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("net.onnx", ["--report"], "--report is for .c and .json"),
+        ("net.onnx", ["--report"], "--report is for .c, .json and .onnx with --integers"),
         ("net.c", ["--packed"], "--packed is for arrays"),
         ("net.c", ["--calibration-images", "0"], "must be at least 1"),
         ("a-b.c", [], "must have the name of a function"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shiftnet import data
 from shiftnet.integers import interpreter
 from tests.integers import programs
 
@@ -18,11 +19,17 @@ FEW = [
     ("resnet8", "sign", 0),
     ("depthwiseresnet8", "denseshift", 3),
     ("wrn8", "sign", 0),
+    ("mobileresnet8", "s3", 3),
+    ("shuffleresnet8", "ternary", 0),
+    ("shiftresnet8+sparse", "s3", 3),
 ]
 FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
 ALL = [
     pytest.param(arch, form, bits, requantize, ends, marks=pytest.mark.slow)
-    for arch in ("shiftresnet8", "resnet8", "depthwiseresnet8", "wrn8")
+    for arch in (
+        *("shiftresnet8", "resnet8", "depthwiseresnet8", "wrn8"),
+        *("mobileresnet8", "shuffleresnet8", "shiftresnet8+sparse"),
+    )
     for form, bits in FORMS
     for requantize in ("shift", "multiplier")
     for ends in (False, True)
@@ -46,6 +53,18 @@ def test_the_program_gives_the_interpreters_integers(arch, form, bits, requantiz
     np.testing.assert_array_equal(programs.logits(program, images), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "bits"), [("s3", 3), ("sign", 0), ("float", 0)])
+@pytest.mark.parametrize("arch", [arch for arch, *_ in FEW])
+def test_the_integers_are_equal_on_a_thousand_real_images(arch, form, bits, tmp_path):
+    images = data.load("digits").train.images[:1000]
+    graph = programs.converted(arch, form, bits, size=32).graph
+    program = programs.compiled(graph, tmp_path, "-O2")
+    np.testing.assert_array_equal(
+        programs.logits(program, images), interpreter.logits(graph, images)
+    )
+
+
 AVX2 = CPUINFO.exists() and " avx2 " in CPUINFO.read_text()
 # The classes fill a part of a block of 16 channels; 3-bit weights are added 4 at a time, those of 8
 # bits 2.
@@ -54,6 +73,9 @@ VECTORS = [
     ("shiftresnet8", "float", 0),
     ("depthwiseresnet8", "denseshift", 3),
     ("wrn8", "sign", 0),
+    ("mobileresnet8", "s3", 3),
+    ("shuffleresnet8", "ternary", 0),  # grouped convolutions stay portable
+    ("shiftresnet8+sparse", "s3", 3),
 ]
 
 
@@ -66,7 +88,7 @@ def test_vector_instructions_give_the_same_integers(arch, form, bits, tmp_path):
     found = programs.logits(program, images)
     np.testing.assert_array_equal(found, interpreter.logits(graph, images))
     symbols = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
-    assert "narrow_sums" in symbols
+    assert ("narrow_sums" in symbols) == (arch != "shuffleresnet8")
 
 
 @pytest.mark.skipif(not AVX2, reason="needs a processor with AVX2")
