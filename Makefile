@@ -3,9 +3,10 @@
 # make test-slow    the slowest tests, which show more of what the others show
 # make compile-check   compile kernels and whole networks for TPUs and an H200, without one (4.4 GB of
 #                      NVIDIA's packages in an environment of their own; compile-tpu: TPUs only)
-# make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 5,000
+# make fuzz         22,000 damaged weight files, 20,000 command lines, recipes and settings, 10,000
 #                   damaged image files and 500 odd folders of images, none of which may crash, hang
-#                   or leave a file behind (6 to 10 minutes)
+#                   or leave a file behind (6 to 10 minutes). For a long run:
+#                   python -m tests.interchange.fuzz --files 1000000 --originals 0.005
 # make docs         build the documentation site in build/docs; warnings are errors
 # make release      build sdist and wheel in dist/, check them, use each in an empty environment
 # make torture      kill 60 training runs at critical moments and compare how they end (20 minutes)

@@ -13,17 +13,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.protocol import Worker, WorkerError, alternate, duration
+from benchmarks.options import (
+    add_budget,
+    add_json,
+    add_num_classes,
+    add_peer,
+    add_precision,
+    add_rounds,
+)
+from benchmarks.protocol import Worker, WorkerError, alternate
 from benchmarks.train_step import (
     NOT_QUIET,
     OURS,
     PRECISIONS,
     Benchmark,
     Refused,
-    add_precision,
     agree,
     by_speed,
     host,
@@ -67,26 +73,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", help="images; 1024, 128 and 1, on a CPU 128 and 1"
     )
-    parser.add_argument("--num-classes", type=int, default=100, help="length of the logits")
+    add_num_classes(parser)
     add_precision(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side")
-    parser.add_argument(
-        "--budget",
-        type=duration,
-        default="8m",
-        metavar="TIME",
-        help="such as 8m or 90s; networks that would begin later are named as skipped, and no "
-        "further form of the peer is tried",
+    add_rounds(parser, 5)
+    add_budget(
+        parser,
+        "8m",
+        "; networks that would begin later are named as skipped, and no further form of the peer "
+        "is tried",
     )
-    parser.add_argument("--torch-python", metavar="PATH", help="a Python that has PyTorch")
-    parser.add_argument(
-        "--forms",
-        nargs="+",
-        metavar="PATTERN",
-        help="which of the peer's forms to try, such as 'split/*/eager'; all on a CPU, "
+    add_peer(
+        parser,
+        None,
+        None,
+        "which of the peer's forms to try, such as 'split/*/eager'; all on a CPU, "
         f"{' '.join(GPU_FORMS)} on a GPU",
     )
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+    add_json(parser)
     return parser.parse_args(argv)
 
 

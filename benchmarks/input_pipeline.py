@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.options import add_json, add_rounds
 from benchmarks.protocol import Worker, WorkerError, alternate
 from benchmarks.train_step import BUSY, NOT_QUIET, UNSTEADY, Refused, host
 
@@ -96,7 +97,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40, help="timed batches of a round")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
+    add_rounds(parser, 7)
     parser.add_argument("--workers", type=int, default=2, help="our worker processes")
     parser.add_argument(
         "--peer-workers",
@@ -112,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=sys.executable,
         help="a Python that has PyTorch and torchvision",
     )
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+    add_json(parser)
     options = parser.parse_args(argv)
     for name in ("batch_size", "steps", "rounds", "workers"):
         if getattr(options, name) < 1:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import Ceilings, Row
-from benchmarks.protocol import Worker, WorkerError, duration, steps_for
+from benchmarks.options import add_budget, add_json, add_peer, add_rows, positive
+from benchmarks.protocol import Worker, WorkerError, steps_for
 from benchmarks.train_step import UNSTEADY, Refused, host, on_target_device, print_environment
 
 OURS, PEER = "benchmarks.our_kernels", "benchmarks.peers.torch_kernels"
@@ -43,36 +44,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Times of our operations, shape by shape, against plain XLA, PyTorch and "
         "what the device can do.",
     )
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="rows, such as 'shift_block/*'"
-    )
-    parser.add_argument("--list", action="store_true", help="print the rows' names and end")
+    add_rows(parser, "'shift_block/*'")
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=positive,
         help="images (default: 128, on a CPU 16; a TPU's kernels need 128)",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU"
     )
-    parser.add_argument(
-        "--budget",
-        type=duration,
-        default="8m",
-        metavar="TIME",
-        help="such as 8m or 90s, the default 8m; rows that would begin later are named as skipped",
-    )
-    parser.add_argument("--torch-python", metavar="PATH", help="a Python that has PyTorch")
-    parser.add_argument(
-        "--forms", nargs="+", default=["*"], metavar="PATTERN", help="of PyTorch, to try"
-    )
+    add_budget(parser, "8m", ", the default 8m; rows that would begin later are named as skipped")
+    add_peer(parser, None)
     parser.add_argument(
         "--all-forms",
         action="store_true",
         help=f"try all of PyTorch's forms in every row, not the {KEPT_FORMS} that were fastest in "
         "the first row of its kind",
     )
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+    add_json(parser)
     parser.add_argument("--plot", metavar="OUT", type=Path, help="draw the fractions (png or svg)")
     parser.add_argument(
         "--measured", metavar="JSON", type=Path, help="draw this --json of an earlier run instead"

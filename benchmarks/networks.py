@@ -12,11 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.protocol import Worker, WorkerError, alternate, duration
+from benchmarks.options import add_budget, add_json, add_peer, add_rounds, add_rows
+from benchmarks.protocol import Worker, WorkerError, alternate
 from benchmarks.train_step import (
     NOT_QUIET,
     OURS,
@@ -108,39 +108,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Images/s of all families' networks, ours and PyTorch's, in float32.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help="rows, such as 'resnet20/*' or '*/training'",
+    add_rows(parser, "'resnet20/*' or '*/training'")
+    add_rounds(parser, 7)
+    add_budget(parser, "60m", ", divided evenly over the rows: how long to try forms of the peer")
+    add_peer(
+        parser, sys.executable, meaning="which of the peer's forms to try, such as '*/nhwc/eager'"
     )
-    parser.add_argument("--list", action="store_true", help="print the rows' names, and no more")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
-    parser.add_argument(
-        "--budget",
-        type=duration,
-        default="60m",
-        metavar="TIME",
-        help="such as 20m or 90s, divided evenly over the rows: how long to try forms of the peer",
-    )
-    parser.add_argument(
-        "--forms",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help="which of the peer's forms to try, such as '*/nhwc/eager'",
-    )
-    parser.add_argument(
-        "--torch-python",
-        metavar="PATH",
-        default=sys.executable,
-        help="a Python that has PyTorch",
-    )
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+    add_json(parser)
     options = parser.parse_args(argv)
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
     options.dtype, options.tf32 = "float32", False
     return options
 

@@ -22,7 +22,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.protocol import Turns, Worker, WorkerError, alternate, duration, steps_for
+from benchmarks.options import (
+    add_budget,
+    add_json,
+    add_num_classes,
+    add_peer,
+    add_precision,
+    add_rounds,
+    positive,
+)
+from benchmarks.protocol import Turns, Worker, WorkerError, alternate, steps_for
 
 OURS, PEER = "benchmarks.ours", "benchmarks.peers.torch_shiftresnet"
 TASKS = ("training", "inference")
@@ -74,22 +83,6 @@ class Refused(Exception):
     """There is no result to be trusted. The message is one sentence."""
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    """Adds `--dtype` and `--tf32`."""
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the computation; parameters are float32",
-    )
-    parser.add_argument(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let float32 products on CUDA round their inputs to TF32, on both sides",
-    )
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -99,44 +92,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--depth", type=int, default=20, help="6n + 2")
     parser.add_argument("--expansion", type=float, default=3.0, help="of the shift blocks")
-    parser.add_argument("--num-classes", type=int, default=100, help="length of the logits")
-    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    add_num_classes(parser)
+    parser.add_argument("--batch-size", type=positive, default=128, help="images a step")
     add_precision(parser)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
+    add_rounds(parser, 7)
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to compare"
     )
-    parser.add_argument(
-        "--forms",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help="which of the peer's forms to try, such as 'split/*/eager'",
+    add_peer(
+        parser, sys.executable, meaning="which of the peer's forms to try, such as 'split/*/eager'"
     )
-    parser.add_argument(
-        "--budget",
-        type=duration,
-        metavar="TIME",
-        help="such as 8m or 90s, shared by the tasks: how long to try forms of the peer "
-        "(default: until all are tried); comparing the fastest comes after it",
+    add_budget(
+        parser,
+        None,
+        ", shared by the tasks: how long to try forms of the peer (default: until all are tried); "
+        "comparing the fastest comes after it",
     )
     parser.add_argument(
         "--loop",
         action="store_true",
         help="instead of the peer, measure what our training loop adds to the bare step",
     )
-    parser.add_argument(
-        "--torch-python",
-        metavar="PATH",
-        default=sys.executable,
-        help="a Python that has PyTorch",
-    )
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
-    options = parser.parse_args(argv)
-    for name in ("batch_size", "num_classes", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return options
+    add_json(parser)
+    return parser.parse_args(argv)
 
 
 class Benchmark:

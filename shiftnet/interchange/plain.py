@@ -17,7 +17,7 @@ from shiftnet.interchange.zips import Zip
 # `numpy/lib/format.py`.
 _NPY = re.compile(
     rb"\{'descr': '([<>|=][a-zA-Z]\d{0,3})', 'fortran_order': (True|False), "
-    rb"'shape': \(((?:\d{1,12}L?,? ?)*)\),? ?\}\s*"
+    rb"'shape': \(((?:\d{1,12}L?(?:, ?|(?=\))))*)\),? ?\}\s*"
 )
 _NPY_TYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.interchange.files import npz, safetensors, zipped
+from tests.limit import limit
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -62,6 +63,15 @@ def test_npz_of_python_2_is_read(read_bytes):
 )
 def test_npz_members_of_another_kind_are_refused(data, reason, refusal):
     assert reason in refusal(zipped([("w.npy", data)]))
+
+
+def test_a_shape_of_very_many_digits_is_refused_at_once(refusal):
+    shape = b"4, " + b"0" * 200
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (%s_), }" % shape
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with limit(2):  # of CPU; it took for ever
+        reason = refusal(zipped([("w.npy", data)]))
+    assert "is not described as an array of numbers" in reason
 
 
 def test_npz_holds_nothing_else(refusal):
