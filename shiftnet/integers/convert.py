@@ -282,7 +282,7 @@ class _Builder:
         elif shift is not None:
             options = _moves(name, shift)
         if shuffle and kind is Conv:
-            in_order = channel_shuffle(np.arange(output.channels), conv.groups)
+            in_order = np.asarray(channel_shuffle(jnp.arange(output.channels), conv.groups))
             weights, factor, bias = weights[..., in_order], factor[in_order], bias[in_order]
             value = value[..., in_order]
             options["run"] = 1

@@ -76,8 +76,8 @@ class _Writer:
         entry.key, entry.value = "class_names", json.dumps(list(class_names))
         return model
 
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.constants[name] = value
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        self.constants[name] = np.asarray(value)
         return name
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
