@@ -145,11 +145,15 @@ def check_name(name: str) -> None:
 
 
 def write(program: Program, directory: Path) -> None:
-    """Writes a program's files.
+    """Writes a program's files, and makes their directory where there is none.
 
     Raises:
       UserError: where a file of another origin would be overwritten, or one cannot be written.
     """
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror}") from error
     for name in program.files:
         path = directory / name
         try:

@@ -247,11 +247,11 @@ def saved(tmp_path, **model):
 def test_export_writes_a_program_and_the_same_network_as_data(tmp_path, capsys):
     ckpt = str(saved(tmp_path))
     options = ["--calibration-images", "4"]
-    assert export.main([ckpt, str(tmp_path / "cnn.c"), *options]) == 0
+    assert export.main([ckpt, str(tmp_path / "new" / "cnn.c"), *options]) == 0
     printed = capsys.readouterr().out
     assert "no layer multiplies" in printed
     assert "bytes of activations" in printed
-    assert "void cnn_run(" in (tmp_path / "cnn.h").read_text()
+    assert "void cnn_run(" in (tmp_path / "new" / "cnn.h").read_text()
     assert export.main([ckpt, str(tmp_path / "net.json"), *options]) == 0
     document = json.loads((tmp_path / "net.json").read_text())
     with np.load(tmp_path / document["arrays"]) as arrays:
