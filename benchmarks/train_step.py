@@ -50,6 +50,13 @@ PRECISIONS = {
 }
 # On a GPU a JAX process takes three quarters of the memory at once; two of ours must fit.
 SHARED_GPU = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
+# What our commands tell glibc (`shiftnet.training.processes`), for the peer: it gains from it too.
+KEPT_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 PRESELECTION_SECONDS = 0.5
 # Above one of these, something else was using the machine: slowest round over fastest, and cores.
 UNSTEADY, BUSY = 1.2, 0.1
@@ -194,6 +201,12 @@ class Benchmark:
         """
         python = sys.executable if form is None else self._options.torch_python
         environment = SHARED_GPU if self._share_gpu else None
+        if (
+            form is not None
+            and self.on_cpu
+            and not any(name.startswith("MALLOC_") for name in os.environ)
+        ):
+            environment = KEPT_MEMORY
         # On a GPU a kernel, or a compiler, that hangs must not take the time of all.
         patience = None if self.on_cpu else PATIENCE
         module = OURS if form is None else self._peer
