@@ -71,7 +71,7 @@ def find_trainable(typed: str | os.PathLike[str], what: str) -> Path:
     if model is None:
         return find(typed, what)
     trainable = model.result["checkpoint"].get("trainable")
-    if trainable is None or not storage.can_be_had(trainable):
+    if trainable is None or not storage.can_be_had(model, trainable):
         return file_of(model)
     return storage.fetch(model, trainable)
 

@@ -17,9 +17,10 @@ from shiftnet.zoo.index import FOLDER, Model
 MIRROR = "SHIFTNET_ZOO"
 
 
-def can_be_had(entry: Mapping[str, Any]) -> bool:
-    """Tells whether a file is in the package, or a mirror or an address is known for it."""
-    return (FOLDER / entry["file"]).is_file() or bool(os.environ.get(MIRROR) or entry.get("url"))
+def can_be_had(model: Model, entry: Mapping[str, Any]) -> bool:
+    """Tells whether a network's file is in the package, or a mirror or an address is known."""
+    here = FOLDER / model.stand_in / entry["file"]
+    return here.is_file() or bool(os.environ.get(MIRROR) or entry.get("url"))
 
 
 def fetch(model: Model, entry: Mapping[str, Any]) -> Path:
@@ -37,7 +38,7 @@ def fetch(model: Model, entry: Mapping[str, Any]) -> Path:
     if here.is_file():
         return here
     mirror, sha256 = os.environ.get(MIRROR, ""), entry.get("sha256")
-    if not can_be_had(entry) or not sha256:
+    if not can_be_had(model, entry) or not sha256:
         raise UserError(
             f"{model.name} is not part of the package ({file}, {entry['bytes']:,} bytes); "
             f"set {MIRROR} to a folder or URL that has it"
