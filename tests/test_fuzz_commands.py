@@ -1,8 +1,12 @@
 """What `fuzz_commands.py` starts from, and a few of the cases that `make fuzz` runs."""
 
+import pytest
+
 from shiftnet import cli
 from tests import fuzz_commands
 from tests.fuzz_commands import GOOD_NOTE, LINES, RECIPE, Case
+
+pytestmark = pytest.mark.slow  # in a process that ran many tests, tracing memory takes minutes
 
 
 def test_every_subcommand_is_fuzzed_from_lines_that_it_accepts():
