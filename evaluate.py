@@ -1,6 +1,6 @@
 """See `python evaluate.py --help`, and shiftnet/cli/evaluate.py."""
 
-if __name__ == "__main__":  # the processes that decode images import this file too
+if __name__ == "__main__":
     import sys
 
     from shiftnet.__main__ import main

@@ -1,4 +1,6 @@
-"""The shift block on a CPU: a few images at a time, whose expanded tensor stays in the caches.
+"""The shift block in plain XLA on a few images at a time, whose expanded tensor fits the caches.
+
+It serves a CPU where `cpu` has nothing compiled: without a compiler, and in other dtypes.
 
 The expanded tensor of a whole batch goes to memory and back several times, and each time into pages
 that the system must first hand out. Of a few images it fits the caches, and the same pages serve
