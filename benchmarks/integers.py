@@ -22,18 +22,18 @@ import numpy as np
 from flax import nnx
 
 import shiftnet
+from benchmarks.options import add_json, add_rounds
 from benchmarks.protocol import ROOT, Worker, WorkerError, alternate, steps_for
 from benchmarks.train_step import NOT_QUIET, Refused, by_speed, host, print_row, timed
 from shiftnet import config as config_lib
-from shiftnet import integers, models, quantizers
+from shiftnet import integers, models, results, zoo
 from shiftnet.data import Split
 from shiftnet.integers import c, calibration, interpreter
 
 OURS, PEER = "benchmarks.our_integers", "benchmarks.peers.onnx_integers"
-FORMS = {"float": ("float", 0), "s3": ("s3", 3), "ternary": ("ternary", 0), "sign": ("sign", 0)}
 NETWORKS = (
-    *(f"shiftresnet20_1c_c100{suffix}" for suffix in ("_s3", "_ternary", "_sign", "")),
-    *(f"shiftresnet20_3c_c100{suffix}" for suffix in ("_s3", "_ternary", "_sign", "")),
+    *(f"shiftresnet20_1c{form}_c100" for form in ("_s3_all", "_s3", "_ternary", "_1bit", "")),
+    *(f"shiftresnet20_3c{form}_c100" for form in ("_s3", "_ternary", "_1bit", "")),
     "resnet20_c100",
 )
 WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-Werror")
@@ -66,61 +66,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a Python that has onnx and onnxruntime",
     )
     parser.add_argument("--cc", default="gcc", help="the C compiler")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+    add_rounds(parser, 7)
+    add_json(parser)
     return parser.parse_args(argv)
 
 
 def network(name: str) -> tuple[nnx.Module, Any, str]:
-    """Returns a network by its row's name, the trained one it comes from, and how it was trained.
+    """Returns the network of a row, a trained one for its data's facts, and how it was trained.
 
-    A low-bit one that is not in results/ gets the weights nearest to those of the float one, and
-    batch norms that fit: it shows the speed, not what training it would reach.
+    One that was not trained yet has random weights: it shows the speed and the bytes.
     """
-    base, _, form = name.partition("_c100")
-    form = form.removeprefix("_") or "float"
-    found = ROOT / "results" / f"{name}.safetensors"
-    if found.exists():
-        trained = shiftnet.load(found)
-        return trained.network, trained, "trained"
-    if base == "resnet20":
-        trained = shiftnet.load(ROOT / "results" / "shiftresnet20_1c_c100.safetensors")
-        model = config_lib.default_config().model
-        model.arch = "resnet20"
-        return models.build(model, 100, rngs=nnx.Rngs(0)), trained, "random weights"
-    trained = shiftnet.load(ROOT / "results" / f"{base}_c100.safetensors")
-    weights, bits = FORMS[form]
-    settings = dict(trained.config.model) | {"weights": weights, "weight_bits": bits}
-    low_bit = models.build(settings, 100, rngs=nnx.Rngs(0))
-    _start_from(low_bit, trained.network)
-    return low_bit, trained, "nearest weights, not trained"
-
-
-def _start_from(low_bit: nnx.Module, trained: nnx.Module) -> None:
-    """Gives a low-bit network the nearest weights, with their factors in the batch norms."""
-    theirs: dict[Any, Any] = dict(nnx.iter_modules(trained))
-    modules: dict[Any, Any] = dict(nnx.iter_modules(low_bit))
-    for path, module in nnx.iter_modules(low_bit):
-        if isinstance(module, quantizers.LowBitWeight):
-            continue
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Variable):
-                setattr(module, name, getattr(theirs[path], name))
-    for path, module in nnx.iter_modules(low_bit):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, quantizers.LowBitWeight):
-            continue
-        original = np.asarray(theirs[path].weight(), np.float64)
-        weight.start_from(original)
-        nearest = np.asarray(weight(), np.float64)
-        factor = float((original * nearest).sum() / np.square(nearest).sum())
-        *parent, last = path
-        parent_module = modules[tuple(parent)]
-        if isinstance(last, str) and last.startswith("conv"):
-            bn = getattr(parent_module, last.replace("conv", "bn"))
-        else:  # a shortcut's
-            bn = parent_module[1]
-        bn.scale.set_value(bn.scale[...] * factor)
+    for typed in (name, f"{name}_short"):
+        if zoo.get(typed):
+            trained = shiftnet.load(typed)
+            return trained.network, trained, f"trained, {typed}"
+    rows = {row.name: row for table in results.tables(ROOT / "results") for row in table.rows}
+    model = config_lib.load(str(ROOT / rows[name].recipe)).model
+    trained = shiftnet.load("shiftresnet20_1c_c100")
+    return models.build(model, 100, rngs=nnx.Rngs(0)), trained, "random weights"
 
 
 def compiled(folder: Path, cc: str, build: str) -> dict[str, Any]:

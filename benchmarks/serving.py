@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.options import add_json, add_rounds, positive
 from benchmarks.protocol import Worker, WorkerError, alternate, steps_for
 from benchmarks.train_step import NOT_QUIET, Refused, host, print_environment, save, timed
 
@@ -35,8 +36,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help="names or checkpoints")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="images each")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=list(SIZES), help="images each"
+    )
+    add_rounds(parser, 7)
     parser.add_argument(
         "--requests", type=int, default=10_000, help="mixed ones, for the growth of memory; 0: none"
     )
@@ -46,11 +49,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=sys.executable,
         help="a Python that has onnxruntime, jax2onnx and this project's own packages",
     )
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
-    options = parser.parse_args(argv)
-    if options.rounds < 1 or min(options.sizes) < 1:
-        parser.error("--rounds and --sizes must be at least 1")
-    return options
+    add_json(parser)
+    return parser.parse_args(argv)
 
 
 def measure(
