@@ -8,7 +8,6 @@ side runs in a worker of this Python (`benchmarks.our_kernels`), PyTorch in a wo
 import argparse
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import sys
 import time
@@ -19,7 +18,15 @@ from typing import Any, NamedTuple
 
 from benchmarks import kernel_rows
 from benchmarks.kernel_rows import Ceilings, Row
-from benchmarks.options import add_budget, add_json, add_peer, add_rows, positive
+from benchmarks.options import (
+    add_budget,
+    add_json,
+    add_peer,
+    add_plot,
+    add_rows,
+    can_plot,
+    positive,
+)
 from benchmarks.protocol import Worker, WorkerError, steps_for
 from benchmarks.train_step import UNSTEADY, Refused, host, on_target_device, print_environment
 
@@ -62,10 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "the first row of its kind",
     )
     add_json(parser)
-    parser.add_argument("--plot", metavar="OUT", type=Path, help="draw the fractions (png or svg)")
-    parser.add_argument(
-        "--measured", metavar="JSON", type=Path, help="draw this --json of an earlier run instead"
-    )
+    add_plot(parser, "fractions")
     return parser.parse_args(argv)
 
 
@@ -613,9 +617,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Refused, WorkerError, OSError) as error:
         print(f"benchmarks.kernels: {error}", file=sys.stderr)
         return 2
-    if options.plot and importlib.util.find_spec("altair") is None:
-        print('no plot: altair is not installed (pip install -e ".[report]"); --measured draws')
-    elif options.plot:
+    if can_plot(options):
         plot(report, options.plot)
     return int(any("failed" in result for result in report["rows"]))
 

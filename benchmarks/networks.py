@@ -7,15 +7,25 @@ README.md beside this file says what is measured and how; workers and checks are
 import argparse
 import copy
 import fnmatch
+import json
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.options import add_budget, add_json, add_peer, add_rounds, add_rows
+from benchmarks.options import (
+    add_budget,
+    add_json,
+    add_peer,
+    add_plot,
+    add_rounds,
+    add_rows,
+    can_plot,
+)
 from benchmarks.protocol import Worker, WorkerError, alternate
 from benchmarks.train_step import (
     NOT_QUIET,
@@ -115,6 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser, sys.executable, meaning="which of the peer's forms to try, such as '*/nhwc/eager'"
     )
     add_json(parser)
+    add_plot(parser, "ratios")
     options = parser.parse_args(argv)
     options.dtype, options.tf32 = "float32", False
     return options
@@ -205,6 +216,42 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"{name:28} {speeds[0]:9.1f} {speeds[1]:9.1f} {result['ratio']:6.2f}{missed}{quiet}")
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What `save` wrote.
+
+    Raises:
+      Refused: for anything else.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        _ = [(row["ratio"], row["ours"], row["peer"]) for row in report["rows"].values()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refused(f"--measured {path} is not what --json writes: {error}") from error
+    return report
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draws the ratio of each row, in a panel for each task."""
+    import altair as alt
+
+    ratios = [
+        {"network": name, "task": task, "ratio": result["ratio"]}
+        for key, result in report["rows"].items()
+        for name, task in [key.rsplit("/", 1)]
+    ]
+    base = alt.Chart().encode(alt.Y("network:N").sort(None).title(None))
+    bars = base.mark_bar(color="#4477aa").encode(
+        alt.X("ratio:Q").title("our images/s / PyTorch's").scale(domainMin=0)
+    )
+    numbers = base.mark_text(align="right", dx=-4, color="white").encode(
+        alt.X("ratio:Q"), alt.Text("ratio:Q").format(".2f")
+    )
+    level = alt.Chart().mark_rule(strokeDash=[4, 3]).encode(alt.XDatum(TARGET))
+    alt.layer(bars, numbers, level, data=alt.Data(values=ratios)).properties(width=230).facet(
+        column=alt.Column("task:N").sort(list(TASKS)).title(None)
+    ).resolve_scale(x="independent").save(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = parse(argv)
@@ -212,12 +259,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(str(row) for row in rows(["*"])))
         return 0
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = run(options, folder)
+        if options.measured:
+            report = _read(options.measured)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                report = run(options, folder)
     except (Refused, OSError) as error:
         print(f"benchmarks.networks: {error}", file=sys.stderr)
         return 2
     print_table(report)
+    if can_plot(options):
+        plot(report, options.plot)
     return 0
 
 

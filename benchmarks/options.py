@@ -1,6 +1,7 @@
 """The command-line options that several benchmarks have."""
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,3 +81,19 @@ def add_peer(
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
     parser.add_argument("--json", metavar="OUT", type=Path, help="write all that was measured")
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--plot` and `--measured`; `what` is drawn."""
+    parser.add_argument("--plot", metavar="OUT", type=Path, help=f"draw the {what} (png or svg)")
+    parser.add_argument(
+        "--measured", metavar="JSON", type=Path, help="draw this --json of an earlier run instead"
+    )
+
+
+def can_plot(options: argparse.Namespace) -> bool:
+    """Whether a plot was asked for and can be drawn; says why not."""
+    if options.plot and importlib.util.find_spec("altair") is None:
+        print('no plot: altair is not installed (pip install -e ".[report]"); --measured draws')
+        return False
+    return options.plot is not None

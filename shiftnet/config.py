@@ -863,6 +863,18 @@ CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "schedule.by": "step",
         "schedule.warmup": 1.0,
     },
+    "finetune": {
+        "epochs": 10,
+        "batch_size": 128,
+        "data.pad": 2,
+        "optimizer.name": "muon",
+        "optimizer.muon_lr": 0.02,
+        "optimizer.lr": 0.04,
+        "optimizer.nesterov": True,
+        "optimizer.weight_decay": 2e-4,
+        "schedule.name": "linear",
+        "schedule.by": "step",
+    },
 }
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from shiftnet import config as config_lib
-from shiftnet.cli import prog, typed
+from shiftnet.cli import prog, starting_point, typed
 from shiftnet.cli.reproduce import MOST_SEEDS, seconds_of
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         help="a setting to search: A,B,... for a list, LOW..HIGH for a range of numbers, "
-        "LOW..HIGH:log for one on a logarithmic scale",
+        "LOW..HIGH:log for one on a logarithmic scale; with lists alone every combination is tried "
+        "once",
     )
     parser.add_argument(
         "--trials",
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="runs/sweep",
         help="where the trials go, and where a sweep is continued from (default: runs/sweep)",
     )
+    starting_point.add_arguments(parser)
     parser.add_argument("--budget", metavar="TIME", help="stop and save within 90s, 9m, 2h, ...")
     config_lib.add_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trials=arguments.trials,
         seeds=arguments.seeds,
         prune=not arguments.no_prune,
+        init=starting_point.of(arguments),
     )
     set_up()
     code = sweep.run(options, deadline)

@@ -8,16 +8,14 @@ from pathlib import Path
 import jax
 
 from shiftnet import config as config_lib
-from shiftnet import zoo
-from shiftnet.cli import prog, typed
+from shiftnet.cli import prog, starting_point, typed
 from shiftnet.config import Config
-from shiftnet.errors import UserError, reported
+from shiftnet.errors import reported
 from shiftnet.files import path_of
 from shiftnet.models import own
 from shiftnet.planning import plan
 from shiftnet.training.engine import Outcome, train
 from shiftnet.training.processes import join, leaving, set_up
-from shiftnet.training.restore import Init
 
 
 @leaving
@@ -35,20 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where checkpoints and metrics go, and where a run is continued from "
         "(default: runs/ and the recipe's name)",
     )
-    parser.add_argument(
-        "--init",
-        metavar="CKPT",
-        help="a checkpoint or packed file, converted ones too, or a trained network's name, to "
-        "start from; in the last layer classes are matched by name",
-    )
-    parser.add_argument(
-        "--init-partial",
-        action="store_true",
-        help="take what fits from a network of another architecture",
-    )
-    parser.add_argument(
-        "--init-fresh-head", action="store_true", help="do not take the last layer of --init"
-    )
+    starting_point.add_arguments(parser)
     parser.add_argument(
         "--plan",
         metavar="TOPOLOGY[,TOPOLOGY ...]",
@@ -73,12 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_lib.from_arguments(arguments)
     if own.is_own(config.model.arch):  # by the command line, or by a recipe that it names
         own.allow(config.model.arch)
-    init = None
-    if arguments.init is not None:
-        source = zoo.find_trainable(arguments.init, "--init")
-        init = Init(source, arguments.init_partial, arguments.init_fresh_head)
-    elif arguments.init_partial or arguments.init_fresh_head:
-        raise UserError("--init-partial and --init-fresh-head say what to take from an --init CKPT")
+    init = starting_point.of(arguments)
     if arguments.plan is not None:
         return _plan(config, arguments.plan)
     set_up()

@@ -17,8 +17,8 @@ A row's JSON file:
 - `config`: the recipe (an object; its `seed` is of no meaning); `class_names`;
 - `epochs`: how many the recipe has; `full_epochs`: how many the row's own has, more where the
   schedule was shortened;
-- `init`: `row` and `sha256` of the network that the training started from; null for none (and in
-  older files);
+- `init`: `network` (its name; `row` in older files) and `sha256` of what the training started from;
+  null for none;
 - `parameters`, `multiply_adds` (an image), `bytes` (of all parameters, low-bit weights packed);
 - `runs`: a list, one for each seed:
     - `seed`; `epochs`: a list of the lines of its `metrics.jsonl`, one an epoch, without `time`;
@@ -44,10 +44,11 @@ import math
 import re
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shiftnet.config import CIFAR_RECIPES
 from shiftnet.errors import UserError
 from shiftnet.files import write_atomically
 
@@ -84,7 +85,8 @@ class Row:
       spread: the standard deviation that was reported with it.
       older: what an older version of the source reports instead.
       note: a sentence on what is odd about it, or nothing.
-      init: the row whose trainable network its training starts from, or nothing.
+      init: the name of the network that its training starts from, as `networks` has it, or
+        nothing.
     """
 
     name: str
@@ -166,11 +168,31 @@ def tables(folder: Path) -> list[Table]:
     names = [row.name for table in found for row in table.rows]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has two rows named {min(twice)}")
+    known = {name for *_, name in _networks(found)}
     for table in found:
         for row in table.rows:
-            if row.init and row.init not in names:
+            if row.init and row.init not in known:
                 raise UserError(f"{path}: {row.name} starts from {row.init!r}, which is no row")
     return found
+
+
+def networks(folder: Path) -> Iterator[tuple[Table, Row, str, str]]:
+    """Every network that there may be: its row, the recipe that stood in for its own, its name.
+
+    The name is the row's, with `_RECIPE` behind it where another recipe stood in; the results of
+    that recipe are in the folder of its name.
+
+    Raises:
+      UserError: where there is no table, or it is not what it should be.
+    """
+    return _networks(tables(folder))
+
+
+def _networks(found: Sequence[Table]) -> Iterator[tuple[Table, Row, str, str]]:
+    for table in found:
+        for row in table.rows:
+            for stand_in in ("", *CIFAR_RECIPES):
+                yield table, row, stand_in, "_".join(filter(None, (row.name, stand_in)))
 
 
 def others(folder: Path) -> list[Other]:

@@ -341,7 +341,7 @@ def _train(
             # Other seeds of the row may have been finished since it was looked up.
             before = results.read(job.folder, job.row.name)
             result = _result(job, before, seeds, outcome, dataset, workdir)
-            result["init"] = init and {"row": job.row.init, "sha256": sha256_of(init)}
+            result["init"] = init and {"network": job.row.init, "sha256": sha256_of(init)}
             results.write(job.folder, result)
         shutil.rmtree(workdir)  # all that it is good for is in the results
         print(_summary(job, result), flush=True)
@@ -356,11 +356,13 @@ def _start(job: Job, options: Options) -> Path | None:
     """
     if not job.row.init:
         return None
-    for folder in (options.results, job.folder):
-        kept = (results.read(folder, job.row.init) or {}).get("checkpoint") or {}
-        path = folder / kept.get("trainable", {}).get("file", "")
-        if path.is_file():
-            return path
+    for _, row, stand_in, name in results.networks(options.results):
+        if name == job.row.init:
+            folder = options.results / stand_in
+            kept = (results.read(folder, row.name) or {}).get("checkpoint") or {}
+            path = folder / kept.get("trainable", {}).get("file", "")
+            if path.is_file():
+                return path
     raise RunFailed(
         f"it starts from {job.row.init}, of which there is no trainable network yet; "
         "train that first"

@@ -1,7 +1,9 @@
 """Searches the settings of a recipe, by optuna, for the best accuracy on held-out images."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from shiftnet.files import write_atomically
 from shiftnet.training import metrics
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import train
+from shiftnet.training.restore import Init
 from shiftnet.training.workdir import lock
 
 STUDY, TRIALS, LOCK, SPACE = "study.journal", "trials.json", "lock", "space.json"
@@ -89,6 +92,7 @@ class Options:
       trials: how many in all, those of earlier sessions included.
       seeds: that each trial trains, in one program.
       prune: whether trials that fall behind are ended early.
+      init: the network that every trial starts from; None for a fresh one.
     """
 
     config: Config
@@ -97,13 +101,21 @@ class Options:
     trials: int
     seeds: int = 1
     prune: bool = True
+    init: Init | None = None
+
+    @property
+    def combinations(self) -> int | None:
+        """How many there are of the values; None where one of them is a range."""
+        lists = [len(values.texts) for values in self.space]
+        return math.prod(lists) if all(lists) else None
 
 
 def run(options: Options, deadline: Deadline) -> int:
     """Trains trials until there are as many as asked for; returns the exit code.
 
-    Trials are judged by the mean over the seeds of the validation accuracy after the last epoch. A
-    trial that was interrupted goes on where it was.
+    Where all values are lists, every combination is tried once, in their order; else optuna's
+    sampler proposes them. Trials are judged by the mean over the seeds of the validation accuracy
+    after the last epoch. A trial that was interrupted goes on where it was.
 
     Raises:
       UserError: where optuna is missing, no images are held out, a value does not fit the recipe,
@@ -115,8 +127,8 @@ def run(options: Options, deadline: Deadline) -> int:
     with lock(options.workdir / LOCK, options.workdir):
         _check_same(options)
         study = _study(optuna, options)
-        code = 0
-        while not code and _count(optuna, study) < options.trials:
+        code, trials = 0, min(options.trials, options.combinations or options.trials)
+        while not code and _count(optuna, study) < trials:
             if deadline.left_for_another <= 0:
                 print("no time is left")
                 break
@@ -182,6 +194,8 @@ def _check_same(options: Options) -> None:
         "space": [dataclasses.asdict(values) for values in options.space],
         "seeds": options.seeds,
     }
+    if options.init:
+        now["init"] = {**dataclasses.asdict(options.init), "path": str(options.init.path)}
     text = json.dumps(now, indent=1) + "\n"
     if path.exists():
         if path.read_text() != text:
@@ -216,6 +230,10 @@ def _study(optuna: Any, options: Options) -> Any:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         folder = trial.user_attrs.get("folder", _folder(trial.number))
         study.enqueue_trial(trial.params, user_attrs={"folder": folder})
+    if options.combinations:
+        fields = [values.field for values in options.space]
+        for texts in itertools.product(*(values.texts for values in options.space)):
+            study.enqueue_trial(dict(zip(fields, texts, strict=True)), skip_if_exists=True)
     return study
 
 
@@ -253,7 +271,12 @@ def _trial(optuna: Any, study: Any, options: Options, deadline: Deadline) -> tup
             trial.report(_accuracy(lines), lines[0]["epoch"])
     try:
         outcome = train(
-            configured(options.config, texts), workdir, seeds=seeds, deadline=deadline, stop=stop
+            configured(options.config, texts),
+            workdir,
+            init=options.init,
+            seeds=seeds,
+            deadline=deadline,
+            stop=stop,
         )
     except RunFailed as error:
         say(f"{folder}: {error}", 1)

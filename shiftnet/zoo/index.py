@@ -2,12 +2,11 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shiftnet import results, tables
-from shiftnet.config import CIFAR_RECIPES
 from shiftnet.results import Row, Table
 
 FOLDER = Path(__file__).parent / "results"
@@ -84,7 +83,7 @@ def list_models(pattern: str = "*", *, folder: Path = FOLDER) -> Models:
       UserError: if a file there is damaged.
     """
     found = Models()
-    for table, row, stand_in, name in _names(folder):
+    for table, row, stand_in, name in results.networks(folder):
         if fnmatch.fnmatchcase(name, pattern) and (model := _model(table, row, stand_in, folder)):
             found.append(model)
     return found
@@ -96,18 +95,10 @@ def get(name: str, *, folder: Path = FOLDER) -> Model | None:
     Raises:
       UserError: if a file there is damaged.
     """
-    for table, row, stand_in, own_name in _names(folder):
+    for table, row, stand_in, own_name in results.networks(folder):
         if own_name == name:
             return _model(table, row, stand_in, folder)
     return None
-
-
-def _names(folder: Path) -> Iterator[tuple[Table, Row, str, str]]:
-    """Every network that there may be: its row, the recipe that stood in for its own, its name."""
-    for table in results.tables(folder):
-        for row in table.rows:
-            for stand_in in ("", *CIFAR_RECIPES):
-                yield table, row, stand_in, "_".join(filter(None, (row.name, stand_in)))
 
 
 def _model(table: Table, row: Row, stand_in: str, folder: Path) -> Model | None:

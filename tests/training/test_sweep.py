@@ -1,10 +1,12 @@
 """Sweeps: what is searched, what is chosen, what is continued. Training is a stand-in here."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
+from shiftnet import zoo
 from shiftnet.cli import sweep as command
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import metrics, sweep
@@ -28,18 +30,21 @@ class Training:
 
     Attributes:
       trained: the rate and the first epoch of each call.
+      inits: the network that each call starts from.
       interrupted: the number of the call that is interrupted after two epochs.
     """
 
     def __init__(self):
         self.trained = []
+        self.inits = []
         self.interrupted = None
 
-    def __call__(self, config, workdir, *, seeds, deadline, stop):
+    def __call__(self, config, workdir, *, init, seeds, deadline, stop):
         places = [workdir] if seeds is None else [workdir / f"seed{seed}" for seed in seeds]
         rate = config.optimizer.lr
         done = len(metrics.read(places[0]))
         self.trained.append((rate, done + 1))
+        self.inits.append(init)
         if rate > 0.9:
             raise RunFailed("the loss became nan")
         for place in places:
@@ -86,15 +91,31 @@ def trials(place):
 
 
 def test_the_best_trial_is_the_one_with_the_best_validation_accuracy(place, training, capsys):
-    assert run(place, "--over", "optimizer.lr=0.1,0.2,0.4", "--trials", "9", "--seeds", "2") == 0
+    assert run(place, "--over", "optimizer.lr=0.1..0.4", "--trials", "9", "--seeds", "2") == 0
     found = trials(place)
-    assert found[0]["params"] == {"optimizer.lr": "0.2"}
-    assert found[0]["validation_accuracy"] == pytest.approx(0.54 + 0.0005)
     assert len(found) == 9
-    assert {rate for rate, _ in training.trained} <= {0.1, 0.2, 0.4}
+    nearest = min((rate for rate, _ in training.trained), key=lambda rate: abs(rate - 0.2))
+    assert found[0]["params"] == {"optimizer.lr": pytest.approx(nearest)}
+    assert found[0]["validation_accuracy"] == pytest.approx(0.5405 - abs(nearest - 0.2))
     assert (place / "sweep" / found[0]["folder"] / "seed1" / metrics.FILE).exists()
     table = capsys.readouterr().out.splitlines()[-9:]
-    assert table[0].split() == [found[0]["folder"], "54.05%", "optimizer.lr=0.2"]
+    percent = f"{found[0]['validation_accuracy']:.2%}"
+    assert table[0].split() == [found[0]["folder"], percent, f"optimizer.lr={nearest!r}"]
+
+
+def test_of_lists_every_combination_is_tried_once_also_after_an_interruption(place, training):
+    lists = ("--over", "optimizer.lr=0.1,0.2,0.4", "--over", "batch_size=32,64", "--no-prune")
+    training.interrupted = 3
+    assert run(place, *lists) == 130
+    assert run(place, *lists) == 0
+    found = [tuple(one["params"].values()) for one in trials(place)]
+    assert sorted(found) == sorted(itertools.product(("0.1", "0.2", "0.4"), ("32", "64")))
+
+
+def test_every_trial_starts_from_the_network_that_init_names(place, training):
+    network = zoo.list_models()[0].name
+    assert run(place, "--over", "optimizer.lr=0.1,0.2", "--init", network) == 0
+    assert [init.path for init in training.inits] == 2 * [zoo.find_trainable(network, "--init")]
 
 
 def test_a_trial_that_falls_behind_ends_early(place, training):
@@ -122,7 +143,7 @@ def test_an_interrupted_trial_goes_on_where_it_was_and_no_session_repeats_anothe
 
 
 def test_a_run_that_fails_costs_one_trial(place, training, capsys):
-    assert run(place, "--over", "optimizer.lr=0.95", "--trials", "2") == 0
+    assert run(place, "--over", "optimizer.lr=0.95,0.99", "--trials", "2") == 0
     assert [one["state"] for one in trials(place)] == ["pruned", "pruned"]
     assert "the loss became nan" in capsys.readouterr().err
 
