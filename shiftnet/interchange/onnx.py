@@ -27,9 +27,8 @@ def onnx(network: nnx.Module, mean: RGB, std: RGB, size: int, class_names: Seque
 
     if isinstance(network, Network):
         network.dtype = None
-    # ONNX has no choice by platform, and no gathering of single values.
     model = jax2onnx.to_onnx(
-        program(network, mean, std, platform="tpu"),
+        program(network, mean, std, platform="onnx"),
         [images(size)],
         model_name="shiftnet",
         input_names=["images"],

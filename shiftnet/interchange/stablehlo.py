@@ -24,8 +24,8 @@ def program(network: nnx.Module, mean: RGB, std: RGB, platform: str | None = Non
     Args:
       network: a trained one; changed in place.
       mean, std: of each channel, for pixels in [0, 1].
-      platform: operations are chosen for "cpu", "gpu" or "tpu"; None leaves that to the device that
-        the program runs on.
+      platform: operations are chosen for "cpu", "gpu", "tpu" or "onnx"; None leaves that to the
+        device that the program runs on.
     """
     fold_batch_norms(network)
     fix_weights(network, LowBitWeight.quantized)

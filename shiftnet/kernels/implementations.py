@@ -32,9 +32,13 @@ def is_only_xla() -> bool:
 
 
 def lowered_for(platform: str) -> contextlib.AbstractContextManager[None]:
-    """While a program is traced within, it is laid out for `platform`: "cpu", "tpu" or "gpu".
+    """While a program is traced within, it is laid out for a platform, or for a runtime of ONNX.
 
-    For compiling for a device that is not here; without it, for JAX's default device.
+    For compiling for a device that is not here, and for conversion; without it, for JAX's default
+    device.
+
+    Args:
+      platform: "cpu", "tpu", "gpu" or "onnx".
     """
     return _platform(platform)
 
@@ -45,7 +49,7 @@ def is_lowered_for(platform: str) -> bool:
 
 
 def platform() -> str:
-    """The platform that programs are laid out for: "cpu", "tpu" or "gpu"."""
+    """The platform that programs are laid out for: "cpu", "tpu", "gpu" or "onnx"."""
     return _platform.value or jax.default_backend()
 
 

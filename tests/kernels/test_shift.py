@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shiftnet.kernels.implementations import lowered_for, only_xla
 from shiftnet.kernels.shift import Offsets, channel_offsets, shift
 from tests import oracle
 from tests.networks import channels_first, channels_last
@@ -189,6 +190,17 @@ def test_can_be_differentiated_twice(implementation):
     np.testing.assert_allclose(
         jax.grad(squared_gradient)(x), formula(y**3, 3, 1, sign=-1), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("offsets", [None, ([3, 0, -1, 0, -2], [0, 2, 1, -3, 0])])
+def test_the_convolution_in_onnx_programs_is_the_shift(offsets):
+    x = jnp.asarray(whole_numbers((2, 5, 4, 23 if offsets is None else 5)))
+    offsets = offsets and Offsets(*offsets)
+    with only_xla(), lowered_for("onnx"):
+        found = shift(x, 3, offsets=offsets)
+        program = jax.make_jaxpr(lambda x: shift(x, 3, offsets=offsets))(x)
+    assert "conv_general_dilated" in str(program)
+    np.testing.assert_array_equal(found, shift(x, 3, offsets=offsets))
 
 
 @pytest.mark.parametrize(("platform", "gathers"), [("cpu", True), ("cuda", True), ("tpu", False)])
