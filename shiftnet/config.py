@@ -849,6 +849,7 @@ RECIPES = os.path.join(os.path.dirname(__file__), "configs")
 # Recipes for any network on a CIFAR, which `recipe=NAME` in an argument takes in place of the
 # family's own. short: a fifth of the original's epochs, by Muon; the rates, the smaller decay and
 # the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100.
+# finetune: for low-bit weights that start from a float network; results/README.md has its search.
 CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
     "short": {
         "epochs": 30,
@@ -868,7 +869,7 @@ CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "batch_size": 128,
         "data.pad": 2,
         "optimizer.name": "muon",
-        "optimizer.muon_lr": 0.02,
+        "optimizer.muon_lr": 0.003,
         "optimizer.lr": 0.04,
         "optimizer.nesterov": True,
         "optimizer.weight_decay": 2e-4,
