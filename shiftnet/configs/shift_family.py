@@ -50,7 +50,7 @@ from shiftnet.models import FAMILIES, parse_arch
 
 MODEL = (
     *("arch", "expansion", "reduction", "reduction_mode", "depthwise_skip"),
-    *("weights", "weight_bits", "activations", "quantize_first_last"),
+    *("weights", "weight_bits", "weights_first_last", "activations", "quantize_first_last"),
 )
 
 
