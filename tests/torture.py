@@ -74,6 +74,7 @@ HARMLESS = (
 REFUSED = ({"optimizer.lr": 0.3}, {"batch_size": 7}, {"seed": 5})
 JOB = DIGITS | {"model.expansion": 9, "epochs": 2, "parallel.fsdp": "true"}
 PROCESSES, DEVICES, BOUND = 4, 2, 180  # seconds, three times JAX's patience with a silent process
+STARTED: list[subprocess.Popen[str]] = []
 MOMENTS = ("any time", "first step", "checkpoint", "sealed", "SIGTERM", "other settings")
 
 # Runs a script that kills itself when it has written the digests of so many checkpoints, which it
@@ -148,7 +149,7 @@ def settings_of(workdir: Path, settings: dict[str, Any]) -> list[str]:
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     # A group of its own, so that a kill is the process's alone, as the system's is for memory.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables,
@@ -157,6 +158,8 @@ def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def in_peace(arguments: list[str]) -> None:
@@ -380,11 +383,11 @@ def start_job(workdir: Path) -> list[subprocess.Popen[str]]:
 
 
 def finish_job(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes[1:] + processes[:1]:  # the first one prints, the others hardly
-        printed, _ = process.communicate()
-        if process.returncode:
-            print(printed)
-            raise SystemExit(f"job: a process ended with code {process.returncode}")
+    printed = [process.communicate()[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        print(*printed, sep="\n")
+        raise SystemExit(f"job: the processes ended with codes {codes}")
 
 
 def torture_job(kills: int, chance: random.Random) -> list[Kill]:
@@ -419,7 +422,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="of all runs together, the job's too")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when")
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
+    try:
+        return torture_all(arguments.kills, random.Random(arguments.seed))
+    finally:  # of runs that failed, some processes may be left
+        for process in STARTED:
+            process.kill()
+
+
+def torture_all(kills: int, chance: random.Random) -> int:
+    """Kills runs of all kinds, so many times; returns the exit code."""
     kinds: list[Callable[[int, random.Random], list[Kill]]] = [
         lambda kills, chance: torture("digits", DIGITS, kills, chance),
         lambda kills, chance: torture("files", FILES, kills, chance),
@@ -427,16 +438,16 @@ def main() -> int:
     ]
     done: list[Kill] = []
     for number, kind in enumerate(kinds):
-        left = arguments.kills - 1 - len(done)
+        left = kills - 1 - len(done)
         done += kind(left // (len(kinds) - number), chance)
     done += torture_job(1, chance)
     wrong = [one for one in done if not one.accounted]
     for (kind, moment), count in sorted(Counter((one.kind, one.moment) for one in done).items()):
         print(f"{kind:8} {moment:16} {count}")
-    print(f"{len(done)} kills of {arguments.kills}, {len(done) - len(wrong)} accounted for")
+    print(f"{len(done)} kills of {kills}, {len(done) - len(wrong)} accounted for")
     for one in wrong:
         print(f"not accounted for: {one}")
-    return bool(wrong) or len(done) != arguments.kills
+    return bool(wrong) or len(done) != kills
 
 
 if __name__ == "__main__":

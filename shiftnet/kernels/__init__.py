@@ -1,11 +1,11 @@
 """Operations that shift networks and low-bit networks are built from, one folder each.
 
-Each has gradients of its own, which `jax.grad` and `jax.vjp` take, and these have gradients again.
-`jax.jvp` and what is built on it (forward mode) find no rule, nor do third derivatives where a
-kernel runs: `implementation="xla"` has them.
+Each operation has its own gradient, used by `jax.grad` and `jax.vjp`, which can be differentiated
+once more. Forward mode (`jax.jvp`) is not supported, nor are third derivatives where a kernel runs;
+use `implementation="xla"` for those.
 
-In a checkout this package is also the top-level folder `kernels/`, a link to it; importing that
-gives these very modules.
+In a checkout the top-level folder `kernels/` is a symbolic link to this package; importing it
+returns the same modules.
 """
 
 if __name__ == "kernels":

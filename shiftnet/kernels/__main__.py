@@ -1,7 +1,7 @@
-"""The process in which `selftest` runs a GPU's kernels: `python -m shiftnet.kernels gpu PLACE ...`.
+"""Runs the self-test of a GPU's kernels for `selftest`: `python -m shiftnet.kernels gpu PLACE ...`.
 
-A place is `module:operation`. Prints a line of JSON for each: its name, why its kernels are not to
-be used or null, and whether that lasts.
+A place is `module:operation`. Prints one line of JSON for each: the operation's name, why its
+kernels must not be used (null where they may), and whether another test would give the same answer.
 """
 
 import importlib

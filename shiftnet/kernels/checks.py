@@ -1,4 +1,4 @@
-"""What the operations ask of their arguments, beside what is their own; all raise `ValueError`."""
+"""Checks of arguments that several operations share; all raise `ValueError`."""
 
 from typing import Any, get_args
 
@@ -10,7 +10,7 @@ from shiftnet.kernels.shift.offsets import ChannelOrder, Neighbourhood, Offsets
 
 
 def is_whole(*values: Any) -> bool:
-    """Whether all are whole numbers of at least 1."""
+    """Returns whether all values are integers of at least 1."""
     return all(isinstance(value, int | np.integer) and value >= 1 for value in values)
 
 
@@ -22,7 +22,7 @@ def moves(
     channel_order: ChannelOrder = "interleaved",
     offsets: Offsets | None = None,
 ) -> Offsets | Neighbourhood:
-    """Which offsets channels have; for sizes that are not whole, and offsets of other channels."""
+    """Returns the channels' offsets; raises if a size or the number of offsets is wrong."""
     if offsets is not None:
         dh, dw = offsets
         if len(dh) != channels or len(dw) != channels:
@@ -43,7 +43,7 @@ def moves(
 
 
 def stride(operation: str, value: int) -> None:
-    """For a stride that is no whole number of at least 1."""
+    """Raises if the stride is not an integer of at least 1."""
     if not is_whole(value):
         raise ValueError(f"{operation} needs a whole stride of at least 1, got {value}")
 
@@ -57,7 +57,7 @@ def _known(operation: str, channel_order: ChannelOrder) -> None:
 
 
 def same_dtype(operation: str, x: jax.Array, **arrays: jax.Array | None) -> None:
-    """For an `x` that is not floating, and `arrays` of another dtype than its."""
+    """Raises if `x` is not floating point or one of `arrays` has another dtype."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{operation} needs a floating x, got {x.dtype}")
     for name, array in arrays.items():
@@ -68,13 +68,13 @@ def same_dtype(operation: str, x: jax.Array, **arrays: jax.Array | None) -> None
 
 
 def shaped(operation: str, shape: tuple[int, ...], **arrays: jax.Array | None) -> None:
-    """For `arrays` that are not of the shape."""
+    """Raises if one of `arrays` has another shape."""
     for name, array in arrays.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{operation} needs {name} of the shape {shape}, got {array.shape}")
 
 
 def result_shape(x: jax.Array, features: int, stride: int) -> tuple[int, ...]:
-    """Of what a 1x1 convolution at a stride makes of `x`, `[N, H, W, C]`."""
+    """Returns the shape of a strided 1x1 convolution of `x`, `[N, H, W, C]`."""
     images, height, width, _ = x.shape
     return images, -(-height // stride), -(-width // stride), features

@@ -1,6 +1,6 @@
-"""What the Mosaic GPU kernels for Hopper share: the machine's sizes, groups of channels, loads.
+"""What the Mosaic GPU kernels for Hopper share: hardware limits, groups of channels, loads.
 
-Nothing here imports Pallas when the module is imported: a machine without it loads this too.
+Pallas is imported inside functions only, so that a machine without it can import this module.
 """
 
 import functools
@@ -12,21 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# An H100 or H200 (SXM) has 132 multiprocessors, and one block may use 227 KiB of shared memory.
+# An H100 or H200 (SXM) has 132 multiprocessors; a block can use 227 KiB of shared memory.
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
-# Left to barriers and to the alignment of every buffer to 1024 bytes.
+# Reserved for barriers and for the alignment of every buffer to 1024 bytes.
 RESERVED_BYTES = 8 * 1024
-# A TMA box reaches this far along every dimension.
+# The largest size of a TMA box along a dimension.
 BOX = 256
 
 
 class Tap(NamedTuple):
-    """The channels that move by one offset, and where the offset lies in the strided image.
+    """The channels with one offset, and what the offset is in the strided image.
 
     With stride s, output pixel (h, w) reads input pixel (h*s + dh, w*s + dw): pixel (h + row,
-    w + column) of the image that takes every s-th row from `row_phase` and every s-th column from
-    `column_phase`. All these images have the size of the output, so that a shift is an offset of
+    w + column) of the image of every s-th row from `row_phase` on and every s-th column from
+    `column_phase` on. These images have the size of the output, so that a shift is an offset of
     whole pixels in them at any stride.
     """
 
@@ -41,12 +41,12 @@ class Tap(NamedTuple):
         return self.row_phase, self.column_phase
 
     def flat(self, width: int) -> int:
-        """The offset in pixels that are numbered through all images."""
+        """Returns the offset in pixels that are numbered through all images."""
         return self.row * width + self.column
 
 
 def taps(dh: np.ndarray, dw: np.ndarray, stride: int, height: int, width: int) -> list[Tap]:
-    """The taps of an output of this size; without those that read nothing but zeros."""
+    """Returns the taps of an output of this size, without those that read only zeros."""
     members: dict[tuple[int, int], list[int]] = {}
     for channel, offset in enumerate(zip(dh.tolist(), dw.tolist(), strict=True)):
         members.setdefault(offset, []).append(channel)
@@ -58,11 +58,11 @@ def taps(dh: np.ndarray, dw: np.ndarray, stride: int, height: int, width: int) -
 
 
 class Image(NamedTuple):
-    """What a strided product reads and writes.
+    """The geometry of a strided product's input and output.
 
     Attributes:
-      height, width: of the output.
-      line: pixels in a row of the copies' view of x.
+      height, width: size of the output.
+      line: pixels per row of the view of x that copies use.
       taps: the offsets.
     """
 
@@ -73,7 +73,7 @@ class Image(NamedTuple):
 
 
 def image(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> Image | str:
-    """How `x [N, H, W, C]` is read at this stride, or why it cannot be."""
+    """Returns how `x [N, H, W, C]` is read at this stride, or why that is not supported."""
     n, height, width, _ = x.shape
     if x.dtype != jnp.bfloat16:
         return f"x is {x.dtype}, not bfloat16"
@@ -99,16 +99,16 @@ def image(x: jax.Array, dh: np.ndarray, dw: np.ndarray, stride: int) -> Image | 
 
 
 class Halo(NamedTuple):
-    """A tile of pixels in shared memory, with as many before and after as offsets reach.
+    """A tile of pixels in shared memory, with the pixels before and after it that offsets reach.
 
     Attributes:
-      line: pixels in a row of the copies' view.
-      rows: of a tile.
+      line: pixels per row of the view that copies use.
+      rows: rows of a tile.
       before: rows loaded before a tile.
       front: pixels in shared memory before the first row that is loaded.
-      loaded: rows loaded, those before and after a tile included.
-      pixels: in shared memory; all that is read has its place, also what masks drop.
-      computed: pixels of a tile, rounded up to what the tensor cores take.
+      loaded: rows loaded, including those before and after the tile.
+      pixels: pixels in shared memory, including those that are read but masked.
+      computed: pixels of a tile, rounded up to a size that the tensor cores support.
     """
 
     line: int
@@ -125,12 +125,12 @@ class Halo(NamedTuple):
         return self.rows * self.line
 
     def base(self, index: Any) -> Any:
-        """Where the pixels of a tile begin in shared memory."""
+        """Returns where the pixels of a tile begin in shared memory."""
         return self.front + (index * self.rows - self._first_row(index)) * self.line
 
     def copies(self, interpret: bool) -> list[tuple[int, int]]:
-        """First row and number of rows of each copy of a phase."""
-        # One row at a time where a copy cannot take several: the interpreter does not reshape.
+        """Returns the first row and the number of rows of each copy of a phase."""
+        # The interpreter cannot reshape, so its copies of a strided image are single rows.
         box = 1 if interpret and self.line > 1 else BOX
         return [(row, min(box, self.loaded - row)) for row in range(0, self.loaded, box)]
 
@@ -150,11 +150,11 @@ class Halo(NamedTuple):
         Args:
           source: the image `[rows, channels]`, or strided `[rows, 2, line, 2, channels]`.
           target: shared memory, `[pixels, more than channels]`.
-          arrived: the barrier that waits for the copies.
-          index: of the tile.
-          phase: of the strided image.
-          block: any index of the grid.
-          interpret: whether the kernel is simulated.
+          arrived: barrier for the end of the copies.
+          index: index of the tile.
+          phase: phase of the strided image.
+          block: any grid index.
+          interpret: whether the kernel is interpreted.
         """
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -174,12 +174,12 @@ class Halo(NamedTuple):
             plgpu.copy_gmem_to_smem(source.at[(*where, padded(block, pitch))], part, arrived)
 
     def _first_row(self, index: Any) -> Any:
-        # Never negative: rows before the first tile are not loaded, and masks drop them.
+        # Never negative: rows before the first tile are not loaded, and are masked.
         return jnp.maximum(index * self.rows - self.before, 0)
 
 
 def halo(view: Image, most: int) -> Halo | None:
-    """How to cut an image into tiles of at most `most` pixels; None where no row is that short."""
+    """Divides an image into tiles of at most `most` pixels; None if its rows are longer."""
     reach = max(abs(tap.flat(view.width)) for tap in view.taps)
     front = round_up(reach, 8)
     if view.line == 1:
@@ -187,7 +187,7 @@ def halo(view: Image, most: int) -> Halo | None:
     else:
         before = max(0, *(-tap.row for tap in view.taps))
         after = max(0, *(tap.row for tap in view.taps))
-    # The copy engine moves multiples of 128 bytes to multiples of 128 bytes: 8 pixels.
+    # The copy engine moves multiples of 128 bytes between 128-byte aligned addresses: 8 pixels.
     unit = 8 // math.gcd(view.line, 8)
     rows = most // view.line // unit * unit
     if rows == 0:
@@ -201,13 +201,13 @@ def halo(view: Image, most: int) -> Halo | None:
 
 
 def coordinates(pixels: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column of pixels that are numbered through all images."""
+    """Returns row and column of pixels that are numbered through all images."""
     pixels = jax.lax.rem(pixels, np.int32(height * width))
     return jax.lax.div(pixels, np.int32(width)), jax.lax.rem(pixels, np.int32(width))
 
 
 def inside(tap: Tap, row: jax.Array, column: jax.Array, height: int, width: int) -> Any:
-    """Which of the pixels at these rows and columns a tap reads inside the image; None for all."""
+    """Returns for which pixels a tap reads inside the image, or None if it does for all."""
     masks = []
     for offset, position, size in ((tap.row, row, height), (tap.column, column, width)):
         if offset < 0:
@@ -222,12 +222,12 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def swizzle_bytes(*elements: int) -> int:
-    """The widest swizzle whose rows divide all these numbers of 2-byte elements."""
+    """Returns the widest swizzle whose rows divide all these numbers of 2-byte elements."""
     return 2 * math.gcd(64, *elements)
 
 
 def tiled(swizzle: int) -> tuple[Any, ...]:
-    """The transforms of a shared-memory matrix that the tensor cores or a TMA copy access."""
+    """Returns the transforms of a matrix in shared memory for the tensor cores and TMA copies."""
     from jax.experimental.pallas import mosaic_gpu
 
     plgpu: Any = mosaic_gpu  # its transforms look abstract to a type checker
@@ -235,26 +235,26 @@ def tiled(swizzle: int) -> tuple[Any, ...]:
 
 
 def matrices(*shape: int, part: int = 0) -> Any:
-    """Shared memory for factors of products, which are cut into parts of so many columns."""
+    """Returns shared memory for factors of products that are sliced into `part` columns."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled(swizzle_bytes(*shape[-2:], part)))
 
 
 def interpret_params(interpret: bool) -> Any:
-    """What `plgpu.kernel` takes as `interpret`: the simulation on a CPU, or False."""
+    """Returns the `interpret` argument of `plgpu.kernel`: parameters of the interpreter or False."""
     if not interpret:
         return False
     # Private in JAX 0.10.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    # Outside an array a copy reads zeros, as the hardware does. What no copy wrote is NaN, so that
-    # nothing may depend on it.
+    # As on the hardware, a copy reads zeros outside an array. Memory that no copy wrote is NaN, to
+    # reveal results that depend on it.
     return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
 
 
 def compiler_params() -> Any:
-    """Lane semantics: the kernels state each layout and transform instead of having them found."""
+    """Returns parameters for lane semantics: the kernels state all layouts and transforms."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -263,7 +263,7 @@ def compiler_params() -> Any:
 def launch(
     kernel: Any, out_type: Any, *, blocks: int, warpgroups: int, interpret: bool, **options: Any
 ) -> Any:
-    """The function of arrays that runs a kernel: axis `"block"` of the grid, `"wg"` inside one."""
+    """Returns a function of arrays that runs a kernel; its axes are `"block"` (grid) and `"wg"`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.kernel(
@@ -280,14 +280,14 @@ def launch(
 
 
 def total(sums: jax.Array, shares: int, chunks: int) -> jax.Array:
-    """`[chunks, ...]` of the sums of each warpgroup `[shares * chunks or more, ...]`."""
+    """Adds up the sums of the warpgroups, `[shares * chunks or more, ...]`, to `[chunks, ...]`."""
     return sums[: shares * chunks].reshape(shares, chunks, *sums.shape[1:]).sum(0)
 
 
 def padded(block: jax.Array, size: int) -> Any:
-    """The channels from the first on, more than there are: copies fill or drop the rest.
+    """Returns a slice of more channels than there are: copies zero-fill or drop the rest.
 
-    JAX 0.12 refuses such a slice where it starts at a constant.
+    JAX 0.12 rejects such a slice with a constant start.
     """
     from jax.experimental import pallas as pl
 
@@ -295,10 +295,10 @@ def padded(block: jax.Array, size: int) -> Any:
 
 
 def load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
-    """Reads shared memory into registers of this layout, at any row offset."""
+    """Loads shared memory into registers of this layout, at any row offset."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if interpret:  # the interpreter of JAX 0.10 knows no other load
+    if interpret:  # the interpreter of JAX 0.10 supports no other load
         return ref[...]
     # JAX 0.10 requires an index, 0.11 deprecates it, 0.12 has none.
     parameter = inspect.signature(plgpu.load).parameters.get("idx")
@@ -309,7 +309,7 @@ def load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
 
 
 def count_up(first: jax.Array, number: int, layout: Any, interpret: bool) -> jax.Array:
-    """`first`, `first + 1` and so on in registers of this layout."""
+    """Returns `first`, `first + 1` and so on in registers of this layout."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     numbers = jax.lax.iota(jnp.int32, number)
@@ -317,22 +317,22 @@ def count_up(first: jax.Array, number: int, layout: Any, interpret: bool) -> jax
 
 
 def multiply_add(acc: Any, a: jax.Array, b: Any, scratch: Any) -> None:
-    """`acc += a @ b`; with `a` in registers through `scratch`, which the interpreter needs."""
+    """Computes `acc += a @ b`; the interpreter needs `scratch` for an `a` in registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if scratch is None or not isinstance(a, jax.Array):
         plgpu.wgmma(acc, a, b)
         return
-    # The interpreter multiplies references only.
+    # The interpreter supports products of references only.
     scratch = scratch.at[:, : a.shape[1]]
     scratch[...] = a
     plgpu.wgmma(acc, scratch, b)
 
 
 def where_bits(keep: jax.Array, value: jax.Array) -> jax.Array:
-    """`value` in the rows, or at the places, to keep and 0 elsewhere.
+    """Returns `value` where `keep` is set, and 0 elsewhere; `keep` is for rows or for elements.
 
-    1 instruction for 2 bfloat16 values where there is 1 mask for a row.
+    With a mask for rows it takes one instruction for two bfloat16 values.
     """
     mask = jnp.where(keep, np.int16(-1), np.int16(0))
     if mask.shape != value.shape:

@@ -1,7 +1,7 @@
-"""What decides which program is traced: the platform, the mesh, and whether kernels are wanted.
+"""The context that selects implementations: the platform, the mesh, and `only_xla`.
 
-All of it is part of `jax.jit`'s cache key, so that a function traced before is traced anew where
-one of them differs: the first and the last are JAX's user contexts, and the mesh is JAX's own.
+All three are part of `jax.jit`'s cache key, so a function is retraced when one of them changes: the
+platform and `only_xla` are JAX user contexts, and the mesh is JAX's own.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ _platform: Any = jax.make_user_context(None)
 
 
 def only_xla() -> contextlib.AbstractContextManager[None]:
-    """While a program is traced within, no operation takes a kernel unless it is asked for.
+    """Selects plain XLA in programs traced in this context, unless a call names an implementation.
 
-    For programs that must run on any device (exported ones), and for comparisons. The environment's
-    SHIFTNET_ONLY_XLA=1 does the same to a whole process.
+    For programs that must run on any device, such as exported ones, and for comparisons. The
+    environment variable SHIFTNET_ONLY_XLA=1 does the same for a whole process.
     """
     return _only_xla(True)
 
 
 def is_only_xla() -> bool:
-    """Whether this is within `only_xla`."""
+    """Returns whether `only_xla` is active."""
     return _only_xla.value
 
 
 def lowered_for(platform: str) -> contextlib.AbstractContextManager[None]:
-    """While a program is traced within, it is laid out for a platform, or for a runtime of ONNX.
+    """Selects those for `platform` in programs traced in this context.
 
-    For compiling for a device that is not here, and for conversion; without it, for JAX's default
-    device.
+    For compiling for a device that is not attached, and for conversion to ONNX. Without it, they
+    are those of JAX's default device.
 
     Args:
       platform: "cpu", "tpu", "gpu" or "onnx".
@@ -44,23 +44,23 @@ def lowered_for(platform: str) -> contextlib.AbstractContextManager[None]:
 
 
 def is_lowered_for(platform: str) -> bool:
-    """Whether this is within `lowered_for(platform)`."""
+    """Returns whether `lowered_for(platform)` is active."""
     return _platform.value == platform
 
 
 def platform() -> str:
-    """The platform that programs are laid out for: "cpu", "tpu", "gpu" or "onnx"."""
+    """Returns the platform that implementations are selected for, see `lowered_for`."""
     return _platform.value or jax.default_backend()
 
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, str]:
-    """What `jax.jit` tells XLA, as its `compiler_options`, about a program for this platform.
+    """Returns the `compiler_options` for `jax.jit` of a program for this platform.
 
-    On a CPU: to take YNNPACK for sums and convolutions but not for matrix products. With 16 to 96
-    inputs a product, XLA's other library took 0.24 ms where YNNPACK took 0.6 ms (32,768 pixels, 16
-    to 48 channels, 2 cores), a training step of ShiftResNet20 0.28 s in place of 0.30 s, inference
-    0.055 s in place of 0.061 s.
+    On a CPU they select YNNPACK for reductions and convolutions but not for matrix products. For
+    products with 16 to 96 inputs XLA's other library took 0.24 ms and YNNPACK 0.6 ms (32,768
+    pixels, 16 to 48 channels, 2 cores); a training step of ShiftResNet20 took 0.28 s instead of
+    0.30 s, and inference 0.055 s instead of 0.061 s.
     """
     if platform != "cpu":
         return {}
@@ -68,18 +68,18 @@ def compiler_options(platform: str) -> dict[str, str]:
     options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # an experimental option, which a later XLA may not know
+    except jax.errors.JaxRuntimeError:  # experimental: a later XLA may not have the option
         return {}
     return options
 
 
 class Division(NamedTuple):
-    """How a batch lies on the devices of a mesh.
+    """How a batch is sharded over the devices of a mesh.
 
     Attributes:
       mesh: the mesh.
-      axes: its axes that the batch is divided over; none where every device has the whole batch.
-      free: its axes that are not manual already, as they are within a `jax.shard_map`.
+      axes: names of the mesh axes that the batch is sharded over; empty if it is replicated.
+      free: names of the mesh axes that are not manual (those of an enclosing `jax.shard_map` are).
     """
 
     mesh: AbstractMesh
@@ -88,11 +88,11 @@ class Division(NamedTuple):
 
 
 def division(x: Any) -> Division | None:
-    """How the first axis of `x` is divided over devices; None where there is one device, or none.
+    """Returns how the first axis of `x` is sharded; None without a mesh of several devices.
 
-    The mesh is that of the type of `x`, which it has from the sharding of a program's arguments, or
-    else the one of `jax.set_mesh`. A mesh with explicit axes knows which of them divide the batch;
-    otherwise the first one is taken to, if it does so evenly.
+    The mesh is that of the type of `x`, which comes from the sharding of the program's arguments,
+    or else the one of `jax.set_mesh`. With explicit axes the type of `x` says which of them shard
+    the batch; otherwise it is assumed to be the first one, if its size divides the batch.
     """
     sharding = jax.typeof(x).sharding
     mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
@@ -111,6 +111,6 @@ def division(x: Any) -> Division | None:
 
 
 def local_batch(x: Any) -> int:
-    """How many images of a batch `x` one device has."""
+    """Returns the number of images of a batch `x` on each device."""
     found = division(x)
     return len(x) // math.prod(found.mesh.shape[axis] for axis in found.axes) if found else len(x)

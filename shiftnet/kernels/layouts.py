@@ -1,8 +1,8 @@
-"""The order of an image batch's axes.
+"""The order of the axes of a batch of images.
 
-NHWC is what JAX's convolutions, cuDNN and everything outside the kernels take. HWCN has the batch
-innermost: on a TPU the 128 lanes then hold 128 images, so a shift moves whole rows of them by an
-address, where NHWC would shuffle lanes, and 16 channels are not padded to 128 lanes.
+JAX's convolutions, cuDNN and everything outside the kernels use NHWC. HWCN has the batch innermost:
+the 128 lanes of a TPU's vector registers then hold 128 images, so that a shift only changes
+addresses, where NHWC would shuffle lanes, and 16 channels are not padded to 128 lanes.
 """
 
 from typing import Literal
@@ -21,22 +21,22 @@ LANES = 128  # of a TPU's vector registers
 
 
 def to_nhwc(x: jax.Array, layout: Layout) -> jax.Array:
-    """`x` in NHWC, out of `layout`."""
+    """Transposes `x` from `layout` to NHWC."""
     return x if layout == "NHWC" else x.transpose(3, 0, 1, 2)
 
 
 def from_nhwc(x: jax.Array, layout: Layout) -> jax.Array:
-    """`x` in `layout`, out of NHWC."""
+    """Transposes `x` from NHWC to `layout`."""
     return x if layout == "NHWC" else x.transpose(1, 2, 3, 0)
 
 
 def per_channel(values: jax.Array, layout: Layout = "NHWC") -> jax.Array:
-    """`[C]` in the shape that multiplies an image batch."""
+    """Reshapes `[C]` so that it broadcasts against a batch of images."""
     return values if layout == "NHWC" else values[:, None]
 
 
 def every(x: jax.Array, stride: int, layout: Layout = "NHWC") -> jax.Array:
-    """Every `stride`-th row and column, from the first."""
+    """Subsamples: keeps every `stride`-th row and column, starting with the first."""
     rows = ROWS[layout]
     for axis in (rows, rows + 1):
         x = jax.lax.slice_in_dim(x, 0, None, stride, axis) if stride > 1 else x
@@ -44,16 +44,16 @@ def every(x: jax.Array, stride: int, layout: Layout = "NHWC") -> jax.Array:
 
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What sums over pixels, and statistics, are taken in: float32, or `dtype` if that is wider."""
+    """Returns the dtype of sums over pixels and of statistics: float32, or `dtype` if wider."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def product(x: jax.Array, w: jax.Array, layout: Layout = "NHWC") -> jax.Array:
-    """The 1x1 convolution of images of C channels by `w`, `[C, K]`.
+    """Returns the pointwise (1x1) convolution of images of C channels with `w`, `[C, K]`.
 
-    In NHWC as one product of two matrices: XLA's CPU backend then computes the weights' gradient
-    without copying the activations, several times faster than a convolution's. In ONNX as a
-    convolution, so that a network is one in NCHW throughout.
+    In NHWC it is one matrix multiplication: XLA's CPU backend then computes the gradient of the
+    weights without copying the activations, several times faster than that of a convolution. For
+    ONNX it is a convolution, so that all of a network is in NCHW there.
     """
     if is_lowered_for("onnx"):
         return jax.lax.conv_general_dilated(
@@ -67,9 +67,10 @@ def product(x: jax.Array, w: jax.Array, layout: Layout = "NHWC") -> jax.Array:
 def affine(
     x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, layout: Layout = "NHWC"
 ) -> jax.Array:
-    """`x * scale + bias` in the dtype of x, computed in float32 or wider; `[C]` each, or None.
+    """Returns `x * scale + bias` in the dtype of `x`; scale and bias are `[C]` each, or None.
 
-    So that the gradients of `scale` and `bias`, which are sums over all pixels, are wide sums.
+    It is computed in float32 or wider, so that the gradients of `scale` and `bias`, which are sums
+    over all pixels, are too.
     """
     y = x.astype(wide_dtype(x.dtype))
     if scale is not None:

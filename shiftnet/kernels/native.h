@@ -1,4 +1,4 @@
-// What operations written in C++ share: vectors of floats, memory and threads.
+// What the operations in C++ share: vectors of floats, memory and threads.
 //
 // Everything is compiled for the machine it runs on (see native.py), so the width of a vector is known.
 // Timed with AVX-512 and AVX2; other instruction sets compile and are untimed.
@@ -44,8 +44,8 @@ typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)
 inline Vector Load(const float* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
 inline void Store(float* to, Vector value) { *reinterpret_cast<UnalignedVector*>(to) = value; }
 
-// The first `count` lanes, of which there may be more or fewer than a vector has; none beyond them is
-// touched, and those read are zeros.
+// The first `count` lanes; `count` may exceed the size of a vector. Memory beyond them is not
+// accessed, and lanes beyond them are read as zeros.
 #if defined(__AVX512F__)
 inline __mmask16 Mask(int64_t count) { return count >= kLanes ? 0xffff : (1u << count) - 1; }
 inline Vector LoadPart(const float* from, int64_t count) {
@@ -87,7 +87,7 @@ constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 // ------------------------------------------------------------------------------------------------
 // Memory and threads
 
-// A buffer of floats out of a list of those not in use, because fresh memory costs page faults.
+// A buffer of floats from a list of unused ones, because fresh memory costs page faults.
 class Buffer {
  public:
   explicit Buffer(int64_t size) {
@@ -100,7 +100,7 @@ class Buffer {
         idle().erase(block);
         return;
       }
-      if (!idle().empty()) idle().erase(idle().begin());  // it is replaced by a larger one
+      if (!idle().empty()) idle().erase(idle().begin());  // replaced by a larger one
     }
     block_.size = size;
     block_.data.reset(static_cast<float*>(::operator new(size * sizeof(float), kAlignment)));
@@ -109,7 +109,7 @@ class Buffer {
     std::lock_guard<std::mutex> lock(mutex());
     auto larger = [&](const Block& other) { return other.size >= block_.size; };
     auto place = std::find_if(idle().begin(), idle().end(), larger);
-    idle().insert(place, std::move(block_));  // from the smallest to the largest
+    idle().insert(place, std::move(block_));  // sorted by size
   }
   Buffer(const Buffer&) = delete;
   float* get() const { return block_.data.get(); }
@@ -135,8 +135,8 @@ class Buffer {
 };
 
 // Calls task(0) to task(count - 1) on XLA's threads and on this one, and returns when all are done.
-// This thread works too and waits only for tasks that others have begun, so that it cannot wait for
-// ever, even where all of XLA's threads are in here.
+// This thread runs tasks too and waits only for tasks that other threads have started, so that there
+// is no deadlock even if all of XLA's threads are in this function.
 template <typename Task>
 void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct State {
@@ -145,7 +145,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
     std::condition_variable all_done;
   };
   auto state = std::make_shared<State>();
-  auto work = [state, count, &task] {  // `task` is used only while this function waits
+  auto work = [state, count, &task] {  // `task` is used only until this function returns
     int64_t finished = 0;
     for (int64_t i; (i = state->next.fetch_add(1)) < count; ++finished) task(i);
     if (finished > 0 && state->done.fetch_add(finished) + finished == count) {
@@ -161,7 +161,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Arguments of XLA
+// Arguments from XLA
 
 using Array = ffi::Buffer<ffi::F32>;
 
@@ -174,13 +174,13 @@ inline Images ImagesOf(const Array& array) {
   return {sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
-// An array, and how many axes it has without those that come from jax.vmap, which are the first.
+// An array, and the number of its axes without the leading ones that come from jax.vmap.
 struct Ranked {
   const Array* array;
   size_t rank;
 };
 
-// How often to do the same, one part of every array after the other, or -1 where their leading axes
+// The product of the leading axes' sizes: the number of repetitions; -1 if the arrays' leading axes
 // differ.
 inline int64_t Repetitions(std::initializer_list<Ranked> arrays) {
   const auto leading = [](const Ranked& ranked) {

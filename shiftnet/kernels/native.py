@@ -1,10 +1,10 @@
 """Compiles the operations that are written in C++ for this machine, at their first use.
 
-The library lies in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that changes
-with the source, jaxlib, the compiler and the processor's instructions, so that nothing is ever out
-of date. It takes a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is there, and
-about twenty seconds, once; JAX brings the headers. Without a compiler, or with SHIFTNET_NATIVE=0,
-these operations run in plain XLA.
+The library is kept in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that
+depends on the source, jaxlib, the compiler and the processor's instruction set, so that it is never
+out of date. Compilation needs a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is
+found, and takes about twenty seconds, once; the headers are part of JAX. Without a compiler, or
+with SHIFTNET_NATIVE=0, these operations run in plain XLA.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import jax
 
 try:
     import fcntl
-except ImportError:  # not a Unix: two processes may compile at the same time, to no harm
+except ImportError:  # not Unix: two processes may compile at the same time, which does no harm
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def load() -> Outcome:
-    """Compiles the library where that was not done before, and makes it known to XLA."""
+    """Compiles the library if needed, loads it, and registers its functions with XLA."""
     if os.environ.get("SHIFTNET_NATIVE", "1") in ("", "0"):
         return Outcome(None, "SHIFTNET_NATIVE=0 leaves out what a C++ compiler has to build")
     try:
@@ -72,10 +72,10 @@ def load() -> Outcome:
 
 
 def _compiler() -> list[str]:
-    """The compiler's command.
+    """Returns the compiler's command.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: if there is no compiler.
     """
     if named := os.environ.get("CXX"):
         return shlex.split(named)
@@ -86,7 +86,7 @@ def _compiler() -> list[str]:
 
 
 def _built(compiler: list[str]) -> Path:
-    """The library's path; compiles it where it is not there."""
+    """Returns the library's path, after compiling it if it does not exist."""
     folder = _cache()
     path = folder / f"native-{_digest(compiler)}.so"
     if path.exists():
@@ -99,12 +99,12 @@ def _built(compiler: list[str]) -> Path:
             made = Path(place) / path.name
             include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")
             _output([*compiler, *FLAGS, *include, *map(str, SOURCES), "-o", str(made)])
-            made.replace(path)  # all of it, or nothing
+            made.replace(path)  # atomic
     return path
 
 
 def _digest(compiler: list[str]) -> str:
-    """What the library depends on: the predefined macros name compiler and instructions."""
+    """Hashes what the library depends on; macros identify the compiler and the instructions."""
     macros = _output([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull])
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     parts = (*texts, macros, *FLAGS, version("jaxlib"))
@@ -116,8 +116,8 @@ def _output(command: list[str]) -> str:
 
 
 def _cache() -> Path:
-    """A folder that this user can write to: a temporary one where the home cannot be written."""
-    with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or not for writing
+    """Returns a writable folder: a temporary one if the home directory is not writable."""
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or a read-only one
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "shiftnet")
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -127,7 +127,7 @@ def _cache() -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Keeps other processes out."""
+    """Excludes other processes."""
     with path.open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

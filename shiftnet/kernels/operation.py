@@ -1,19 +1,19 @@
-"""What an operation is: how it is differentiated, divided over devices, and chosen a kernel for.
+"""Operations: differentiation, sharding over devices, and selection of an implementation.
 
 To add one, make a folder `kernels/NAME/` with
 
     xla.py       the reference: `forward(*operands, **settings)` in plain XLA, NHWC, any arguments
-    cpu.py, tpu.py, gpu.py, as far as there are kernels:
+    cpu.py, tpu.py, gpu.py, for the platforms that have a kernel:
                  `forward(*operands, **settings)`, which may also take an `Epilogue`'s arguments,
                  `backward(*operands, dout, **settings)`, the gradients of all operands, and
-                 `unsupported(*operands, backward, **settings)`, a clause that says why not, or None
+                 `unsupported(*operands, backward, **settings)`, the reason in one clause, or None
     __init__.py  NAME = the public function: its docstring and checks; it ends in a call of
                  OPERATION = Operation("NAME", xla.forward, {"cpu": Kernel(...), ...}, ...)
 
-and nothing elsewhere: the gradient of a reference is `jax.vjp`'s, second derivatives are the
-reference's, a kernel that works in HWCN says so, and `cases` are what `selftest` runs on a device
-before its first use. `with choices() as seen` collects what was chosen and why, while programs are
-traced.
+Nothing else is needed: the reference is differentiated by `jax.vjp`, second derivatives are those
+of the reference, a kernel in HWCN states its layout, and `cases` are what `selftest` runs on a
+device before its first use. `with choices() as seen` collects which implementations are selected,
+and why, while programs are traced.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ _seen: ContextVar[list[str] | None] = ContextVar("_seen", default=None)
 
 @contextlib.contextmanager
 def choices() -> Iterator[list[str]]:
-    """Collects what the operations choose while programs are traced within.
+    """Collects which implementations operations select in programs traced in this context.
 
-    Programs that were traced before choose nothing again.
+    Programs that were traced before it add nothing.
 
     Yields:
-      A list that grows: "shift_block: cpu", "shift: xla, since it has no cpu kernel", each
-      line once.
+      A list that grows by lines such as "shift_block: cpu" or "shift: xla, since it has no cpu
+      kernel", each of them once.
     """
     seen: list[str] = []
     token = _seen.set(seen)
@@ -61,33 +61,33 @@ def _record(line: str) -> None:
 
 
 def decide(*, again: bool = False) -> Mapping[str, str]:
-    """Tests the kernels of all imported operations on the default device: call it before training.
+    """Tests the kernels of all imported operations on the default device; call it before training.
 
-    In a job of several processes each must call it, at the same place: the first one tests, and all
-    follow it. Without it an operation is tested when it is first traced, and a job of several
-    processes takes no kernels.
+    In a job of several processes all of them must call it at the same point: the first one tests,
+    and the others use its results. Without this call an operation is tested when it is first
+    traced, and a job of several processes uses no kernels.
 
     Args:
-      again: whether to test what was tested before, by this process or an earlier one.
+      again: whether to repeat tests that this process or an earlier one has done.
 
     Returns:
-      Why kernels are left out, by operation; nothing on a CPU.
+      The reason why kernels are not used, by operation; empty on a CPU.
     """
     return selftest.decide(OPERATIONS.values(), again=again)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An implementation beside the reference.
+    """An implementation other than the reference.
 
     Attributes:
-      forward: `forward(*operands, **settings)`; where the operation is called with an epilogue, its
-        parts come as `out_scale`, `out_bias`, `out_relu` and `residual`.
+      forward: `forward(*operands, **settings)`; the parts of an epilogue are passed as `out_scale`,
+        `out_bias`, `out_relu` and `residual`, those that the call has.
       backward: `backward(*operands, dout, **settings)`, a tuple of the operands' gradients; None
-        has the reference's.
-      unsupported: why it cannot take these operands (arrays or their shapes) and settings, in one
-        clause; None takes all.
-      layout: of the images that it takes and returns.
+        uses those of the reference.
+      unsupported: returns why these operands (arrays or their shapes) and settings are not
+        supported, in one clause, or None; without this function all are supported.
+      layout: layout of the images that it takes and returns.
     """
 
     forward: Callable[..., jax.Array]
@@ -97,14 +97,14 @@ class Kernel:
 
 
 class Case(NamedTuple):
-    """What `selftest` calls an operation with: random bfloat16 operands of these shapes."""
+    """Arguments for `selftest`: random bfloat16 operands of these shapes, and settings."""
 
-    shapes: tuple[tuple[int, ...] | None, ...]  # None for operands that are not there
+    shapes: tuple[tuple[int, ...] | None, ...]  # None for an operand that is None
     settings: Mapping[str, Any] = {}
 
 
 class Epilogue(NamedTuple):
-    """What may follow an operation: scale, bias, (a ReLU,) and an addition, each if it is there."""
+    """Optional steps after an operation: scale, bias, (ReLU,) and addition, in this order."""
 
     out_scale: jax.Array | None = None
     out_bias: jax.Array | None = None
@@ -112,7 +112,7 @@ class Epilogue(NamedTuple):
 
 
 def finish(y: jax.Array, epilogue: Epilogue, relu: bool) -> jax.Array:
-    """Does the epilogue in plain XLA; `[..., K]`, scale and bias `[K]` in float32 or wider."""
+    """Applies the epilogue to `y`, `[..., K]`, in plain XLA; scale and bias in float32 or wider."""
     scale, bias, residual = epilogue
     if scale is not None or bias is not None:
         y = affine(y, scale, bias, "NHWC")
@@ -122,19 +122,20 @@ def finish(y: jax.Array, epilogue: Epilogue, relu: bool) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """An operation on images, whose arguments are checked already.
+    """An operation on images; its arguments must have been checked.
 
-    Calling it with operands and settings by name (hashable values) returns one array.
-    `implementation`, `out_relu` and an `Epilogue`'s arguments are known to all operations.
+    It is called with operands and keyword settings (hashable values) and returns one array. All
+    operations accept `implementation`, `out_relu` and the arguments of an `Epilogue`.
 
     Attributes:
-      name: for errors and messages.
+      name: name for errors and messages.
       reference: `reference(*operands, **settings)` in plain XLA, differentiable.
-      kernels: by implementation; None chooses those called "cpu", "tpu" and "gpu" there.
-      images: which operands are images, `[N, H, W, C]`; the first one and the result are if any is.
-      prepare: `prepare(*operands, **settings)` makes the settings that reference and kernels take
-        of those of a call; by default they are the same.
-      cases: for `selftest`.
+      kernels: kernels by implementation; those named "cpu", "tpu" and "gpu" are selected on that
+        platform if a call names no implementation.
+      images: which operands are images, `[N, H, W, C]`; if any is, so are the first and the result.
+      prepare: `prepare(*operands, **settings)` converts the settings of a call to those that the
+        reference and the kernels take; by default they are the same.
+      cases: what `selftest` runs.
     """
 
     name: str
@@ -176,7 +177,7 @@ class Operation:
 
 
 class _Call(NamedTuple):
-    """What a call is beside its arrays. Its gradient is taken later, and is to be of one kind."""
+    """The static part of a call, kept so that its gradient uses the same implementation."""
 
     operation: Operation
     settings: tuple[tuple[str, Any], ...]
@@ -186,7 +187,7 @@ class _Call(NamedTuple):
     division: Division | None
 
     def prepared(self, operands: Sequence[Any]) -> dict[str, Any]:
-        """The settings of the reference and the kernels."""
+        """Returns the settings of the reference and the kernels."""
         settings = dict(self.settings)
         prepare = self.operation.prepare
         return settings if prepare is None else prepare(*operands, **settings)
@@ -195,7 +196,7 @@ class _Call(NamedTuple):
         return self.operation.reference(*operands, **self.prepared(operands))
 
     def forward(self, *arrays: Any) -> jax.Array:
-        """The operation of operands and epilogue, by the implementation chosen for these shapes."""
+        """Applies the operation and the epilogue, by the implementation for these shapes."""
         count = len(self.operation.images)
         settings = self.prepared(arrays[:count])
 
@@ -220,7 +221,7 @@ class _Call(NamedTuple):
         )
 
     def backward(self, *arrays: Any) -> tuple[Any, ...]:
-        """The gradients of the operands, which `arrays` begins with, for that of the result."""
+        """Returns the operands' gradients; `arrays` are the operands and the result's gradient."""
         images = self.operation.images
         settings = self.prepared(arrays[:-1])
 
@@ -247,10 +248,10 @@ class _Call(NamedTuple):
         return self._either(name, by, plain, arrays)
 
     def _choice(self, operands: Sequence[Any], settings: dict[str, Any]) -> tuple[str, str | None]:
-        """The implementation, and why it is plain XLA if that was not asked for.
+        """Returns the implementation and, if it is plain XLA, the reason.
 
         Raises:
-          ValueError: where one is asked for that cannot take the operands.
+          ValueError: if the implementation that the call names does not support the operands.
         """
         operation, name = self.operation, self.implementation
         if name == "xla":
@@ -296,7 +297,7 @@ class _Call(NamedTuple):
         plain: Callable[..., Any],
         arrays: Sequence[Any],
     ) -> Any:
-        """Runs the kernel; on its platform alone, where the program may be lowered for another."""
+        """Runs the kernel, on its platform only where the program may be lowered for another."""
         kernel = _differentiable(kernel, plain)
         if self.implementation is not None:
             return kernel(*arrays)
@@ -307,14 +308,14 @@ class _Call(NamedTuple):
     ) -> Any:
         """Calls a function on each device's images.
 
-        The compiler, which divides everything else over the devices by itself, cannot look into a
-        kernel, and would hand each device the whole batch.
+        The compiler partitions everything else over the devices, but it cannot look into a kernel
+        and would gather the whole batch on each device.
 
         Args:
-          call: from `arrays` to its results.
+          call: function of `arrays`.
           arrays: arrays, or trees of them.
-          images: which of them have a batch.
-          results: which of the results have; those without are added up over the devices.
+          images: which of them have a batch axis.
+          results: which of the results have one; the others are summed over the devices.
         """
         if self.division is None:
             return call(*arrays)
@@ -367,10 +368,10 @@ _run.defvjp(_forward, _backward)
 
 
 def _into(image: jax.Array, layout: Layout) -> jax.Array:
-    """The image in a kernel's layout, which becomes its layout in memory: nothing is moved.
+    """Transposes an image to a kernel's layout, which becomes its layout in memory, without a copy.
 
-    Without the barrier XLA computes what leads to the image twice, in the kernel's order of axes
-    and in NHWC: a training step of ShiftResNet20 moves 17.0 MB per image in place of 14.8.
+    Without the barrier XLA computes the producers of the image twice, in the kernel's order of axes
+    and in NHWC: a training step of ShiftResNet20 moves 17.0 MB per image instead of 14.8.
     """
     return image if layout == "NHWC" else from_nhwc(jax.lax.optimization_barrier(image), layout)
 
@@ -381,15 +382,16 @@ def _changed(
     arrays: Sequence[Any],
     images: Sequence[bool],
 ) -> tuple[Any, ...]:
-    """The arrays, with the images among them in the kernel's layout, or out of it."""
+    """Returns the arrays, with the images among them converted to or from the kernel's layout."""
     pairs = zip(arrays, images, strict=True)
     return tuple(change(array, kernel.layout) if image else array for array, image in pairs)
 
 
 def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, with the derivatives of `plain`.
+    """Returns `kernel` with the derivatives of `plain`.
 
-    An operation's gradient is its own; these are the second derivatives, through what that runs.
+    The gradient of an operation is defined above; these derivatives serve second derivatives, which
+    differentiate the kernels that the first ones run.
     """
     call = jax.custom_jvp(kernel)
 

@@ -12,13 +12,13 @@
 
 namespace shiftnet {
 
-// Into how many parts a gradient of weights is divided, at least, where there is enough to divide.
-// They are summed up one by one and added in a fixed order, whatever the number of threads.
+// The least number of parts that a gradient of weights is divided into, if there are enough pixels.
+// Each part is summed separately, and parts are added in a fixed order, for any number of threads.
 constexpr int64_t kParts = 16;
 
-// What `MultiplyTile` needs to know beside the data: of x the distance between pixels and between
-// rows of the kernel; rows of the kernel and values under each; the distance between the weights'
-// rows; of the output the distance between pixels and the channels.
+// The geometry of `MultiplyTile`: distances in x between pixels and between rows of the kernel, the
+// number of rows of the kernel and of values under each, the distance between rows of the weights,
+// the distance between pixels of the output, and its channels.
 struct Tile {
   int64_t x_pixel, x_row, rows, depth, w_row, out_pixel, out_channels;
 };
@@ -52,7 +52,7 @@ using MultiplyFunction = void (*)(const Tile&, const float*, const float*, float
 
 constexpr int kMaxPixels = 16, kMaxVectors = 4;
 
-// The most pixels whose sums stay in registers beside a row of weights and a value of x.
+// The most pixels whose sums fit the registers together with a row of weights and a value of x.
 constexpr int PixelsFor(int vectors) {
   return std::min(kMaxPixels, (kRegisters - 1 - vectors) / vectors);
 }
@@ -69,13 +69,13 @@ constexpr std::array<MultiplyFunction, kMaxPixels> MultiplyRow() {
 constexpr std::array<std::array<MultiplyFunction, kMaxPixels>, kMaxVectors> kMultiply = {
     MultiplyRow<1>(), MultiplyRow<2>(), MultiplyRow<3>(), MultiplyRow<4>()};
 
-// Pixels of the longest tile when `pixels` are divided evenly into as few as registers allow.
+// The pixels per tile if `pixels` are divided evenly into the fewest tiles that fit the registers.
 inline int64_t EvenPixels(int64_t pixels, int64_t vectors) {
   return CeilDiv(pixels, CeilDiv(pixels, PixelsFor(vectors)));
 }
 
-// The number of vectors of a tile that takes the fewest cycles for rows of `pixels` pixels of
-// `vectors` vectors each, where a cycle loads two vectors and multiplies two, and a sum waits four.
+// The number of vectors per tile that takes the fewest cycles for rows of `pixels` pixels of
+// `vectors` vectors each, with two loads and two multiplications per cycle and a latency of four.
 inline int64_t BestVectors(int64_t pixels, int64_t vectors) {
   auto tile_cycles = [](int64_t p, int64_t q) {
     return std::max<int64_t>({p * q, p + q, 8});

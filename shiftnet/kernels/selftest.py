@@ -1,12 +1,12 @@
-"""Whether the kernels can be trusted on this device: they are run once against plain XLA.
+"""Compares the kernels with plain XLA once on each kind of device, and disables those that differ.
 
 Kernels are written for machines that not every developer has. A wrong result must never reach a
-user, so a device's kernels are run before their first use, and those of an operation that differ
-from plain XLA are left out. Which do is stored beside the compiled programs that JAX keeps, where
-it keeps them. A test that crashed or took too long leaves the kernels out for this process alone:
-the machine may have been busy.
+user, so a device's kernels are tested before their first use, and an operation whose kernels differ
+from plain XLA runs without them. The outcome is stored in JAX's compilation cache directory, if
+there is one. A test that crashed or timed out disables the kernels for this process only: the
+machine may have been busy.
 
-What is tested, and with which operands, the operations say: `Operation.cases`.
+`Operation.cases` defines what is tested, and with which operands.
 """
 
 import contextlib
@@ -27,18 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Relative to the largest value: bfloat16 kernels, which round their results and the expanded tensor
-# between, against float32. Kernels go wrong by a channel, a row or a column, not by a digit.
+# Relative to the largest value. The kernels compute in bfloat16, rounding their results and the
+# expanded tensor, and are compared with float32. A wrong kernel is off by a channel, a row or a
+# column, not by a digit.
 TOLERANCE = 2.0**-5
-# Seconds for a process that tests a GPU; with 16 cores beside an H200 it took 94, most of them for
-# compiling two dozen programs.
+# Seconds for a process that tests a GPU. On an H200 with 16 CPU cores it took 94, most of them to
+# compile two dozen programs.
 PATIENCE = 300.0
 
 _flags: Any = jax.config
 
 
 class Testable(Protocol):
-    """The parts of an `Operation` that a test needs."""
+    """The parts of an `Operation` that a test uses."""
 
     @property
     def name(self) -> str: ...
@@ -54,11 +55,11 @@ class Testable(Protocol):
 
 
 class Outcome(NamedTuple):
-    """What a test found.
+    """The outcome of a test.
 
     Attributes:
-      reason: why the kernels are not to be used; None where they are right.
-      lasting: whether another test would find the same; of crashes and time-outs nobody knows.
+      reason: why the kernels must not be used; None if they are correct.
+      lasting: whether another test would have the same outcome; not known of crashes and time-outs.
     """
 
     reason: str | None
@@ -66,14 +67,14 @@ class Outcome(NamedTuple):
 
 
 _outcomes: dict[tuple[str, str], Outcome] = {}  # by platform and operation
-_answers: dict[tuple[str, str], str | None] = {}  # what programs were traced with
+_answers: dict[tuple[str, str], str | None] = {}  # the reasons that programs were traced with
 
 
 def failure(operation: Testable) -> str | None:
-    """Why the kernels of an operation are not to be used on the default device; None: they are.
+    """Returns why an operation's kernels must not be used on the default device, or None.
 
-    Tests them where that was not done, unless other processes trace the same program, which might
-    find otherwise. Those of an operation without cases are used.
+    Tests them if needed, except in a job of several processes, which might come to different
+    outcomes for the same program. Kernels of an operation without cases are used.
     """
     key = jax.default_backend(), operation.name
     if not operation.cases:
@@ -88,17 +89,16 @@ def failure(operation: Testable) -> str | None:
 
 
 def decide(operations: Iterable[Testable], *, again: bool = False) -> Mapping[str, str]:
-    """Tests operations on the default device; of many processes the first one does, for all.
+    """Tests operations on the default device; in a job of several processes the first one does.
 
-    Warns of kernels that are left out. Programs that were traced with another outcome are traced
-    anew.
+    Warns of kernels that are disabled. Programs that were traced with another outcome are retraced.
 
     Args:
-      operations: what to test; in all processes the same.
-      again: whether to test what was tested before, by this process or an earlier one.
+      operations: what to test, the same in all processes.
+      again: whether to repeat tests that this process or an earlier one has done.
 
     Returns:
-      Why kernels are left out, by operation's name; nothing on a CPU.
+      The reason why kernels are disabled, by the operation's name; empty on a CPU.
     """
     platform = jax.default_backend()
     tested = [o for o in operations if platform != "cpu" and platform in o.kernels and o.cases]
@@ -116,7 +116,7 @@ def decide(operations: Iterable[Testable], *, again: bool = False) -> Mapping[st
 
 
 def _from_first(outcomes: dict[tuple[str, str], Outcome]) -> dict[tuple[str, str], Outcome]:
-    """The outcomes of the job's first process."""
+    """Returns the outcomes of the job's first process."""
     text = json.dumps([[*key, *outcome] for key, outcome in outcomes.items()]).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.frombuffer(text[:size].ljust(size), np.uint8)
@@ -125,7 +125,7 @@ def _from_first(outcomes: dict[tuple[str, str], Outcome]) -> dict[tuple[str, str
 
 
 def _decide(operations: Sequence[Testable], *, again: bool) -> None:
-    """Fills `_outcomes` for the default device, from what is stored or by tests."""
+    """Fills `_outcomes` for the default device, from stored outcomes or by tests."""
     platform = jax.default_backend()
     file = _stored_in(platform)
     if again:
@@ -164,7 +164,7 @@ def _decide(operations: Sequence[Testable], *, again: bool) -> None:
 
 
 def _stored_in(platform: str) -> Path | None:
-    """The file for what these very kernels came to on such a device with this JAX."""
+    """Returns the file for the outcomes of these sources with this JAX on this kind of device."""
     folder = _flags.jax_compilation_cache_dir
     if not folder:
         return None
@@ -177,7 +177,7 @@ def _stored_in(platform: str) -> Path | None:
 
 
 def _stored(file: Path) -> dict[str, str | None]:
-    """What the file says; nothing where it is missing or damaged."""
+    """Reads the file; returns nothing if it is missing or damaged."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -186,20 +186,20 @@ def _stored(file: Path) -> dict[str, str | None]:
 
 
 def _compare_apart(platform: str, operations: Sequence[Testable]) -> dict[str, Outcome]:
-    """`compare` of the operations in other processes: a wrong kernel may hang, or end its own."""
+    """Calls `compare` in other processes, since a wrong kernel may hang or crash its process."""
     left = list(operations)
     found: dict[str, Outcome] = {}
     while left:
         outcomes, end = _one_process(platform, left)
         found |= outcomes
         left = [operation for operation in left if operation.name not in outcomes]
-        if left:  # the first of them was under way
+        if left:  # the process was testing the first of them
             found[left.pop(0).name] = Outcome(end, lasting=False)
     return found
 
 
 def _one_process(platform: str, operations: Sequence[Testable]) -> tuple[dict[str, Outcome], str]:
-    """The outcomes of some operations, one after the other, and how the process ended."""
+    """Tests operations in one process; returns their outcomes, and how the process ended."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
@@ -233,7 +233,7 @@ def _lines(file: IO[bytes]) -> list[str]:
 
 
 def compare(platform: str, operation: Testable) -> Outcome:
-    """Runs an operation's cases by its kernels and by plain XLA, each with its gradients."""
+    """Compares an operation's kernels with plain XLA in all its cases, gradients included."""
 
     def with_gradients(implementation, settings, *operands):
         def call(*operands):
@@ -261,7 +261,7 @@ def compare(platform: str, operation: Testable) -> Outcome:
                     about = f"with x {shapes[0]} and {dict(settings)}"
                     reason = f"{about} they are off by {difference:.1e} of the largest value"
                     return Outcome(reason, lasting=True)
-    except Exception as error:  # a compiler's, an unsupported device's, anything
+    except Exception as error:  # from a compiler, an unsupported device, anything
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return Outcome(reason, lasting=False)
     return Outcome(None, lasting=True)

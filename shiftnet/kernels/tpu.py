@@ -1,18 +1,19 @@
 """Expand, shift and contract on a TPU, without the expanded tensor leaving the chip.
 
-Both `shift_pointwise` and `shift_block` are, pixel by pixel and for a tile of T images,
+For each pixel and a tile of T images, `shift_pointwise` and `shift_block` both compute
 
-    y = prologue(w1^T x)                       [E, T], channels sorted by where they move
-    shifted[p - (dh, dw)] <- y's channels      a store at another address: the shift itself
-    out[p] = epilogue(w2^T shifted[p])         [K, T], once all of shifted[p] is there
+    y = prologue(w1^T x)                       [E, T], channels sorted by offset
+    shifted[p - (dh, dw)] <- y's channels      a store at another address: the shift
+    out[p] = epilogue(w2^T shifted[p])         [K, T], once shifted[p] is complete
 
-in the layout HWCN, where images lie in the lanes and a pixel's channels in the sublanes, so that a
-position is an index of two untiled dimensions. The grid goes over tiles of images and, inside,
-over rows; `shifted` is a ring of as many rows as offsets span. Each row of x is fetched once and
-each row of the result written once; the weights are fetched once in all.
+in the layout HWCN, with images in the lanes and a pixel's channels in the sublanes, so that a
+position is an index of two untiled dimensions. The grid runs over tiles of images and, inside,
+over rows; `shifted` is a ring buffer of as many rows as offsets span. Each row of x is fetched once
+and each row of the result written once; the weights are fetched once in total.
 
-`shift_pointwise` has its expanded channels in x, in any order: its w1 is the 0/1 matrix that sorts
-them, whose product is exact (but makes of an infinity in one channel a NaN in the pixel's others).
+In `shift_pointwise` the expanded channels are those of x, in any order: w1 is the 0/1 matrix that
+sorts them, whose product is exact (except that an infinity in one channel makes the pixel's other
+channels NaN).
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from shiftnet.kernels.layouts import LANES
 
-# v5e and v6e have 128 MiB; the compiler needs some of it for itself.
+# v5e and v6e have 128 MiB; the compiler needs some of it.
 VMEM_BYTES = 100 * 2**20
-# Wider tiles make fewer, longer steps, but past this they only keep memory from XLA's prefetches.
+# Wider tiles make fewer, longer steps; beyond this size they only take memory from prefetches.
 COMFORTABLE_BYTES = 48 * 2**20
 TILES = (512, 256, LANES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Channels that move together: `dh, dw` of their shift, `start:stop` of their place."""
+    """Channels with one offset `dh, dw`, at `start:stop` among the sorted channels."""
 
     dh: int
     dw: int
@@ -46,16 +47,16 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where the expanded channels go and when, all known at trace time.
+    """The order and the offsets of the expanded channels, all known at trace time.
 
-    Groups lie one after another, each padded with zero channels to a whole number of sublane tiles,
-    those that an input pixel of one (row, column) remainder by the stride feeds side by side.
+    Groups follow one another, each padded with zero channels to a whole number of sublane tiles.
+    Those read from input pixels of the same (row, column) remainder modulo the stride are adjacent.
     Groups that always read from outside the image are left out.
 
     Attributes:
-      order: int `[padded E]`: the channel in each place, or -1.
+      order: int `[padded E]`, the channel at each index, or -1 for padding.
       expanded: E.
-      up, down, west, east: how far offsets reach at most in each direction, all at least 0.
+      up, down, west, east: the largest offset in each direction, all at least 0.
     """
 
     height: int
@@ -83,19 +84,19 @@ class Plan:
 
     @property
     def margin(self) -> int:
-        """Columns before column 0 in a ring of output rows; what is stored there is not read."""
+        """Columns before column 0 in a ring of output rows; their values are never read."""
         return pl.cdiv(self.east, self.stride)
 
     @property
     def ring(self) -> tuple[int, int, int]:
-        """Output rows, columns and channels under construction at any time."""
+        """Rows, columns and channels of the ring buffer of incomplete output rows."""
         s = self.stride
         columns = self.margin + self.out_width + pl.cdiv(self.west, s)
         return (self.up + self.down) // s + 1, columns, self.channels
 
     @property
     def input_ring(self) -> tuple[int, int, int]:
-        """The same for the gradient, whose rows are the input's and whose margin is `west`."""
+        """The same for the gradient: its rows are those of the input, its margin is `west`."""
         return self.up + self.down + 1, self.west + self.width + self.east, self.channels
 
     @property
@@ -103,12 +104,12 @@ class Plan:
         return [(h, w) for h in range(self.stride) for w in range(self.stride)]
 
     def fed_by(self, row: int, column: int) -> list[Group]:
-        """The groups in which a pixel at these remainders by the stride reaches an output."""
+        """Returns the groups that read pixels with these remainders modulo the stride."""
         s = self.stride
         return [g for g in self.groups if (g.dh - row) % s == 0 and (g.dw - column) % s == 0]
 
     def span(self, row: int, column: int) -> tuple[int, int]:
-        """Their places, which are contiguous."""
+        """Returns the range of their channels, which are contiguous."""
         groups = self.fed_by(row, column)
         return (groups[0].start, groups[-1].stop) if groups else (0, 0)
 
@@ -147,7 +148,7 @@ def plan(
 
 
 def _dot(a, b, contract=((1,), (0,)), exact=False):
-    """A product in float32. `exact` for 0/1 matrices: the other side is not rounded either."""
+    """Returns a product in float32; `exact` (for 0/1 matrices) does not round the operands."""
     precision = jax.lax.Precision.HIGHEST if exact and b.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -155,18 +156,18 @@ def _dot(a, b, contract=((1,), (0,)), exact=False):
 
 
 def is_row(row, stride, remainder, low, high):
-    """Whether `low <= row < high` and `row % stride == remainder`."""
+    """Returns whether `low <= row < high` and `row % stride == remainder`."""
     inside = (row >= low) & (row < high)
     return inside & (jax.lax.rem(row, stride) == remainder) if stride > 1 else inside
 
 
 def slot_of(ring, row):
-    """Where a row lies in a ring; rows down to minus the ring's length have a place too."""
+    """Returns a row's slot in a ring buffer; a row can be negative, down to minus its length."""
     return jax.lax.rem(row + ring.shape[0], ring.shape[0])
 
 
 def _scatter(ring, groups, values, address):
-    """Stores each group's channels at `ring[address(group)]`: this is the shift."""
+    """Stores each group's channels at `ring[address(group)]`, which is the shift."""
     first = groups[0].start
     for g in groups:
         ring[(*address(g), slice(g.start, g.stop))] = values[g.start - first : g.stop - first]
@@ -185,13 +186,13 @@ def clear_all(ring):
 
 
 def widen(refs, wide):
-    """Spreads per-channel columns over the lanes, once a tile instead of once a pixel."""
+    """Broadcasts per-channel columns over the lanes, once per tile instead of once per pixel."""
     for name, ref in wide.items():
         ref[...] = jnp.broadcast_to(refs[name][...], ref.shape)
 
 
 def _loop(count, unroll):
-    # Without a remainder: libtpu 0.0.48 crashes over one of 2 or 3.
+    # The factor must divide the count: libtpu 0.0.48 crashes at a remainder of 2 or 3.
     even = (n for n in range(1, unroll + 1) if count % n == 0)
     return pl.loop(0, count, unroll=max(even))
 
@@ -210,7 +211,7 @@ def _for_columns(plan, unroll, body):
 
 
 def _expand(refs, wide, pixel, start, stop, exact):
-    """The channels in places `start:stop` before and after scale and bias, float32 `[n, T]`."""
+    """Returns channels `start:stop` before and after scale and bias, float32 `[n, T]`."""
     if "w1" in refs:
         raw = _dot(refs["w1"][start:stop], pixel, exact=exact)
     else:
@@ -220,7 +221,7 @@ def _expand(refs, wide, pixel, start, stop, exact):
 
 
 def _store_shifted(plan, shifted, row, h, j, column, y):
-    """Stores a pixel's channels where the outputs that need them look; `row = h % stride`."""
+    """Stores a pixel's channels at the outputs that read them; `row = h % stride`."""
     s = plan.stride
     _scatter(
         shifted,
@@ -234,7 +235,7 @@ def _store_shifted(plan, shifted, row, h, j, column, y):
 
 
 def _finish_below(plan, shifted, h):
-    """Rows below the image: zeros for the outputs that still look there."""
+    """Stores zeros for the outputs that read rows below the image."""
     for row in range(plan.stride):
         groups = [g for g in plan.groups if g.dh > 0 and (g.dh - row) % plan.stride == 0]
 
@@ -305,7 +306,7 @@ def _backward_kernel(refs, outs, scratch, wide, *, plan, relu, exact, unroll):
         clear_all(dshifted)
         widen(refs, wide)
 
-    # Row u of the output's gradient goes back to where its terms came from.
+    # Row u of the output's gradient is stored at the pixels that its terms were read from.
     @pl.when(is_row(u, s, 0, 0, plan.height))
     def _():
         slot = slot_of(douts, jax.lax.div(u, s))
@@ -328,7 +329,7 @@ def _backward_kernel(refs, outs, scratch, wide, *, plan, relu, exact, unroll):
             if g.dh < 0:
                 clear(dshifted, slot_of(dshifted, u + g.dh), g.start, g.stop)
 
-    # That completes row h of the expanded tensor's gradient.
+    # Row h of the expanded tensor's gradient is now complete.
     h = u - plan.up
     for row in range(s):
 
@@ -365,7 +366,7 @@ def _backward_kernel(refs, outs, scratch, wide, *, plan, relu, exact, unroll):
 
     _finish_below(plan, shifted, h)
 
-    # And an output row's shifted channels, which are the second weight's other factor.
+    # So are the shifted channels of an output row, the other factor of dw2.
     complete = h - plan.down
 
     @pl.when(is_row(complete, s, 0, 0, plan.height))
@@ -389,22 +390,22 @@ def _fold_lanes(a):
 
 
 def _places(plan, dtype):
-    """The 0/1 matrix `[padded E, E]` of the plan; gathers would move several times the bytes."""
+    """Returns the 0/1 matrix `[padded E, E]` that sorts channels; gathers would move more bytes."""
     return (jnp.asarray(plan.order)[:, None] == np.arange(plan.expanded)).astype(dtype)
 
 
 def _arrange(plan, a, dtype):
-    """`a [E, n]` in the plan's places, zeros in the padding."""
+    """Sorts the rows of `a [E, n]` by the plan, with zeros as padding."""
     return _dot(_places(plan, dtype), a.astype(dtype), exact=True).astype(dtype)
 
 
 def _restore(plan, a, dtype):
-    """The inverse of `_arrange` for a float32 `a`; zeros for channels that are left out."""
+    """Inverts `_arrange` for a float32 `a`; zeros for channels that were left out."""
     return _dot(_places(plan, a.dtype), a, contract=((0,), (0,)), exact=True).astype(dtype)
 
 
 def _first_weight(plan, x, w1):
-    """`[padded E, C]`: w1 sorted, the matrix that sorts x, or None where x is sorted already."""
+    """Returns w1 sorted or the matrix that sorts x, `[padded E, C]`; None if x is sorted."""
     if w1 is not None:
         return _arrange(plan, w1.T, x.dtype)
     if plan.stride == 1 and np.array_equal(plan.order, np.arange(plan.expanded)):
@@ -425,18 +426,18 @@ def whole(a):
 
 
 def rows_of(columns, channels, tile, row):
-    """One row of a tile of images a step, `row(step)`."""
+    """Returns the spec of one row of a tile of images per step: row `row(step)`."""
     return pl.BlockSpec((1, columns, channels, tile), lambda n, u: (row(u), 0, 0, n))
 
 
 def padded_bytes(rows, columns, itemsize):
-    """Bytes of a matrix in VMEM, where tiles are 128 lanes by 32 bytes."""
+    """Returns the bytes of a matrix in VMEM, where a tile has 128 lanes of 32 bytes."""
     sublanes = 32 // itemsize
     return pl.cdiv(rows, sublanes) * sublanes * pl.cdiv(columns, LANES) * LANES * itemsize
 
 
 def _vmem_bytes(plan, channels, outputs, tile, itemsize, *, own_weight, backward):
-    """An upper estimate of what a call keeps on the chip."""
+    """Returns an upper estimate of the bytes that a call keeps on the chip."""
 
     def row(columns, channels):
         return columns * padded_bytes(channels, tile, itemsize)
@@ -448,7 +449,7 @@ def _vmem_bytes(plan, channels, outputs, tile, itemsize, *, own_weight, backward
     slots, columns, _ = plan.ring
     kept = slots * row(columns, expanded) + 2 * padded_bytes(expanded, tile, 4)
     pixel = padded_bytes(expanded, tile, 4)
-    # What is fetched ahead and written behind is there twice; a pixel has some intermediate values.
+    # Operands and results are double-buffered; a pixel has some intermediate values.
     if not backward:
         return 2 * (x + 2 * out + first + second) + kept + 3 * pixel
     slots_back, columns_back, _ = plan.input_ring
@@ -460,7 +461,7 @@ def _vmem_bytes(plan, channels, outputs, tile, itemsize, *, own_weight, backward
 
 
 def _tile(plan, x, outputs, *, own_weight, backward):
-    """How many images a step takes, or None where even the smallest tile does not fit."""
+    """Returns the number of images per grid step; None if even the smallest tile does not fit."""
     *_, channels, batch = x.shape
     for tile in TILES:
         size = _vmem_bytes(
@@ -479,10 +480,10 @@ def _tile(plan, x, outputs, *, own_weight, backward):
 
 
 def _unroll(plan):
-    """How many pixels to compute side by side, so that the matrix units seldom wait.
+    """Returns the number of pixels to compute in parallel, so that the matrix units seldom wait.
 
-    From the schedules that libtpu 0.0.48 makes for a v5e: at 144 channels, forward, a pixel of 128
-    images takes 99 cycles alone and 60 as one of four; one of 512 images takes 271 and 221.
+    In the schedules of libtpu 0.0.48 for a v5e, at 144 channels, forward, a pixel of 128 images
+    takes 99 cycles alone and 60 as one of four; a pixel of 512 images takes 271 and 221.
     """
     return 4 if plan.channels <= 256 else 1
 
@@ -498,9 +499,9 @@ def unsupported(
     own_weight: bool,
     backward: bool,
 ) -> str | None:
-    """Why `forward` (or `backward`) cannot take these arguments, or None.
+    """Returns why `forward` (or `backward`) does not support these arguments, or None.
 
-    `expanded` and `outputs` are E and K; `own_weight` says whether there is a w1.
+    `expanded` and `outputs` are E and K; `own_weight` is whether there is a w1.
     """
     why = unsupported_images(x.shape, x.dtype)
     if why:
@@ -520,7 +521,7 @@ def unsupported(
 
 
 def unsupported_images(x_shape: tuple[int, ...], dtype: jnp.dtype) -> str | None:
-    """What any kernel here asks of images `[H, W, C, N]`."""
+    """Returns why no kernel here supports images `[H, W, C, N]` like these, or None."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"the dtype is {jnp.dtype(dtype).name}, not float32 or bfloat16"
     if 0 in x_shape:
@@ -547,20 +548,20 @@ def forward(
     residual: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`epilogue(w2^T shift(prologue(w1^T x))[::stride, ::stride])`; see the module.
+    """Computes `epilogue(w2^T shift(prologue(w1^T x))[::stride, ::stride])`; see the module.
 
     Args:
       x: `[H, W, C, N]`, float32 or bfloat16, N a multiple of 128.
-      w1: `[C, E]`, or None where the expanded channels are x's own.
-      scale, bias: `[E]` each, of the prologue. `relu` ends it.
+      w1: `[C, E]`, or None if the expanded channels are those of `x`.
+      scale, bias: `[E]` each, the prologue, which ends with `relu`.
       w2: `[E, K]`.
-      dh, dw: int `[E]`, the offsets that each expanded channel is read from.
-      stride: at least 1; it keeps the rows and columns that it divides.
-      out_scale, out_bias: `[K]` each, then `out_relu`, then `residual [H', W', K, N]`.
-      interpret: runs on any device, slowly.
+      dh, dw: int `[E]`, the offset that each expanded channel is read from.
+      stride: at least 1; rows and columns that are multiples of it are kept.
+      out_scale, out_bias: `[K]` each, followed by `out_relu` and `residual [H', W', K, N]`.
+      interpret: whether to interpret the kernel, which works on any device but is slow.
 
     Returns:
-      `[H', W', K, N]` of x's dtype, H' and W' being H and W by the stride, rounded up.
+      `[H', W', K, N]` in the dtype of `x`, with H' = ceil(H / stride) and W' = ceil(W / stride).
     """
     height, width, channels, batch = x.shape
     outputs = w2.shape[1]
@@ -625,11 +626,11 @@ def backward(
     stride: int,
     interpret: bool = False,
 ) -> dict[str, jax.Array]:
-    """The gradients of `forward` without epilogue, by name: those of the arguments that are given.
+    """Returns the gradients of `forward` without epilogue, by name, of all arguments but None.
 
-    One more pass over the rows of x and `dout [H', W', K, N]`: the expanded channels are computed
-    again, `w2 dout` is stored where each group's inputs lie, and the weights' gradients stay on the
-    chip, in float32, until the last step.
+    One more pass over the rows of x and `dout [H', W', K, N]`: the expanded channels are
+    recomputed, `w2 dout` is stored at the pixels that each group reads, and the gradients of the
+    weights stay on the chip, in float32, until the last step.
     """
     height, width, channels, batch = x.shape
     outputs = w2.shape[1]
@@ -648,14 +649,14 @@ def backward(
     }
     operands = {name: a for name, a in operands.items() if a is not None}
     specs = {name: whole(a) for name, a in operands.items()}
-    # A row of x is taken up once the gradients from the rows below it that it reaches have come.
+    # A row of x is fetched once the gradients of all rows below that read it are known.
     x_row = rows_of(width, channels, tile, lambda u: jnp.clip(u - p.up, 0, height - 1))
     specs["x"] = x_row
     specs["dout"] = rows_of(
         p.out_width, outputs, tile, lambda u: jnp.minimum(jax.lax.div(u, stride), p.out_height - 1)
     )
     if first is not None:
-        # Transposed here and cut here, because lanes are cut at multiples of 128 at no cost only.
+        # Transposed and sliced here, because slicing lanes is free at multiples of 128 only.
         spans = [p.span(*remainder) for remainder in p.remainders]
         operands["w1_back"] = [first[a:b].T if a < b else None for a, b in spans]
         specs["w1_back"] = [a if a is None else whole(a) for a in operands["w1_back"]]

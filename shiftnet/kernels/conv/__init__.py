@@ -21,25 +21,24 @@ def conv(
     groups: int = 1,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Convolves images by a square window of an odd side, padded by half its side with zeros.
+    """Convolves images with a square kernel of odd size k, zero-padded by k // 2 on every side.
 
     Args:
       x: `[N, H, W, C]`, floating.
       w: `[k, k, C / groups, K]`, k odd, in the dtype of `x`.
-      stride: in pixels, both ways.
-      groups: into which the channels are divided, of `x` and of the result: 1, or C for a
-        depthwise convolution, or a number between that divides C and K.
-      implementation: `"cpu"` is C++ that is compiled at its first use, float32; `"xla"` is plain
-        XLA. None takes the CPU's there if it supports the arguments and a compiler was found,
-        else `"xla"`.
+      stride: in pixels, along both axes.
+      groups: number of groups that the channels of `x` and of the result are divided into: 1, C for
+        a depthwise convolution, or any other divisor of both C and K.
+      implementation: `"cpu"` is C++ for float32, compiled at its first use; `"xla"` is plain XLA.
+        None selects `"cpu"` on a CPU if it supports the arguments and a compiler was found, else
+        `"xla"`.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, a `stride` or `groups` that is no whole
-        number of at least 1, an unknown `implementation`, or one that does not support the
-        arguments.
+      ValueError: if shapes or dtypes do not match, `stride` or `groups` is not an integer of at
+        least 1, or `implementation` is unknown or does not support the arguments.
     """
     if not checks.is_whole(stride, groups):
         raise ValueError(

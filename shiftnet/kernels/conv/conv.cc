@@ -13,9 +13,9 @@
 // gradient of the weights keeps a tile of [k * C, K] in registers while it runs over the pixels.
 // Depthwise convolutions run over vectors of channels.
 //
-// Results do not depend on the number of threads: a value is summed up by one thread in a fixed
-// order. The gradient of the weights, where that leaves too few threads busy, is summed up in parts
-// which depend on shapes only, and which are then added in a fixed order.
+// Results do not depend on the number of threads: each value is summed by one thread in a fixed
+// order. Where that would leave threads idle, the gradient of the weights is summed in parts that
+// depend on the shapes only and are then added in a fixed order.
 
 #include <algorithm>
 #include <array>
@@ -29,16 +29,16 @@
 namespace shiftnet {
 namespace {
 
-// Sizes in floats: of a padded band, and of the weights that a task works through. Both are to stay
-// in a core's second level of cache.
+// Sizes in floats of a padded band, and of the weights that a task uses. Both should fit a core's L2
+// cache.
 constexpr int64_t kBand = 24 * 1024, kWeights = 192 * 1024;
 
 // ------------------------------------------------------------------------------------------------
 // Padded bands
 
-// Rows and columns of an image as `band` gets them: from `top` and `left`, which may be negative,
-// `rows` and `columns` of them, of each pixel `channels` channels from `first`, zeros outside of
-// the image; `pitch` floats from a pixel to the next, those beyond `channels` being zeros.
+// The part of an image that is copied to `band`: `rows` rows from `top` and `columns` columns from
+// `left`, which may be negative, `channels` channels from `first`, and zeros outside the image.
+// Pixels are `pitch` floats apart; those beyond `channels` are zeros.
 struct Window {
   int64_t top, left, rows, columns, first, channels, pitch;
 };
@@ -76,8 +76,8 @@ void CopyWindow(const float* image, const Images& images, const Window& window, 
 // ------------------------------------------------------------------------------------------------
 // Correlations: the convolution itself, and the gradient of its input
 
-// Of a dimension: target index start + i * step for i < count; it is the sum over t < taps of the
-// source index i * stride + t + first and of the kernel's index tap_start + t * tap_step.
+// Along one axis: target index start + i * step, for i < count, is the sum over t < taps of source
+// index i * stride + t + first times kernel index tap_start + t * tap_step.
 struct Axis {
   int64_t start, step, count, taps, first, stride, tap_start, tap_step;
 };
@@ -86,8 +86,8 @@ Axis ForwardAxis(int64_t target, int64_t kernel, int64_t stride) {
   return {0, 1, target, kernel, -(kernel / 2), stride, 0, 1};
 }
 
-// Which kernel indices reach the target indices of one phase: out of source index o and kernel
-// index k comes target index o * stride + k - kernel / 2.
+// The kernel indices that contribute to the target indices of one phase: source index o and kernel
+// index k contribute to target index o * stride + k - kernel / 2.
 Axis GradientAxis(int64_t target, int64_t kernel, int64_t stride, int64_t phase) {
   const int64_t smallest = (phase + kernel / 2) % stride;
   const int64_t taps = smallest < kernel ? (kernel - 1 - smallest) / stride + 1 : 0;
@@ -100,19 +100,19 @@ struct Phase {
   Axis rows, columns;
 };
 
-// Everything about a correlation but the data. `in` and `out` are the channels of a group.
+// A correlation without its data. `in` and `out` are the channels of a group.
 struct Correlation {
   Images source, target;
   std::vector<Phase> phases;
   int64_t kernel, groups, in, out;
   bool transposed;  // whether the weights are [k, k, out, in]
 
-  // Of the weight for kernel row and column 0 and for a group's first channels.
+  // Offset of the weight for kernel row and column 0 and for a group's first channels.
   int64_t WeightOffset(int64_t group) const { return group * (transposed ? in : out); }
   int64_t WeightStride() const { return transposed ? groups * in : groups * out; }
 };
 
-// Rows of a phase that are one task: of a band that fits, but enough of them for all threads.
+// The rows of a phase that form a task: a band that fits, but so few that all threads have a task.
 int64_t RowsOfTask(const Phase& phase, int64_t pitch, int64_t images, int64_t threads) {
   const int64_t columns = (phase.columns.count - 1) * phase.columns.stride + phase.columns.taps;
   const int64_t fitting = (kBand / std::max<int64_t>(columns * pitch, 1) - phase.rows.taps) /
@@ -148,7 +148,7 @@ void PackBlock(const Correlation& c, const Phase& phase, int64_t group, int64_t 
       const float* from = weights + c.WeightOffset(group) + (row * c.kernel + column) * tap +
                           first * out_stride;
       if (c.transposed) {
-        // Read along the rows in memory; the block written to stays in the cache.
+        // Reads are contiguous; the block that is written stays in the cache.
         if (channels < width) std::memset(packed, 0, c.in * width * sizeof(float));
         for (int64_t o = 0; o < channels; ++o) {
           for (int64_t i = 0; i < c.in; ++i) packed[i * width + o] = from[o * out_stride + i];
@@ -177,7 +177,7 @@ void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* so
     plan.depth = phase.columns.taps * c.in;
     plan.size = phase.rows.taps * plan.depth * kLanes;  // of one vector of channels
     plan.block = BestVectors(std::max<int64_t>(phase.columns.count, 1), vectors);
-    // A slice is a number of blocks whose weights stay in the cache.
+    // A slice is several blocks whose weights fit the cache.
     const int64_t fitting = kWeights / std::max<int64_t>(plan.size * plan.block, 1);
     plan.slice = std::min(std::max<int64_t>(fitting, 1) * plan.block, vectors);
     plan.slices = CeilDiv(vectors, plan.slice);
@@ -369,8 +369,8 @@ struct Convolution {
   int64_t kernel, stride, groups, in, out, repetitions;
 };
 
-// How the sum over all pixels is divided: bands of `rows` output rows, `bands` of them in an image,
-// `parts` parts of `bands_of_part` bands each.
+// The division of the sum over all pixels: bands of `rows` output rows, `bands` of them per image,
+// in `parts` parts of `bands_of_part` bands each.
 struct Division {
   int64_t rows, bands, parts, bands_of_part;
 };
@@ -448,7 +448,7 @@ void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const floa
     }
   });
 
-  // The parts are added up, in their order, and put where they belong.
+  // Adds up the parts, in order, and stores the sums in the result's layout.
   Parallel(pool, c.groups * slices * c.kernel, [&](int64_t task) {
     const int64_t k = task % c.kernel, slice_index = task / c.kernel % slices;
     const int64_t group = task / c.kernel / slices;
@@ -468,8 +468,8 @@ void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const floa
 }
 
 // sums[r, t, :] += sum over pixels of x[pixel + (r, t), :] * dy[pixel, :], for a vector of channels.
-// Here `x_row` is the distance between rows of x, which are `stride` for one of dy; `pitch` that
-// between its pixels; and `channels` the channels of dy that are left.
+// `x_row` is the distance between rows of x, of which there are `stride` per row of dy, `pitch` that
+// between its pixels, and `channels` the number of remaining channels of dy.
 template <int kRows, int kColumns>
 void DepthwiseGradientTile(const GradientTile& tile, int64_t stride, int64_t pitch,
                            int64_t channels, const float* x, const float* dy, float* sums) {
@@ -553,8 +553,8 @@ void WeightGradientDepthwise(ffi::ThreadPool& pool, const Convolution& c, const 
 // ------------------------------------------------------------------------------------------------
 // XLA's side
 
-// Any number of axes before the four come from jax.vmap: both arguments and the result have them.
-// The convolution from x to y. Python checks the sizes, but a program may come from anywhere.
+// The convolution from x to y. Leading axes, beyond four, come from jax.vmap: both arguments and the
+// result have them. Sizes are checked here too, since programs may come from elsewhere than Python.
 ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& y, int64_t stride,
                                    int64_t groups) {
   const ffi::Error error = ffi::Error::InvalidArgument("sizes of a convolution that do not fit");
@@ -578,7 +578,7 @@ ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& 
   return c;
 }
 
-// Calls compute(a, b, result) for each repetition; a sum of nothing is zero.
+// Calls compute(a, b, result) for each index of the leading axes; an empty sum is zero.
 template <typename Compute>
 ffi::Error Each(const Convolution& c, const Array& a, const Array& b, Array& result,
                 const Compute& compute) {

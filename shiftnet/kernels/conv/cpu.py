@@ -1,4 +1,4 @@
-"""Convolutions on a CPU: calls of the loops in `conv.cc`, in float32."""
+"""Convolutions on a CPU in float32, computed by `conv.cc`."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from shiftnet.kernels import native
 def unsupported(
     x: jax.Array, w: jax.Array, *, backward: bool, stride: int, groups: int
 ) -> str | None:
-    """Why this cannot run, in one clause; None where it can."""
+    """Returns why these arguments are not supported, in one clause, or None."""
     del backward, stride, groups
     if x.dtype != jnp.float32:
         return f"the kernel needs float32, not {x.dtype}"
@@ -20,7 +20,7 @@ def unsupported(
 
 
 def forward(x: jax.Array, w: jax.Array, *, stride: int, groups: int) -> jax.Array:
-    """`xla.forward`."""
+    """Computes what `xla.forward` does."""
     n, height, width, _ = x.shape
     shape = (n, -(-height // stride), -(-width // stride), w.shape[3])
     return _call("shiftnet_conv", shape, x, w, stride, groups)
@@ -29,7 +29,7 @@ def forward(x: jax.Array, w: jax.Array, *, stride: int, groups: int) -> jax.Arra
 def backward(
     x: jax.Array, w: jax.Array, dout: jax.Array, *, stride: int, groups: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `x` and `w`. XLA leaves out the one that is not used."""
+    """Returns the gradients of `x` and `w`. XLA removes the one that is not used."""
     return (
         _call("shiftnet_conv_input_gradient", x.shape, dout, w, stride, groups),
         _call("shiftnet_conv_weight_gradient", w.shape, x, dout, stride, groups),
@@ -39,7 +39,7 @@ def backward(
 def _call(
     name: str, shape: tuple[int, ...], a: jax.Array, b: jax.Array, stride: int, groups: int
 ) -> jax.Array:
-    # The loops go over the axes that `jax.vmap` adds in front.
+    # The C++ loops over the leading axes that `jax.vmap` adds.
     call = jax.ffi.ffi_call(
         name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="broadcast_all"
     )

@@ -4,7 +4,7 @@ import jax
 
 
 def forward(x: jax.Array, w: jax.Array, *, stride: int, groups: int) -> jax.Array:
-    """The convolution of `x`, `[N, H, W, C]`, by `w`, `[k, k, C / groups, K]`."""
+    """Convolves `x`, `[N, H, W, C]`, with `w`, `[k, k, C / groups, K]`."""
     pads = tuple((side // 2, side // 2) for side in w.shape[:2])
     return jax.lax.conv_general_dilated(
         x,

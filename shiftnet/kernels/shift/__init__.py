@@ -1,4 +1,4 @@
-"""The shift: every channel moves by its own fixed offset, at no arithmetic and no parameters."""
+"""The shift: every channel moves by its own fixed offset, without arithmetic or parameters."""
 
 import math
 from collections.abc import Callable
@@ -33,34 +33,34 @@ def shift(
     offsets: Offsets | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Moves every channel of an image by its own offset; zeros come in from outside.
+    """Moves every channel of an image by its own offset, with zeros from outside the image.
 
     `y[..., h, w, c] = x[..., h + dh[c], w + dw[c], c]`, and 0 where that lies outside, with
     `dh, dw = channel_offsets(channels, kernel_size, dilation, channel_order)`. The gradient is the
-    same rule with the offsets negated. Source: Wu et al., "Shift: A Zero FLOP, Zero Parameter
+    shift by the negated offsets. Source: Wu et al., "Shift: A Zero FLOP, Zero Parameter
     Alternative to Spatial Convolutions", arXiv:1711.08141, with the channel assignment of its
     published code.
 
     Args:
       x: `[..., H, W, C]` of any dtype.
-      kernel_size: side k of the neighbourhood, at least 1, even ones included. Channels are dealt
-        out to its k*k positions in turn; the remaining `C mod k*k` stay where they are.
+      kernel_size: side k of the neighbourhood, at least 1, odd or even. Channels are assigned to
+        its k*k positions in turn; the remaining `C mod k*k` do not move.
       dilation: distance between neighbours in pixels, at least 1. Offsets larger than the image
         give zeros.
-      channel_order: as of `channel_offsets`.
-      offsets: `(dh, dw)`, the whole numbers of each channel, in place of a neighbourhood's.
+      channel_order: see `channel_offsets`.
+      offsets: `(dh, dw)`, integers for each channel, instead of those of a neighbourhood.
       implementation: `"tpu"` and `"gpu"` are kernels. `"gather"` is plain XLA that reads through a
         constant index table (the fastest on CPU, and fused into its neighbours on GPU), `"select"`
-        picks among shifted windows; `"xla"` is `"select"` on TPU, where gathers are slow, and
-        `"gather"` elsewhere. None takes the device's kernel where it supports `x`, else `"xla"`.
+        selects among shifted windows; `"xla"` is `"select"` on TPU, where gathers are slow, and
+        `"gather"` elsewhere. None selects the device's kernel if it supports `x`, else `"xla"`.
 
     Returns:
       An array of the shape and dtype of `x`.
 
     Raises:
-      ValueError: for an `x` of too few dimensions, a `kernel_size` or `dilation` that is no whole
-        number of at least 1, offsets of another number of channels, an unknown `channel_order` or
-        `implementation`, or one that does not support `x`.
+      ValueError: if `x` has too few dimensions, `kernel_size` or `dilation` is not an integer of at
+        least 1, `offsets` are for another number of channels, `channel_order` or `implementation`
+        is unknown, or the implementation does not support `x`.
     """
     if x.ndim < 3:
         raise ValueError(f"shift needs [..., H, W, C], at least 3 dimensions, got {x.shape}")
@@ -71,7 +71,7 @@ def shift(
 
 
 def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
-    """The shift in plain XLA, as the device has it best.
+    """Shifts in plain XLA, by the form that is fastest on the device.
 
     Args:
       x: `[..., H, W, C]`.
@@ -87,14 +87,14 @@ def plain(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
             x, tpu=lambda x: xla.select(x, dh, dw), default=lambda x: xla.gather(x, dh, dw)
         )
 
-    # Its own gradient: JAX would scatter where this gathers.
+    # A gradient of its own: JAX's would scatter where this gathers.
     moved = jax.custom_vjp(lambda x: move(x, dh, dw))
     moved.defvjp(lambda x: (move(x, dh, dw), None), lambda _, dy: (move(dy, -dh, -dw),))
     return moved(x)
 
 
 def _kernel(move: Callable[..., jax.Array], **options: Any) -> Kernel:
-    """A kernel whose gradient is itself with the offsets negated."""
+    """Returns a kernel whose gradient is itself with the offsets negated."""
     return Kernel(move, lambda x, dy, dh, dw: (move(dy, dh=-dh, dw=-dw),), **options)
 
 

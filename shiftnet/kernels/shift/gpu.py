@@ -1,16 +1,17 @@
-"""The shift for Hopper: an image's tile comes into shared memory once and leaves it shifted.
+"""The shift for Hopper: each tile is loaded into shared memory once and stored shifted.
 
-Pixels are numbered through all images, which makes every offset a whole number of rows of the
-matrix `x[pixels, channels]`. A warpgroup loads a tile of pixels with as many before and after as
-the offsets reach (none where a tile is whole images), moves the channels of one offset at a time
-from there to the tile's result, with zeros for what wrapped around an image's edge, and stores the
-result in one piece. It has its next tile under way meanwhile.
+Pixels are numbered through all images, so that every offset is a whole number of rows of the matrix
+`x[pixels, channels]`. A warpgroup loads a tile of pixels and the pixels before and after it that
+offsets reach (none if a tile consists of whole images), moves the channels of one offset at a time
+to the result, with zeros for values that wrapped around an image's edge, and stores the result with
+one copy. Meanwhile its next tile is being loaded.
 
-The channels of one offset are every 9th, say, so that single values are moved. That is cheap
-enough: the memory's speed asks for 5 values a cycle from each multiprocessor, which can move 32.
+The channels of one offset are not contiguous (every 9th, for instance), so single values are moved.
+That is fast enough: at the memory's bandwidth each multiprocessor has to move 5 values per cycle,
+and it can move 32.
 
-Bytes moved per value of b bytes: b read, plus the reach of the offsets on both sides of a tile
-(which other blocks read at about the same time and the second-level cache holds), and b written.
+Memory traffic per value of b bytes: b read, plus the pixels around tiles (which other blocks read
+at about the same time, so that they are in the L2 cache), and b written.
 """
 
 import math
@@ -23,7 +24,7 @@ from jax import lax
 
 from shiftnet.kernels import gpu
 
-# Warpgroups of a block and pixels of a tile, best first.
+# Warpgroups per block and pixels per tile, best first.
 _SHAPES = (
     *((4, 256), (3, 256), (2, 256), (3, 128), (2, 128), (4, 64), (3, 64), (2, 64)),
     *((1, 128), (1, 64)),
@@ -34,7 +35,7 @@ _PADDINGS = (16, 48, 80, 112)  # bytes between two pixels in shared memory
 
 
 class _Piece(NamedTuple):
-    """Channels `start`, `start + step` and so on, which move by one offset."""
+    """Channels `start`, `start + step` and so on, which have one offset."""
 
     tap: gpu.Tap
     start: int
@@ -44,20 +45,21 @@ class _Piece(NamedTuple):
 
 class _Plan(NamedTuple):
     pieces: list[_Piece]
-    channels: int  # moved at a time
+    channels: int  # channels moved at a time
     pitch: int  # values from one pixel to the next in shared memory
     tile: int  # pixels of a tile
     before: int  # pixels loaded before a tile
     front: int  # pixels in shared memory before the first that is loaded
-    loaded: int  # pixels loaded, those before and after a tile included
+    loaded: int  # pixels loaded, including those before and after the tile
     pixels: int  # pixels in shared memory
     warpgroups: int
 
 
 def _pieces(taps: list[gpu.Tap]) -> list[_Piece]:
-    """The channels of each tap, cut into arithmetic progressions.
+    """Divides the channels of each tap into arithmetic progressions.
 
-    An even number each, as far as possible, since lanes go along them: channels move twice for it.
+    Their lengths are even where possible, since lanes run along them; some channels are moved twice
+    to that end.
     """
     pieces = []
     for tap in taps:
@@ -79,12 +81,12 @@ def _pieces(taps: list[gpu.Tap]) -> list[_Piece]:
 
 
 def _rows(piece: _Piece) -> int:
-    """Pixels that the 32 lanes of a warp cover: as many lanes as divide a piece go along it."""
+    """Returns the number of pixels per warp: gcd(32, length) of its 32 lanes run along a piece."""
     return 32 // math.gcd(32, piece.length)
 
 
 def _period(dh: np.ndarray, dw: np.ndarray, unit: int) -> int:
-    """The fewest channels, a multiple of the unit, after which all offsets repeat."""
+    """Returns the shortest period of the offsets, in channels, that is a multiple of `unit`."""
     channels = dh.size
     for period in range(unit, channels, unit):
         if channels % period == 0 and all(
@@ -96,7 +98,7 @@ def _period(dh: np.ndarray, dw: np.ndarray, unit: int) -> int:
 
 
 def _plan(shape, dtype, dh, dw) -> _Plan | str:
-    """How to cut these arguments into tiles, or why that cannot be done."""
+    """Returns how these arguments are divided into tiles, or why that is not supported."""
     if len(shape) < 3:
         return f"x has {len(shape)} dimensions, fewer than 3"
     *batch, height, width, channels = shape
@@ -119,7 +121,7 @@ def _plan(shape, dtype, dh, dw) -> _Plan | str:
     pieces = _pieces(taps)
     if len(pieces) > _MOST_PIECES:
         return f"the channels of an offset are in {len(pieces)} pieces, more than {_MOST_PIECES}"
-    # A piece is read as whole steps, the last of which may end beyond the channels.
+    # A piece is read in whole steps, the last of which may end beyond the channels.
     needed = max([piece.start + piece.step * piece.length for piece in pieces], default=0)
     pitches = [at_once + padding // size for padding in _PADDINGS]
     pitch = next((pitch for pitch in pitches if pitch >= needed), gpu.BOX + 1)
@@ -144,26 +146,26 @@ def _plan(shape, dtype, dh, dw) -> _Plan | str:
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, dh: np.ndarray, dw: np.ndarray) -> str | None:
-    """Why `shift` cannot take an array like this, in one clause; None when it can."""
+    """Returns why `shift` does not support such an array, in one clause, or None."""
     plan = _plan(shape, dtype, dh, dw)
     return plan if isinstance(plan, str) else None
 
 
 def shift(x: jax.Array, dh: np.ndarray, dw: np.ndarray, *, interpret: bool = False) -> jax.Array:
-    """`y[..., h, w, c] = x[..., h + dh[c], w + dw[c], c]`, and 0 where that lies outside.
+    """Computes `y[..., h, w, c] = x[..., h + dh[c], w + dw[c], c]`, and 0 where that lies outside.
 
-    The gradient is the same with the offsets negated.
+    The gradient is the shift by the negated offsets.
 
     Args:
-      x: `[..., H, W, C]` bfloat16 or float32; the bytes of a pixel are a multiple of 16.
+      x: `[..., H, W, C]` bfloat16 or float32; a pixel must have a multiple of 16 bytes.
       dh, dw: int32 `[C]`.
-      interpret: simulate the kernel on the CPU.
+      interpret: whether to interpret the kernel on the CPU.
 
     Returns:
       An array of the shape and dtype of `x`.
 
     Raises:
-      ValueError: where `unsupported` gives a reason.
+      ValueError: if `unsupported` returns a reason.
     """
     plan = _plan(x.shape, x.dtype, dh, dw)
     if isinstance(plan, str):
@@ -187,7 +189,7 @@ def _kernel(plan: _Plan, size: tuple[int, int], x: jax.Array, interpret: bool) -
     copies = [(row, min(box, plan.loaded - row)) for row in range(0, plan.loaded, box)]
 
     def layout(piece):
-        """One value at a time."""
+        """Returns a register layout that holds single values."""
         rows = _rows(piece)
         lanes = 32 // rows
         if rows == 1:
@@ -198,12 +200,12 @@ def _kernel(plan: _Plan, size: tuple[int, int], x: jax.Array, interpret: bool) -
         return plgpu.Layout.TILED(tiling, warp_dims=(-6,), lane_dims=lane_dims, vector_dim=-1)
 
     def values(ref, row, piece):
-        """The values of a piece at a tile of pixels, as a reference `[tile, count, 1]`."""
+        """Returns a reference to a piece's values at a tile of pixels, `[tile, count, 1]`."""
         ref = ref.at[pl.ds(row, tile), pl.ds(piece.start, piece.length * piece.step)]
         return ref.reshape(tile, piece.length, piece.step).at[:, :, pl.ds(0, 1)]
 
     def simulated(ref, row, piece):
-        """The same for the interpreter, which does not reshape: `[tile, count]`."""
+        """Does the same for the interpreter, which cannot reshape: `[tile, count]`."""
         return ref.at[pl.ds(row, tile), pl.ds(piece.start, piece.length, piece.step)]
 
     def body(x_gmem, y_gmem, image, moved, arrived):
@@ -214,7 +216,7 @@ def _kernel(plan: _Plan, size: tuple[int, int], x: jax.Array, interpret: bool) -
         image, moved = image.at[wg], moved.at[wg]
 
         def first_pixel(index):
-            # Never negative: pixels before the first image are not loaded, and masks drop them.
+            # Never negative: pixels before the first image are not loaded, and are masked.
             return jnp.maximum(index * tile - plan.before, 0)
 
         def fetch(item, slot):
@@ -238,7 +240,7 @@ def _kernel(plan: _Plan, size: tuple[int, int], x: jax.Array, interpret: bool) -
             item = worker + turn * workers
             index, chunk = lax.div(item, chunks), lax.rem(item, chunks)
             slot = lax.rem(turn, _SLOTS)
-            # The last result has left the buffer that this one goes to.
+            # The previous result must have left the buffer that this one is written to.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_wait(arrived.at[wg * _SLOTS + slot])
             base = plan.front + index * tile - first_pixel(index)

@@ -1,4 +1,4 @@
-"""Which channel moves where."""
+"""The offset of each channel."""
 
 from typing import Literal, NamedTuple
 
@@ -8,14 +8,14 @@ ChannelOrder = Literal["interleaved", "grouped"]
 
 
 class Offsets(NamedTuple):
-    """The offsets in pixels that each channel reads from, as whole numbers."""
+    """The offsets in pixels that each channel reads from, as integers."""
 
     dh: tuple[int, ...]
     dw: tuple[int, ...]
 
 
 class Neighbourhood(NamedTuple):
-    """The offsets that channels are dealt out to by their place; see `channel_offsets`."""
+    """Offsets that are assigned to channels by their index; see `channel_offsets`."""
 
     kernel_size: int
     dilation: int
@@ -23,7 +23,7 @@ class Neighbourhood(NamedTuple):
 
 
 def arrays(channels: int, moves: Offsets | Neighbourhood) -> tuple[np.ndarray, np.ndarray]:
-    """The offsets of so many channels, int32 `[channels]` each."""
+    """Returns the offsets of `channels` channels, int32 `[channels]` each."""
     if isinstance(moves, Offsets):
         return np.array(moves.dh, np.int32), np.array(moves.dw, np.int32)
     return channel_offsets(channels, *moves)
@@ -35,14 +35,15 @@ def channel_offsets(
     dilation: int = 1,
     channel_order: ChannelOrder = "interleaved",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The offsets `(dh, dw)` in pixels that each channel reads from, int32 `[channels]` each.
+    """Returns each channel's offsets `(dh, dw)` in pixels to read from, int32 `[channels]` each.
 
     Neighbouring channels move in different directions: channel c has
     `dw = dilation * (c % k - k // 2)` and `dh = dilation * (c // k % k - k // 2)`. The last
     `channels mod k*k` channels do not move. Source: the CUDA layer published with arXiv:1711.08141.
 
-    "grouped" lays the channels that move the same way side by side, in the order of the first
-    channels of "interleaved": the same network with its channels permuted, which loads better.
+    "grouped" makes the channels of one offset contiguous, the offsets being in the order of the
+    first channels of "interleaved": the same network with its channels permuted, which kernels load
+    faster.
     """
     c = np.arange(channels, dtype=np.int32)
     k = kernel_size

@@ -1,12 +1,12 @@
-"""The shift on a TPU, in the layout HWCN: every pixel's channels picked from other pixels.
+"""The shift on a TPU, in the layout HWCN: selects every pixel's channels from other pixels.
 
-N lies in the lanes and C in the sublanes, so that another position is another index of two untiled
-dimensions, and what is left is to pick sublanes: an AND with constant masks and an OR, on 32-bit
-words that hold a channel of an image or two of 16 bits. Every bit pattern comes through.
+N is in the lanes and C in the sublanes, so that a position is an index of two untiled dimensions,
+and only sublanes have to be selected: an AND with constant masks and an OR, on 32-bit words that
+hold one channel of an image, or two channels of 16 bits. Every bit pattern is preserved.
 
-The grid goes over tiles of images and, inside, over rows, which stay in a ring as long as an offset
-reaches back to them. Each row is fetched once and each row of the result written once; which
-channel goes where is fetched once, and its masks are made of it on the chip.
+The grid runs over tiles of images and, inside, over rows, which stay in a ring buffer as long as an
+offset reaches back to them. Each row is fetched once and each row of the result written once; the
+channels' offsets are fetched once, and the masks are computed from them on the chip.
 """
 
 import functools
@@ -23,7 +23,7 @@ SUBLANES = 8  # of 32 bits, in a tile
 
 
 class _Reach:
-    """How far offsets reach in each direction, but for those that leave the image altogether."""
+    """The largest offsets in each direction, without those that leave the image altogether."""
 
     def __init__(self, height: int, width: int, dh: np.ndarray, dw: np.ndarray):
         inside = (abs(dh) < height) & (abs(dw) < width)
@@ -33,14 +33,14 @@ class _Reach:
         self.west, self.east = -min(columns), max(columns)
 
     def ring(self, width: int, channels: int, dtype: jnp.dtype) -> tuple[int, int, int]:
-        """Rows, columns and channels, whole tiles of them, that are kept."""
+        """Returns the rows, columns and channels (padded to whole tiles) of the ring buffer."""
         tile = SUBLANES * 4 // jnp.dtype(dtype).itemsize
         columns = self.west + width + self.east
         return self.up + self.down + 1, columns, pl.cdiv(channels, tile) * tile
 
 
 def _images(x_shape: tuple[int, ...], dtype: jnp.dtype, reach: _Reach) -> int | None:
-    """How many images a step takes, or None where even the smallest tile does not fit."""
+    """Returns the number of images per grid step; None if even the smallest tile does not fit."""
     _, width, channels, batch = x_shape
     itemsize = jnp.dtype(dtype).itemsize
     slots, columns, padded = reach.ring(width, channels, dtype)
@@ -60,9 +60,9 @@ def unsupported(
     dh: np.ndarray | None = None,
     dw: np.ndarray | None = None,
 ) -> str | None:
-    """Why `shift` cannot take an `x` of this shape and dtype, or None.
+    """Returns why `shift` does not support an `x` of this shape and dtype, or None.
 
-    Without offsets, an image is taken to fit if it does for those of a 3x3 neighbourhood.
+    Without offsets, those of a 3x3 neighbourhood decide whether an image fits.
     """
     why = tpu.unsupported_images(x_shape, dtype)
     if why:
@@ -76,12 +76,12 @@ def unsupported(
 
 
 def shift(x: jax.Array, dh: np.ndarray, dw: np.ndarray, *, interpret: bool = False) -> jax.Array:
-    """`y[h, w, c] = x[h + dh[c], w + dw[c], c]`, and 0 where that lies outside.
+    """Computes `y[h, w, c] = x[h + dh[c], w + dw[c], c]`, and 0 where that lies outside.
 
     Args:
       x: `[H, W, C, N]`, float32 or bfloat16, N a multiple of 128.
       dh, dw: int `[C]`. The gradient is this function with both negated.
-      interpret: runs on any device, slowly.
+      interpret: whether to interpret the kernel, which works on any device but is slow.
 
     Returns:
       An array of the shape and dtype of `x`.
@@ -93,7 +93,7 @@ def shift(x: jax.Array, dh: np.ndarray, dw: np.ndarray, *, interpret: bool = Fal
     ring = reach.ring(width, channels, x.dtype)
     groups = _groups(reach, ring[2], dh, dw, x.dtype)
     tiles = groups.shape[1]
-    # What each tile of channels has at all; of contiguous groups that is little.
+    # The offsets that occur in each tile of channels; few if groups are contiguous.
     present = [np.unique(groups[:, i][groups[:, i] >= 0]).tolist() for i in range(tiles)]
     return pl.pallas_call(
         functools.partial(_kernel, reach=reach, height=height, present=present),
@@ -116,11 +116,11 @@ def shift(x: jax.Array, dh: np.ndarray, dw: np.ndarray, *, interpret: bool = Fal
 
 
 def _groups(reach, channels, dh, dw, dtype):
-    """Which offset each channel has, or -1: int32 `[part of a word, tiles, SUBLANES, 1]`."""
+    """Returns each channel's offset index, or -1: int32 `[part of a word, tiles, SUBLANES, 1]`."""
     group = np.full(channels, -1, np.int32)
     for g, (h, w) in enumerate(reach.offsets):
         group[: len(dh)][(dh == h) & (dw == w)] = g
-    # The first of the channels that share a word is in its low bits.
+    # The first of the channels in a word has the low bits.
     parts = 4 // jnp.dtype(dtype).itemsize
     return np.moveaxis(group.reshape(-1, SUBLANES, parts, 1), 2, 0)
 

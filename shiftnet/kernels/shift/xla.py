@@ -1,4 +1,4 @@
-"""The shift in plain XLA, three times: compilers differ in which one they do well."""
+"""The shift in plain XLA, in three forms: which one is fast depends on the compiler."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# How many offsets `Stretches` chooses among: the 9 of 3x3. Each costs time; a table's do not.
+# The most offsets that `Stretches` selects among: the 9 of 3x3. Each costs time; in a table it does
+# not.
 MOST_STRETCHES = 9
 
 
 def gather(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
     """Reads every value through one constant table of positions.
 
-    XLA fuses the table into a single loop over the output: on a CPU this takes about two copies,
-    where padding, slicing and concatenating takes up to ten.
+    XLA fuses the table into a single loop over the output. On a CPU this takes about as long as two
+    copies; padding, slicing and concatenating takes as long as up to ten.
     """
     *_, height, width, _ = x.shape
     values = _read(x, dh, dw)
@@ -24,12 +25,12 @@ def gather(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
 def inside(
     dh: np.ndarray, dw: np.ndarray, size: tuple[int, int], filled: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Which values of an image come from inside of it, bool `[H, W, C]`.
+    """Returns which values of a shifted image come from inside the image, bool `[H, W, C]`.
 
     Args:
       dh, dw: offsets, `[C]` each.
       size: rows and columns of the image.
-      filled: rows and columns, from the first, that count as inside; all of them without it.
+      filled: number of first rows and columns that count as inside; all of them by default.
     """
     height, width = size
     h = np.arange(height)[:, None, None] + dh
@@ -39,7 +40,7 @@ def inside(
 
 
 def _read(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
-    """What `gather` reads; from outside, any value that exists."""
+    """Returns what `gather` reads, with arbitrary values where it reads outside."""
     *batch, height, width, channels = x.shape
     h = (np.arange(height)[:, None, None] + dh).clip(0, height - 1)
     w = (np.arange(width)[:, None] + dw).clip(0, width - 1)
@@ -48,13 +49,13 @@ def _read(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
 
 
 class Stretches(NamedTuple):
-    """The shift between two products, as a choice among stretches of memory, for a CPU.
+    """The shift between two pointwise convolutions, as a selection among slices, for a CPU.
 
-    With its pixels in one line and some more before the first and after the last, an image holds
-    each of its shifted images as one stretch of that line, but for what should be zeros from
-    outside. Choosing for each channel among as many stretches as there are offsets takes 0.5 to 0.9
-    of the time of `gather` (9 offsets). The line is made of the narrow operand of the product
-    before, which then computes what lies before and after too.
+    If the pixels of an image lie in one line, padded before the first and after the last, each of
+    its shifted images is a slice of that line, except for values that should be zeros from outside.
+    Selecting for each channel among as many slices as there are offsets takes 0.5 to 0.9 of the
+    time of `gather` (9 offsets). The line is made from the narrow operand of the convolution
+    before, which then computes the padding too.
 
     Attributes:
       dh, dw: offsets, int32 `[C]` each.
@@ -67,7 +68,7 @@ class Stretches(NamedTuple):
 
     @property
     def _distances(self) -> np.ndarray:
-        """How far on in the line each channel reads, `[C]`; 0 where it all is outside."""
+        """The offset of each channel along the line, `[C]`; 0 if it reads only outside."""
         height, width = self.size
         reads = (abs(self.dh) < height) & (abs(self.dw) < width)
         return np.where(reads, self.dh * width + self.dw, 0)
@@ -82,16 +83,16 @@ class Stretches(NamedTuple):
         return (max(-distances.min(), 0), max(distances.max(), 0)) if self._few else (0, 0)
 
     def line(self, x: jax.Array) -> jax.Array:
-        """The pixels of `[N, H, W, K]` in one line, zeros before and after, `[N, pixels, K]`."""
+        """Returns the pixels of `[N, H, W, K]` in one line, zero-padded, `[N, pixels, K]`."""
         flat = x.reshape(len(x), -1, x.shape[-1])
         return jnp.pad(flat, [(0, 0), self._margins, (0, 0)])
 
     def unmoved(self, line: jax.Array) -> jax.Array:
-        """The pixels of `[N, pixels, C]` in their places, `[N, H, W, C]`."""
+        """Returns the image `[N, H, W, C]` of a line `[N, pixels, C]`."""
         return self._stretch(line, 0)
 
     def moved(self, line: jax.Array) -> jax.Array:
-        """The same, shifted; any value where zeros should be."""
+        """Returns the shifted image of a line, with arbitrary values where zeros should be."""
         if not self._few:
             return _read(self.unmoved(line), self.dh, self.dw)
         distances = self._distances
@@ -109,7 +110,7 @@ class Stretches(NamedTuple):
 
 
 def select(x: jax.Array, dh: np.ndarray, dw: np.ndarray) -> jax.Array:
-    """Moves all channels by every offset along W, then along H, and keeps the right ones."""
+    """Moves all channels by every offset along W, then along H, and selects the right ones."""
     return _select_along(_select_along(x, dw, x.ndim - 2), dh, x.ndim - 3)
 
 

@@ -33,40 +33,38 @@ def shift_block(
     residual: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """`shift(relu(x @ w1 + b1)) @ w2`, and bias, ReLU and addition of the result.
+    """Computes `shift(relu(x @ w1 + b1)) @ w2`, optionally followed by bias, ReLU and addition.
 
-    In that order; the last three only where they are asked for. In the kernels the expanded tensor
-    `relu(x @ w1 + b1)` never leaves the chip, forward or backward: an output value needs of each
-    group of its channels only the one pixel of `x` that the group moves from. Scales are the
-    caller's to fold into the weights.
+    In the kernels the expanded tensor `relu(x @ w1 + b1)` never leaves the chip, forward or
+    backward: for an output pixel each group of channels that move together needs one pixel of `x`.
+    Scales must be folded into the weights by the caller.
 
     Args:
       x: `[N, H, W, C]`, floating.
       w1: `[C, E]`, in the dtype of `x`.
       b1: `[E]`, floating; biases are added in float32 or wider.
       w2: `[E, K]`, in the dtype of `x`.
-      kernel_size, dilation: of the shift; see `shiftnet.kernels.shift.shift`.
-      stride: of the second convolution, in pixels, both ways.
+      kernel_size, dilation: those of the shift; see `shiftnet.kernels.shift.shift`.
+      stride: stride of the second convolution in pixels, along both axes.
       shift_first: whether the bias comes after the shift, `relu(shift(x @ w1) + b1) @ w2`, so that
-        what the shift brings in is `relu(b1)` and not 0.
-      offsets: `(dh, dw)`, the whole numbers of each expanded channel, in place of a
-        neighbourhood's.
+        pixels from outside the image are `relu(b1)` and not 0.
+      offsets: `(dh, dw)`, integers for each expanded channel, instead of those of a neighbourhood.
       out_bias: `[K]`, floating.
-      out_relu: whether negative results become 0.
-      residual: of the result's shape and dtype, added last.
-      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"cpu"` is C++ that is compiled at
-        its first use (without a compiler, or in another dtype than float32, plain XLA on a few
-        images at a time), `"xla"` is plain XLA. None takes the device's where it supports the
-        arguments, else `"xla"`.
+      out_relu: whether to apply a ReLU to the result.
+      residual: array of the result's shape and dtype, added last.
+      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"cpu"` is C++ compiled at its first
+        use (without a compiler, or for another dtype than float32, plain XLA on a few images at a
+        time), `"xla"` is plain XLA. None selects the device's if it supports the arguments, else
+        `"xla"`.
 
     Returns:
-      `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are taken in float32 or
-      wider.
+      `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are accumulated in
+      float32 or wider.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
-        that is no whole number of at least 1, offsets of another number of channels, an unknown
-        `implementation`, or one that does not support the arguments.
+      ValueError: if shapes or dtypes do not match, `kernel_size`, `dilation` or `stride` is not an
+        integer of at least 1, `offsets` are for another number of channels, or `implementation` is
+        unknown or does not support the arguments.
     """
     if (
         x.ndim != 4
@@ -110,12 +108,12 @@ def _border(
     dw: np.ndarray,
     stride: int,
 ) -> jax.Array:
-    """What `relu(b1)` adds to each image's result where a shift brings it in, `[H', W', K]`."""
+    """Returns what `relu(b1)` from outside the image adds to the result, `[H', W', K]`."""
     wide = wide_dtype(w2.dtype)
     inside, places = [], []
     for length, offsets in zip(size, (dh, dw), strict=True):
         read = np.arange(0, length, stride)[:, None] + offsets
-        # All rows, or columns, but those near the border are the same.
+        # All rows (or columns) are the same, except those near the border.
         kinds, of = np.unique((read >= 0) & (read < length), axis=0, return_inverse=True)
         inside.append(jnp.asarray(kinds))
         places.append(of.ravel())

@@ -1,6 +1,6 @@
-"""The shift block on a CPU: calls of the loops in `shift_block.cc`, in float32.
+"""The shift block on a CPU in float32, computed by `shift_block.cc`.
 
-Other dtypes, and machines without a compiler, have the form of `few_images` in plain XLA.
+Other dtypes, and machines without a compiler, use `few_images`, which is plain XLA.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from shiftnet.kernels.shift_block import few_images
 
 
 def unsupported(x: jax.Array, w1: jax.Array, w2: jax.Array, **settings: Any) -> str | None:
-    """Why it does not take these arguments; None when it does."""
+    """Returns why these arguments are not supported, in one clause, or None."""
     return None if _is_compiled(x) else few_images.unsupported(x, w1, w2, **settings)
 
 
@@ -31,7 +31,7 @@ def forward(
     out_relu: bool = False,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """As `shift_block`, in NHWC."""
+    """Computes `shift_block` in NHWC."""
     moves: dict[str, Any] = {"dh": dh, "dw": dw, "stride": stride}
     if not _is_compiled(x):
         after: dict[str, Any] = {"out_bias": out_bias, "out_relu": out_relu, "residual": residual}
@@ -56,7 +56,7 @@ def backward(
     dw: np.ndarray,
     stride: int,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of `x`, `w1`, `b1` and `w2`, given that of the second product."""
+    """Returns the gradients of `x`, `w1`, `b1` and `w2`; `dout` is that of the second product."""
     moves: dict[str, Any] = {"dh": dh, "dw": dw, "stride": stride}
     if not _is_compiled(x):
         return few_images.backward(x, w1, b1, w2, dout, **moves)
@@ -79,7 +79,7 @@ def _call(
     stride: int,
     **settings: Any,
 ) -> Any:
-    # The loops go over the axes that `jax.vmap` adds in front.
+    # The C++ loops over the leading axes that `jax.vmap` adds.
     call = jax.ffi.ffi_call(name, results, vmap_method="broadcast_all")
     moves = {"dh": dh.astype(np.int64), "dw": dw.astype(np.int64), "stride": np.int64(stride)}
     return call(*(array.astype(jnp.float32) for array in arrays), **moves, **settings)

@@ -1,15 +1,15 @@
-"""The shift block in plain XLA on a few images at a time, whose expanded tensor fits the caches.
+"""The shift block in plain XLA on a few images at a time, whose expanded tensor fits the cache.
 
-It serves a CPU where `cpu` has nothing compiled: without a compiler, and in other dtypes.
+Used on a CPU where `cpu` has no compiled code: without a compiler, and for other dtypes.
 
-The expanded tensor of a whole batch goes to memory and back several times, and each time into pages
-that the system must first hand out. Of a few images it fits the caches, and the same pages serve
-all of them; a small batch is taken whole. The backward pass computes it again, which is cheaper
-than fetching it.
+The expanded tensor of a whole batch is written to memory and read again several times, each time in
+pages that the system must allocate first. That of a few images fits the caches, and the same pages
+are used for all of them; a small batch is computed at once. The backward pass recomputes it, which
+is cheaper than reading it from memory.
 
-With a stride s, a channel is read at every s-th row and column only, from one that its offset says:
-all channels of one such phase are expanded together, at those pixels. Where there are many of them,
-those that come from one row are a phase of their own.
+With a stride s, a channel is read at every s-th row and column only, starting at one that depends
+on its offset: all channels of one such phase are expanded together, at those pixels. If they are
+many, the channels that read from one row form a phase of their own.
 """
 
 import functools
@@ -24,15 +24,15 @@ from shiftnet.kernels.layouts import affine, product, wide_dtype
 from shiftnet.kernels.operation import Epilogue, finish
 from shiftnet.kernels.shift.xla import Stretches, inside
 
-# Of the images taken at a time, without the margins of their lines. Whole networks at 128 images on
-# a Xeon with 2 cores: inference with 13 MiB takes 0.72 of its time with 5 MiB at expansion 3, 0.87
-# at 6, 0.97 at 9 and the same at 1; 30 MiB are no faster. Forward in a training step, 13 MiB for
-# 5 MiB make it 0.89 of the time at expansion 3 and the same at 9; backward, more than 5 MiB gain
-# nothing.
+# Bytes of the expanded tensor of the images computed at a time, without padding. Whole networks at
+# 128 images on a Xeon with 2 cores: inference with 13 MiB takes 0.72 of the time with 5 MiB at
+# expansion 3, 0.87 at 6, 0.97 at 9 and the same at 1; 30 MiB are no faster. A training step with
+# 13 MiB instead of 5 MiB forward takes 0.89 of the time at expansion 3 and the same at 9; more than
+# 5 MiB backward gain nothing.
 FORWARD_BYTES, BACKWARD_BYTES = 13 << 20, 5 << 20
-# Channels to an input that a row must have to be a phase of its own. A shift then chooses among 3
-# stretches of memory in place of 9, while narrower products and the sum of their results cost more:
-# 0.7 to 0.9 of the time with 3 (expansion 9), 0.8 to 1.2 with 2, 1.1 to 3 times with 1 or less.
+# Channels per input that a row must have to form a phase of its own. A shift then selects among 3
+# slices instead of 9, while narrower products and the sum of their results cost more: 0.7 to 0.9 of
+# the time with 3 (expansion 9), 0.8 to 1.2 with 2, 1.1 to 3 times with 1 or less.
 CHANNELS_OF_ROW = 3
 
 
@@ -49,7 +49,7 @@ def forward(
     out_relu: bool = False,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """As `shift_block`, in NHWC."""
+    """Computes `shift_block` in NHWC."""
     phases, _ = _phases(x.shape, w1, b1, w2, dh, dw, stride)
 
     def some(images: tuple[jax.Array, jax.Array | None]) -> jax.Array:
@@ -75,7 +75,7 @@ def backward(
     dw: np.ndarray,
     stride: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients of `x`, `w1`, `b1` and `w2`, given that of the second product."""
+    """Returns the gradients of `x`, `w1`, `b1` and `w2`; `dout` is that of the second product."""
     phases, order = _phases(x.shape, w1, b1, w2, dh, dw, stride)
 
     def gradients(x: jax.Array, dout: jax.Array) -> tuple[Any, jax.Array]:
@@ -85,7 +85,7 @@ def backward(
             dshifted = product(phase.back.line(dout), phase.w2.T, "NHWC")
             dexpanded = phase.shifted_back(dshifted, expanded)
             db1 = dexpanded.sum((0, 1, 2), dtype=wide_dtype(x.dtype))
-            # A wide result takes XLA's library half as long as a tall one.
+            # XLA's library computes a wide result in half the time of a tall one.
             transposed_dw2 = _outer(dout, phase.shifted(expanded))
             weights.append((_outer(phase.pixels(x), dexpanded), db1, transposed_dw2))
             dx.append(phase.spread(product(dexpanded, phase.w1.T, "NHWC"), x.shape))
@@ -107,12 +107,12 @@ def backward(
 def _loop(
     gradients: Callable[..., tuple[Any, jax.Array]], xs: jax.Array, douts: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """The sums of what `gradients` gives of the weights, and all that it gives of `xs`."""
-    in_place = xs.shape == douts.shape  # then each share of dx takes the place of its dout
+    """Returns the summed gradients of the weights, and the gradients of all `xs`."""
+    in_place = xs.shape == douts.shape  # then each part of dx overwrites its dout
 
     def step(i: int, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         sums, dxs = carry
-        # Without the barrier XLA fuses this reading with what comes after it, and then copies all.
+        # Without the barrier XLA fuses this slice with its consumers, and then copies everything.
         dout = jax.lax.optimization_barrier((dxs if in_place else douts)[i])
         weights, dx = gradients(xs[i], dout)
         return jax.tree.map(jnp.add, sums, weights), dxs.at[i].set(dx)
@@ -125,9 +125,9 @@ def _loop(
 
 
 def unsupported(x: jax.Array, w1: jax.Array, w2: jax.Array, *, stride: int, **_: Any) -> str | None:
-    """Why it does not take these arguments; None when it does."""
-    # Of plain XLA's time phases take 1.2 to 1.6 times for 16 images of 32x32 and 16 to 32 channels,
-    # and 0.5 to 0.7 times for 16 to 96.
+    """Returns why these arguments are not supported, in one clause, or None."""
+    # For 16 images of 32x32, phases take 1.2 to 1.6 times as long as plain XLA with 16 to 32
+    # channels, and 0.5 to 0.7 times as long with 16 to 96.
     del w2
     inputs, expanded = w1.shape
     if not x.size:
@@ -168,7 +168,7 @@ class _Phase(NamedTuple):
         return jnp.pad(mine, [(0, 0), *gaps, (0, 0)])
 
     def expanded(self, x: jax.Array) -> jax.Array:
-        """The first product, in a line; bias and ReLU are still to come."""
+        """Returns the first product, in a line, before bias and ReLU."""
         return product(self.shift.line(self.pixels(x)), self.w1, "NHWC")
 
     def shifted(self, expanded: jax.Array) -> jax.Array:
@@ -183,7 +183,7 @@ class _Phase(NamedTuple):
         return jnp.where(positive & known, dexpanded, 0)
 
     def spread(self, dx: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The phase's pixels in their places, among zeros."""
+        """Returns an image of the phase's pixels, with zeros at all others."""
         gaps = [
             (first, n - first - (m - 1) * self.stride - 1, self.stride - 1)
             for first, n, m in zip((self.row, self.column), shape[1:3], dx.shape[1:3], strict=True)
@@ -200,7 +200,7 @@ def _phases(
     dw: np.ndarray,
     stride: int,
 ) -> tuple[list[_Phase], np.ndarray]:
-    """The phases that have channels, and these channels, one phase's after the other's."""
+    """Returns the phases that have channels, and the concatenated channels of all phases."""
     rows, columns = shape[1:3]
     size = (-(-rows // stride), -(-columns // stride))
     found, order = [], []
@@ -220,13 +220,13 @@ def _phases(
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum over all pixels of their outer products, `[C, K]`, in float32 or wider."""
+    """Returns the sum of the pixels' outer products, `[C, K]`, in float32 or wider."""
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     return jnp.matmul(x.T, y, preferred_element_type=wide_dtype(x.dtype))
 
 
 def _images(x: jax.Array, w1: jax.Array, most_bytes: int) -> int:
-    """How many images to take at a time: a divisor of all."""
+    """Returns the number of images to compute at a time: a divisor of the batch size."""
     count, height, width, _ = x.shape
     most = most_bytes // (height * width * w1.shape[1] * x.dtype.itemsize)
     return max((n for n in range(1, count + 1) if count % n == 0 and n <= most), default=1)

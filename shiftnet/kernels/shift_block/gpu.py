@@ -1,41 +1,40 @@
-"""The shift block for Hopper: the expanded image lives in registers only, forward and backward.
+"""The shift block for Hopper: the expanded image exists in registers only, forward and backward.
 
-Forward, for one offset the expanded channels at an output pixel need only the input at one other
-pixel, so
+Forward, the expanded channels of one offset at an output pixel depend on one input pixel, so
 
     out[p] = sum over offsets g of  relu(x[p + g] @ w1[:, g] + b1[g]) @ w2[g, :]
 
-without the terms whose pixel p + g lies outside. A warpgroup takes a tile of output pixels. Pixels
-are numbered through all images, which makes every offset a whole number of rows of the matrix
-`x[pixels, C]`: the tile comes into shared memory once, with as many pixels before and after as the
-offsets reach (none where a tile is whole images), and each offset reads its rows of it into
-registers, multiplies by its slice of `w1`, adds the bias, takes the ReLU, drops what wrapped around
-an image's edge, rounds to bfloat16 and multiplies by its slice of `w2`, all without leaving the
-registers. Stride 2 splits the input into the 4 images of even and odd rows and columns as it loads
-(the copy engine does it), in which offsets are whole pixels again.
+without the terms whose pixel p + g lies outside the image. A warpgroup computes a tile of output
+pixels. Pixels are numbered through all images, so that every offset is a whole number of rows of
+the matrix `x[pixels, C]`. The tile is loaded into shared memory once, with the pixels before and
+after it that offsets reach (none if a tile consists of whole images). For each offset its rows are
+loaded into registers, multiplied by a slice of `w1`, the bias and the ReLU are applied, values that
+wrapped around an image's edge are masked, and the result is rounded to bfloat16 and multiplied by a
+slice of `w2`, all in registers. With stride 2 the copy engine splits the input into the 4 images of
+even and odd rows and columns, in which offsets are whole pixels again.
 
-Backward, with d[q, g] the gradient at the output pixel q - g that reads q through g,
+Backward, with d[q, g] the gradient of the output pixel q - g, which reads q by offset g,
 
     dx[q] = sum over offsets g of  ((d[q, g] @ w2[g, :].T) * (y[q, g] > 0)) @ w1[:, g].T
 
-where y[q, g] is relu(x[q] @ w1[:, g] + b1[g]) again: the same kernel with one more product, whose
-tile with pixels around it is of the gradient. At stride 2 there is one such call for each of the 4
-images of x. The gradients of the weights are sums over pixels of y and of the factor before
-`w1[:, g].T`. There a warpgroup takes 64 expanded channels and a share of the pixels, has the
-channels as the rows of its products, so that they are left factors out of registers again, and
-writes its sums, which XLA adds up.
+where y[q, g] is relu(x[q] @ w1[:, g] + b1[g]), recomputed. This is the same kernel with one more
+product, and the tile with its surrounding pixels is one of the gradient. At stride 2 there is one
+call for each of the 4 images of x. The gradients of the weights are sums over pixels of products
+with y and with the factor of `w1[:, g].T`. For these a warpgroup takes 64 expanded channels and a
+part of the pixels; the channels are the rows of its products, so that left factors come from
+registers again. Each warpgroup writes its sums, and XLA adds them up.
 
-Both weights stay in shared memory; a block works through many tiles and has the next one under way
-meanwhile. Rows are 16 bytes longer there than C channels, so that 8 of them never meet in a memory
-bank; the copy engine fills that part with zeros from beyond the array's edge.
+Both weights stay in shared memory; a block computes many tiles, and loads the next one meanwhile.
+Rows in shared memory are 16 bytes longer than C channels, so that 8 of them never conflict in a
+memory bank; the copy engine fills that part with zeros from beyond the array's edge.
 
-Bytes moved per output pixel at bfloat16: 2*C*stride**2 of `x` (plus the reach of the offsets on
-both sides of a tile, which other blocks read at about the same time and the second-level cache
-holds), 2*K written, 2*K more for a residual; and once for each of the 132 multiprocessors the
-weights. Backward: 2*C*stride**2 of `x` read and as much of `dx` written, 2*K*stride**2 of `dout`
-read; at stride 2 both of the first once more each way, to split and to join them. The sums over
-pixels read x and dout once for every 64 expanded channels, or fewer where these are of more offsets
-than registers hold the sums of; what one warpgroup reads the others read at about the same time.
+Memory traffic per output pixel at bfloat16: 2*C*stride**2 bytes of `x` (plus the pixels around
+tiles, which other blocks read at about the same time, so that they are in the L2 cache), 2*K
+written, 2*K more for a residual; and the weights once per multiprocessor, of which there are 132.
+Backward: 2*C*stride**2 of `x` read and as much of `dx` written, 2*K*stride**2 of `dout` read; at
+stride 2 both of the first are read and written once more, to split and to join them. The sums over
+pixels read x and dout once per 64 expanded channels, or per fewer channels if these have more
+offsets than there are registers for; all warpgroups read the same values at about the same time.
 """
 
 import functools
@@ -49,16 +48,16 @@ from jax import lax
 
 from shiftnet.kernels import gpu
 
-# Warpgroups of a block and pixels of a tile, best first: more warpgroups hide more latency, larger
+# Warpgroups per block and pixels per tile, best first: more warpgroups hide more latency, larger
 # tiles read fewer pixels twice.
 _SHAPES = ((4, 256), (4, 128), (3, 128), (4, 64), (3, 64), (2, 64), (1, 64))
 _SLOTS = 2
-# Registers of a thread that the factors and sums may take, by the number of warpgroups: more than
-# these and the compiler spills (seen in its reports for an H200).
+# Registers per thread for factors and sums, by the number of warpgroups: with more the compiler
+# spills (seen in its reports for an H200).
 _REGISTERS = {4: 72, 3: 96, 2: 160, 1: 160}
-_MOST_DEPTH = 128  # channels of an offset that are multiplied at a time
-# Of the weights' gradients: expanded channels of a warpgroup, pixels whose products are in
-# registers at a time, and the most sums over pixels that one expanded channel has.
+_MOST_DEPTH = 128  # channels of one offset multiplied at a time
+# For the gradients of the weights: expanded channels per warpgroup, pixels whose products are in
+# registers at a time, and the largest number of sums over pixels per expanded channel.
 _ROWS = _STEP = 64
 _MOST_SUMS = 128
 _SUMS_SHAPES = ((3, 128), (3, 64), (2, 64), (1, 64))
@@ -74,7 +73,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(x, w1, w2, *, dh, dw, stride) -> _Plan | str:
-    """How to cut these arguments into tiles, or why that cannot be done."""
+    """Returns how these arguments are divided into tiles, or why that is not supported."""
     view = gpu.image(x, dh, dw, stride)
     if isinstance(view, str):
         return view
@@ -87,12 +86,12 @@ def _plan(x, w1, w2, *, dh, dw, stride) -> _Plan | str:
 
 
 def _cut(view: gpu.Image, channels: int, outputs: int, backward: bool) -> _Plan | str:
-    """Tiles for an image of so many channels that becomes another."""
+    """Divides an image into tiles, given its channels and those of the result."""
     taps = _split(view.taps)
     phases = sorted({tap.phase for tap in taps})
     depth = gpu.round_up(max(tap.channels.size for tap in taps), 16)
     weights = 2 * len(taps) * depth * (channels + outputs) + 4 * len(taps) * depth
-    # Registers of a thread for 64 pixels: two sums, and both factors from registers.
+    # Registers per thread for 64 pixels: two sums, and both factors.
     registers = (depth + outputs) // 2 + (channels + depth) // 4
     if backward:
         registers += (depth + outputs) // 4  # the expanded channels, and the pixels of x
@@ -114,7 +113,7 @@ def _cut(view: gpu.Image, channels: int, outputs: int, backward: bool) -> _Plan 
 
 
 def _split(taps: list[gpu.Tap]) -> list[gpu.Tap]:
-    """The taps, with those of more channels than a warpgroup multiplies at a time in parts."""
+    """Splits taps that have more channels than a warpgroup multiplies at a time."""
     return [
         tap._replace(channels=part)
         for tap in taps
@@ -123,21 +122,21 @@ def _split(taps: list[gpu.Tap]) -> list[gpu.Tap]:
 
 
 class _SumsPlan(NamedTuple):
-    """How the sums over pixels are divided; a chunk is what one warpgroup has the sums of."""
+    """Division of the sums over pixels; a warpgroup computes those of one chunk."""
 
     chunks: list[list[gpu.Tap]]
-    each: int  # taps of a chunk, at most
+    each: int  # largest number of taps in a chunk
     halo: gpu.Halo
     warpgroups: int
 
 
 class _Backward(NamedTuple):
-    images: dict[tuple[int, int], _Plan]  # of the phases of x that are read
+    images: dict[tuple[int, int], _Plan]  # by phase of x
     sums: _SumsPlan
 
 
 def _backward_plan(x, w1, w2, *, dh, dw, stride) -> _Backward | str:
-    """The same for the gradients."""
+    """Does the same for the gradients."""
     plan = _plan(x, w1, w2, dh=dh, dw=dw, stride=stride)
     if isinstance(plan, str):
         return plan
@@ -145,7 +144,7 @@ def _backward_plan(x, w1, w2, *, dh, dw, stride) -> _Backward | str:
     height, width = x.shape[1] // stride, x.shape[2] // stride
 
     def from_dout(taps):
-        """How the phase of x that these taps read finds its gradient in dout, which has none."""
+        """Returns how the gradient of the phase of x that these taps read is read from dout."""
         back = [gpu.Tap(0, 0, -tap.row, -tap.column, tap.channels) for tap in taps]
         return gpu.Image(height, width, 1, back)
 
@@ -165,7 +164,7 @@ def _backward_plan(x, w1, w2, *, dh, dw, stride) -> _Backward | str:
             if tap.phase == phase
             for part in np.array_split(tap.channels, -(-tap.channels.size // _ROWS))
         ]
-        # The fewest chunks, as many taps in each as far as possible.
+        # The fewest chunks, with about as many taps in each.
         for count in range(1, len(pieces) + 1):
             ends = [len(pieces) * i // count for i in range(count + 1)]
             parts = [pieces[a:b] for a, b in itertools.pairwise(ends)]
@@ -200,9 +199,9 @@ def unsupported(
     stride: int,
     backward: bool = False,
 ) -> str | None:
-    """Why `forward` cannot take these arguments, or `backward` what it needs; None when it can.
+    """Returns in one clause why `forward` or `backward` does not support the arguments, or None.
 
-    In one clause. Looks at shapes and dtypes only.
+    It depends on shapes, dtypes and offsets only.
     """
     plan = (_backward_plan if backward else _plan)(x, w1, w2, dh=dh, dw=dw, stride=stride)
     return plan if isinstance(plan, str) else None
@@ -222,7 +221,7 @@ def forward(
     residual: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`shift(relu(x @ w1 + b1))[:, ::stride, ::stride] @ w2`, then the epilogue.
+    """Computes `shift(relu(x @ w1 + b1))[:, ::stride, ::stride] @ w2`, then the epilogue.
 
     Args:
       x: `[N, H, W, C]` bfloat16.
@@ -234,14 +233,14 @@ def forward(
       out_bias: `[K]`, added in float32.
       out_relu: whether a ReLU follows.
       residual: `[N, H/stride, W/stride, K]`, rounded to bfloat16 and added last.
-      interpret: simulate the kernel on the CPU.
+      interpret: whether to interpret the kernel on the CPU.
 
     Returns:
-      `[N, H/stride, W/stride, K]` bfloat16. Sums are float32; the expanded image is rounded to
-      bfloat16 once, the result once.
+      `[N, H/stride, W/stride, K]` bfloat16. Sums are float32; the expanded image and the result are
+      each rounded to bfloat16 once.
 
     Raises:
-      ValueError: where `unsupported` gives a reason.
+      ValueError: if `unsupported` returns a reason.
     """
     plan = _plan(x, w1, w2, dh=dh, dw=dw, stride=stride)
     if isinstance(plan, str):
@@ -283,13 +282,14 @@ def backward(
     stride: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients `(dx, dw1, db1, dw2)` of `forward` without what comes after the product.
+    """Returns the gradients `(dx, dw1, db1, dw2)` of `forward` without an epilogue.
 
-    `dout [N, H/stride, W/stride, K]` is rounded to bfloat16. Each gradient has its argument's shape
-    and dtype. Sums are float32; the expanded image and its gradient are rounded to bfloat16 once.
+    `dout [N, H/stride, W/stride, K]` is rounded to bfloat16. Each gradient has the shape and dtype
+    of its argument. Sums are float32; the expanded image and its gradient are each rounded to
+    bfloat16 once.
 
     Raises:
-      ValueError: where `unsupported(..., backward=True)` gives a reason.
+      ValueError: if `unsupported(..., backward=True)` returns a reason.
     """
     plan = _backward_plan(x, w1, w2, dh=dh, dw=dw, stride=stride)
     if isinstance(plan, str):
@@ -321,7 +321,7 @@ def backward(
 
 
 def _places(chunks: list[list[gpu.Tap]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The channel and the tap in its chunk of each row of each chunk; -1 where there is none."""
+    """Returns the channel of each row of each chunk, and its tap's index; -1 for padding."""
     channel, number = (np.full((len(chunks), rows), -1) for _ in range(2))
     for i, chunk in enumerate(chunks):
         sizes = [tap.channels.size for tap in chunk]
@@ -333,9 +333,9 @@ def _places(chunks: list[list[gpu.Tap]], rows: int) -> tuple[np.ndarray, np.ndar
 def _weights(
     chunks: list[list[gpu.Tap]], rows: int, w1: Any, b1: Any, w2: Any, dtype: Any
 ) -> dict[str, jax.Array]:
-    """`w1 [chunks, C, rows]`, `b1 [chunks, rows]` and `w2 [chunks, rows, taps * K]`.
+    """Returns `w1 [chunks, C, rows]`, `b1 [chunks, rows]` and `w2 [chunks, rows, taps * K]`.
 
-    With zeros where a chunk has fewer channels, and where the channel of a row has another tap.
+    They are zero in rows that are padding, and where the channel of a row has another tap.
     """
     channel, number = _places(chunks, rows)
     real, index = channel >= 0, np.maximum(channel, 0)
@@ -345,14 +345,14 @@ def _weights(
     w2 = jnp.where(of_tap[..., None], w2.astype(dtype)[index][:, :, None], jnp.zeros((), dtype))
     return {
         "w1": w1.transpose(1, 0, 2),
-        # A last row of zeros at most, so that the biases are a multiple of 128 bytes.
+        # Padded by at most one row, to a multiple of 128 bytes.
         "b1": jnp.pad(b1, ((0, -len(chunks) % 2), (0, 0))),
         "w2": w2.reshape(*index.shape, -1),
     }
 
 
 def _of_channels(chunks: list[list[gpu.Tap]], values: jax.Array, channels: int) -> jax.Array:
-    """`values [chunks, rows, ...]` in the order of the channels; 0 for those without a tap."""
+    """Sorts `values [chunks, rows, ...]` by channel; 0 for channels without a tap."""
     channel = _places(chunks, values.shape[1])[0].reshape(-1)
     (rows,) = np.nonzero(channel >= 0)
     place = np.full(channels, -1)
@@ -372,17 +372,17 @@ def _kernel(
     backward: bool = False,
     interpret: bool,
 ) -> jax.Array:
-    """The block, or the gradient of its input.
+    """Computes the block, or the gradient of its input.
 
     Args:
-      plan: how to cut it.
+      plan: the division into tiles.
       size: height and width of the output.
       out_type: `[pixels, channels]`.
-      operands: `image`, which is read at offsets, `w1`, `b1` and `w2`; then, each if there is one,
-        `bias`, and `aligned`, the residual. Backward the image is dout, and `aligned` is x.
-      out_relu: whether a ReLU comes before the residual.
-      backward: which of the two.
-      interpret: simulate the kernel.
+      operands: `image`, which is read at offsets, `w1`, `b1`, `w2`, and optionally `bias` and
+        `aligned`, the residual. Backward the image is dout, and `aligned` is x.
+      out_relu: whether a ReLU precedes the residual.
+      backward: whether to compute the gradient.
+      interpret: whether to interpret the kernel.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -429,23 +429,23 @@ def _kernel(
             return pl.run_scoped(multiply, plgpu.ACC((step, b.shape[1]), jnp.float32))
 
         def along_pixels(vector):
-            """Added to every pixel: channels from shared memory."""
+            """Loads a vector of channels and broadcasts it over pixels."""
             vector = gpu.load(vector, layout.reduce(0), interpret)
             return lax.broadcast_in_dim(vector, (step, *vector.shape), (1,))
 
         def expand(a, number):
             y = product(a, smem["w1"].at[number]) + along_pixels(smem["b1"].at[number])
-            # Rounding first halves the work of the ReLU, and changes nothing.
+            # Rounding first halves the cost of the ReLU and gives the same result.
             return jnp.maximum(y.astype(jnp.bfloat16), jnp.zeros((), jnp.bfloat16))
 
         def compute(first, slot, base, x):
-            """The output pixels from the `first` on, whose inputs start at `base` in memory.
+            """Computes output pixels from `first` on, whose inputs start at `base` in memory.
 
-            Backward they are pixels of x, which are given too.
+            Backward these are pixels of the gradient of x, and `x` has the same pixels of x.
             """
             pixels = gpu.count_up(first, step, layout.reduce(1), interpret)
             row, column = gpu.coordinates(pixels, height, width)
-            # Addresses without it are computed once for all tiles, and fill the registers.
+            # Without it addresses are computed once for all tiles, and fill the registers.
             zero = lax.optimization_barrier(slot * 0)
 
             def factor(tap, number):
@@ -487,7 +487,7 @@ def _kernel(
             index = worker + turn * workers
             slot = lax.rem(turn, _SLOTS)
             here = pl.ds(index * halo.tile, halo.tile)
-            # The last tile's result has left the buffer that this one's goes to.
+            # The previous tile's result must have left the buffer that this one is written to.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if "aligned" in gmem:
                 plgpu.copy_gmem_to_smem(
@@ -530,7 +530,7 @@ def _kernel(
     scratch = [
         {name: shared(name) for name in resident},
         plgpu.SMEM((warpgroups, _SLOTS, len(plan.phases), halo.pixels, channels + 8), jnp.bfloat16),
-        # Backward it holds factors of the same products as w1, which asks for the same parts.
+        # Backward it holds factors of the same products as w1, so it is sliced in the same way.
         gpu.matrices(warpgroups, halo.computed, outputs, part=depth if backward else 0),
         plgpu.SMEM((warpgroups, step, wide), jnp.bfloat16) if interpret else None,
         plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups * _SLOTS),
@@ -564,15 +564,15 @@ def _sums(
     w2: jax.Array,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of `w1`, transposed, of `b1` and of `w2`, by `[chunks, rows]`.
+    """Returns the gradients of `w1`, transposed, `b1` and `w2`, `[chunks, rows, ...]` each.
 
     Args:
-      plan: how the sums are divided.
+      plan: the division of the sums.
       size: height and width of the output.
-      phases: `[stride, stride, pixels, C]`, x.
+      phases: x as `[stride, stride, pixels, C]`.
       dout: `[pixels, K]`.
       w1, b1, w2: the weights.
-      interpret: simulate the kernel.
+      interpret: whether to interpret the kernel.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -582,12 +582,12 @@ def _sums(
     outputs = dout.shape[1]
     chunks, each, halo, warpgroups = len(plan.chunks), plan.each, plan.halo, plan.warpgroups
     tiles = -(-total // halo.tile)
-    # Workers with neighbouring numbers have the same pixels.
+    # Workers with consecutive numbers have the same pixels.
     shares = min(tiles, max(1, gpu.MULTIPROCESSORS * warpgroups // chunks))
     blocks = -(-shares * chunks // warpgroups)
     workers = blocks * warpgroups
     layout = plgpu.Layout.WGMMA
-    # Of each chunk the phase, and the offset of each tap.
+    # The phase of each chunk, and the offset of each of its taps.
     table = np.zeros((chunks, 2 + 2 * each), np.int32)
     for entry, chunk in zip(table, plan.chunks, strict=True):
         entry[:2] = chunk[0].phase
@@ -635,7 +635,7 @@ def _sums(
             return pl.run_scoped(multiply, plgpu.ACC((_ROWS, _STEP), jnp.float32))
 
         def add(start, db1, *, dw1, dw2, index, slot):
-            """Adds the products of the tile's pixels from `start` on."""
+            """Adds the products of _STEP pixels of the tile from `start` on."""
             here = x.at[slot, pl.ds(start, _STEP)]
             pixels = gpu.count_up(index * halo.tile + start, _STEP, layout.reduce(1), interpret)
             row, column = gpu.coordinates(pixels, height, width)
@@ -652,7 +652,7 @@ def _sums(
             dy = jnp.where(y > jnp.zeros((), y.dtype), dy, np.float32(0))
             gpu.multiply_add(dw2, y, shifted, left)
             gpu.multiply_add(dw1, dy.astype(jnp.bfloat16), here, left)
-            plgpu.wgmma_wait(0)  # the next pixels take the place of these
+            plgpu.wgmma_wait(0)  # the next pixels overwrite these
             return db1 + dy.sum(1)
 
         mine = jnp.where(share < shares, (tiles - share + shares - 1) // shares, 0)

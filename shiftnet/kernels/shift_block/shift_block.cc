@@ -4,15 +4,15 @@
 // lies outside of the image adds nothing. Images are [N, H, W, C], all float32.
 //
 // An image's expanded tensor, relu(x @ w1 + b1), stays in the cache and is never written to memory;
-// the gradients compute it again. With a stride s, a channel is read at every s-th row and column
-// only, and which of them its offset says: the channels of one such phase are expanded together, at
-// those pixels. Within a phase they are sorted by offset, and zeros surround the expanded pixels,
-// so that a vector of shifted channels is put together out of a few loads, one for each offset in
-// it. Products run in the registers (products.h).
+// the gradients recompute it. With a stride s, a channel is read at every s-th row and column only,
+// starting at one that depends on its offset: the channels of one such phase are expanded together,
+// at those pixels. Within a phase channels are sorted by offset, and the expanded pixels are padded
+// with zeros, so that a vector of shifted channels takes a few loads, one per offset in it. Products
+// are computed in registers (products.h).
 //
 // Results do not depend on the number of threads: one thread computes an image, or rows of it, and
-// the gradients of the weights are summed up in parts that depend on the number of images only,
-// which are then added in a fixed order.
+// the gradients of the weights are summed in parts that depend on the number of images only and are
+// then added in a fixed order.
 
 #include <algorithm>
 #include <array>
@@ -56,11 +56,11 @@ class Matrix {
     });
   }
 
-  // out[p] = x[p] @ matrix for a line of pixels, whose distances are given. Only the columns that
-  // the matrix has are written, or whole vectors where `padded`.
+  // out[p] = x[p] @ matrix for a line of pixels at the given distances. Writes the columns that the
+  // matrix has, or whole vectors if `padded`.
   void Multiply(const float* x, int64_t x_pixel, int64_t pixels, float* out, int64_t out_pixel,
                 bool padded) const {
-    if (pixels == 0) return;  // where a stride is larger than the image
+    if (pixels == 0) return;  // if a stride is larger than the image
     Tile tile{};
     tile.x_pixel = x_pixel;
     tile.rows = 1;
@@ -83,8 +83,8 @@ class Matrix {
   Buffer values_;
 };
 
-// sums [depth, vectors * kLanes] += sum over pixels of x[pixel, :]^T y[pixel, :]. Of `tile` all but
-// `sums_row` is given.
+// sums [depth, vectors * kLanes] += sum over pixels of x[pixel, :]^T y[pixel, :]. The caller sets
+// all of `tile` except `sums_row`.
 void AddOuter(GradientTile tile, int64_t depth, int64_t vectors, const float* x, const float* y,
               float* sums) {
   tile.sums_row = vectors * kLanes;
@@ -110,7 +110,7 @@ struct Part {
 // The channels that are read from rows `row`, `row + stride` ... and columns likewise.
 struct Phase {
   int64_t row, column;             // the first pixel
-  int64_t height, width;           // how many pixels of the image these are
+  int64_t height, width;           // number of pixels
   int64_t first;                   // its first channel among those of all phases, padded
   std::vector<int64_t> channels;   // by offset
   std::vector<std::vector<Part>> vectors;
@@ -119,7 +119,7 @@ struct Phase {
   int64_t padded() const { return vectors.size() * kLanes; }
 };
 
-// Pixels of a phase, surrounded by zeros as far as offsets reach.
+// Pixels of a phase, padded with zeros as far as offsets reach.
 struct Grid {
   int64_t above, before, rows, columns;  // zeros above and to the left; sizes with all zeros
   int64_t pitch;
@@ -135,7 +135,7 @@ struct Block {
   int64_t expanded, stride, repetitions, depth;  // depth: the channels of all phases, padded
   std::vector<Phase> phases;
 
-  // Expanded pixels as the outputs of `rows` rows read them, and gradients as these pixels do.
+  // Expanded pixels that the outputs of `rows` rows read, and gradients that these pixels read.
   Grid Expanded(const Phase& phase, int64_t rows) const {
     const int64_t above = std::max<int64_t>(0, -phase.top), before = std::max<int64_t>(0, -phase.left);
     return {above, before, above + std::max(rows + phase.bottom, rows),
@@ -191,7 +191,7 @@ void FindPhases(Block& b, ffi::Span<const int64_t> dh, ffi::Span<const int64_t> 
   }
 }
 
-// out[p] = lane by lane what one of kCount places holds, the pixels of each `pitch` floats apart.
+// out[p] = lane by lane a value from one of kCount places, whose pixels are `pitch` floats apart.
 template <int kCount>
 void Choose(const float* const* places, const std::vector<Part>& parts, int64_t pitch,
             int64_t pixels, float* out, int64_t out_pixel) {
@@ -259,7 +259,7 @@ void ZeroRow(const Grid& grid, int64_t row, bool inside, int64_t width, float* v
   std::memset(begin + (grid.before + width) * grid.pitch, 0, after * grid.pitch * sizeof(float));
 }
 
-// Row i of the grid becomes row `first + i` of the phase's pixels.
+// Writes row `first + i` of the phase's pixels to row i of the grid.
 void Expand(const Block& b, size_t index, const First& first, const float* image, int64_t from,
             const Grid& grid, float* values) {
   const Phase& phase = b.phases[index];
@@ -275,13 +275,13 @@ void Expand(const Block& b, size_t index, const First& first, const float* image
       const Vector bias = Load(first.b1.get() + phase.first + v);
       for (int64_t p = 0; p < phase.width; ++p) {
         const Vector value = Load(to + p * grid.pitch + v) + bias;
-        Store(to + p * grid.pitch + v, value < 0 ? Vector{} : value);  // keeps what is not a number
+        Store(to + p * grid.pitch + v, value < 0 ? Vector{} : value);  // preserves NaN
       }
     }
   }
 }
 
-// What happens to the result: bias, ReLU and addition, each where it is there.
+// The epilogue: bias, ReLU and addition, each optional.
 struct Epilogue {
   const float *bias, *residual;
   bool relu;
@@ -301,7 +301,7 @@ struct Epilogue {
   }
 };
 
-constexpr int64_t kExpanded = 256 * 1024;  // floats of the expanded tensor that a task works through
+constexpr int64_t kExpanded = 256 * 1024;  // floats of the expanded tensor per task
 
 void Forward(ffi::ThreadPool& pool, const Block& b, const float* x, const float* w1,
              const float* b1, const float* w2, const Epilogue& epilogue, float* y) {
@@ -434,7 +434,7 @@ void Backward(ffi::ThreadPool& pool, const Block& b, const float* x, const float
       for (size_t i = 0; i < b.phases.size(); ++i) {
         const Phase& phase = b.phases[i];
         const int64_t padded = phase.padded();
-        float* const values = expanded.get() + starts[i];  // become the gradients of themselves
+        float* const values = expanded.get() + starts[i];  // later overwritten by their gradients
         Buffer line(phase.width * padded);
         for (int64_t r = 0; r < phase.height; ++r) {
           ShiftLine(phase, back[i], -1, dshifted.get() + back_starts[i] + back[i].At(r, 0),
@@ -462,7 +462,7 @@ void Backward(ffi::ThreadPool& pool, const Block& b, const float* x, const float
     }
   });
 
-  // The parts are added up, in their order, and put where they belong.
+  // Adds up the parts, in order, and stores the sums in the result's layout.
   const auto sum = [&](int64_t at) {
     float value = sums.get()[at];
     for (int64_t part = 1; part < parts; ++part) value += sums.get()[part * total + at];
@@ -489,7 +489,8 @@ void Backward(ffi::ThreadPool& pool, const Block& b, const float* x, const float
 
 using Offsets = ffi::Span<const int64_t>;
 
-// The block from x to y. Python checks the sizes, but a program may come from anywhere.
+// The block from x to y. Sizes are checked here too, since programs may come from elsewhere than
+// Python.
 ffi::ErrorOr<Block> Describe(const Array& x, const Array& w1, const Array& b1, const Array& w2,
                              const Array& y, Offsets dh, Offsets dw, int64_t stride) {
   const ffi::Error error = ffi::Error::InvalidArgument("sizes of a shift block that do not fit");
@@ -511,7 +512,7 @@ ffi::ErrorOr<Block> Describe(const Array& x, const Array& w1, const Array& b1, c
   return b;
 }
 
-// The part of an array that is repetition `i`.
+// The slice of an array at index `i` of its leading axes.
 template <typename T>
 auto PartOf(T& array, int64_t i, int64_t repetitions) {
   return array.typed_data() + i * (array.element_count() / repetitions);

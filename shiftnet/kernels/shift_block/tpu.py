@@ -1,11 +1,11 @@
 """The block 1x1, bias, ReLU, shift, 1x1 on a TPU, in HWCN; the kernel is in `shiftnet.kernels.tpu`.
 
-The expanded tensor never leaves the chip. Moved, forward: x, the result and the residual once each;
-backward, where it is computed again: x, dout and dx once each. Beside that the weights and their
-gradients, and what sorts their channels by offset.
+The expanded tensor never leaves the chip. Memory traffic forward: x, the result and the residual,
+once each; backward, where the expanded tensor is recomputed: x, dout and dx, once each. In addition
+the weights, their gradients, and the matrices that sort their channels by offset.
 
-A group of expanded channels is padded to whole tiles of 8 channels (16 of bfloat16), so that fewer
-than 72 channels (144 of bfloat16) cost as much arithmetic as these.
+The channels of each offset are padded to whole tiles of 8 channels (16 of bfloat16), so that with
+9 offsets fewer than 72 channels (144 of bfloat16) cost as much arithmetic as 72 (144).
 """
 
 import jax
@@ -24,10 +24,10 @@ def unsupported(
     stride: int,
     backward: bool = True,
 ) -> str | None:
-    """Why the kernels cannot take these arguments, or None.
+    """Returns why the kernels do not support these arguments, or None.
 
-    Only shapes, dtypes and offsets count. `backward` keeps more on the chip; without it the answer
-    is for `forward` alone.
+    It depends on shapes, dtypes and offsets only. The gradients need more memory on the chip; with
+    `backward=False` the answer is for `forward` only.
     """
     return tpu.unsupported(
         x, *w2.shape, dh=dh, dw=dw, stride=stride, own_weight=True, backward=backward
@@ -48,19 +48,19 @@ def forward(
     residual: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`epilogue(shift(relu(x @ w1 + b1))[::stride, ::stride] @ w2)`.
+    """Computes `epilogue(shift(relu(x @ w1 + b1))[::stride, ::stride] @ w2)`.
 
     Args:
       x: `[H, W, C, N]`, float32 or bfloat16, N a multiple of 128.
-      w1, w2: `[C, E]` and `[E, K]`; they are taken in x's dtype.
-      b1: `[E]`, added in float32; the expanded channels are then rounded to x's dtype.
-      dh, dw: int `[E]`, where each channel is read from; outside the image there are zeros.
+      w1, w2: `[C, E]` and `[E, K]`, converted to the dtype of `x`.
+      b1: `[E]`, added in float32; the expanded channels are then rounded to the dtype of `x`.
+      dh, dw: int `[E]`, the offset that each channel is read from; outside the image are zeros.
       stride: at least 1.
-      out_bias: `[K]`, then `out_relu`, then `residual [H', W', K, N]`.
-      interpret: runs on any device, slowly.
+      out_bias: `[K]`, followed by `out_relu` and `residual [H', W', K, N]`.
+      interpret: whether to interpret the kernel, which works on any device but is slow.
 
     Returns:
-      `[H', W', K, N]` of x's dtype, H' and W' being H and W by the stride, rounded up.
+      `[H', W', K, N]` in the dtype of `x`, with H' = ceil(H / stride) and W' = ceil(W / stride).
     """
     return tpu.forward(
         x,
@@ -91,10 +91,10 @@ def backward(
     stride: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients `(dx, dw1, db1, dw2)` of `forward` without what comes after the product.
+    """Returns the gradients `(dx, dw1, db1, dw2)` of `forward` without an epilogue.
 
-    `dout [H', W', K, N]` has x's dtype. Each gradient has its argument's shape and dtype. Sums over
-    pixels and images are float32 throughout.
+    `dout [H', W', K, N]` has the dtype of `x`. Each gradient has the shape and dtype of its
+    argument. Sums over pixels and images are float32 throughout.
     """
     grads = tpu.backward(
         x,

@@ -17,6 +17,6 @@ def forward(
     dw: np.ndarray,
     stride: int,
 ) -> jax.Array:
-    """As `shift_block`, without what comes after the second product."""
+    """Computes `shift_block` without an epilogue."""
     y = jax.nn.relu(affine(product(x, w1, "NHWC"), None, b1, "NHWC"))
     return product(every(plain(y, dh, dw), stride, "NHWC"), w2, "NHWC")

@@ -1,4 +1,4 @@
-"""A shift fused into the 1x1 convolution that follows it."""
+"""A shift fused with the pointwise (1x1) convolution that follows it."""
 
 from typing import Literal
 
@@ -32,36 +32,36 @@ def shift_pointwise(
     offsets: Offsets | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """`shift(relu(x * scale + bias)) @ w`, and scale, bias, ReLU and addition of the result.
+    """Computes `shift(relu(x * scale + bias)) @ w`, then scale, bias, ReLU and addition.
 
-    In that order, and each but the shift and the product only where it is asked for. The kernels
-    read every value of `x` at an address that the shift decides; no shifted copy is made.
+    Everything except the shift and the product is optional. The kernels apply the shift to the
+    addresses that they read `x` from; no shifted copy is made.
 
     Args:
       x: `[N, H, W, C]`, floating.
       w: `[C, K]`, the 1x1 convolution's weight, in the dtype of `x`.
-      kernel_size, dilation: of the shift; see `shiftnet.kernels.shift.shift`.
-      stride: of the convolution, in pixels, both ways.
-      scale, bias: `[C]`, floating, applied before the shift, which brings in zeros after them; like
-        those of the result in float32 or wider.
-      relu: whether negative values become 0 before the shift.
-      out_scale, out_bias: `[K]`.
-      out_relu: whether negative results become 0.
-      residual: of the result's shape and dtype, added last.
-      channel_order: of `x`, as of `shiftnet.kernels.shift.channel_offsets`; the GPU's kernel needs
-        "grouped".
-      offsets: `(dh, dw)`, the whole numbers of each channel, in place of a neighbourhood's.
-      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"xla"` is plain XLA.
-        None takes the device's kernel where it supports the arguments, else `"xla"`.
+      kernel_size, dilation: those of the shift; see `shiftnet.kernels.shift.shift`.
+      stride: stride of the convolution in pixels, along both axes.
+      scale, bias: `[C]`, floating, applied before the shift, so that values from outside the image
+        are 0; like `out_scale` and `out_bias` they are applied in float32 or wider.
+      relu: whether to apply a ReLU before the shift.
+      out_scale, out_bias: `[K]`, applied to the result.
+      out_relu: whether to apply a ReLU to the result.
+      residual: array of the result's shape and dtype, added last.
+      channel_order: channel order of `x`; see `shiftnet.kernels.shift.channel_offsets`. The GPU
+        kernel needs "grouped".
+      offsets: `(dh, dw)`, integers for each channel, instead of those of a neighbourhood.
+      implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"xla"` is plain XLA. None selects
+        the device's kernel if it supports the arguments, else `"xla"`.
 
     Returns:
-      `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are taken in float32 or
-      wider.
+      `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are accumulated in
+      float32 or wider.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, a `kernel_size`, `dilation` or `stride`
-        that is no whole number of at least 1, offsets of another number of channels, an unknown
-        `channel_order` or `implementation`, or one that does not support the arguments.
+      ValueError: if shapes or dtypes do not match, `kernel_size`, `dilation` or `stride` is not an
+        integer of at least 1, `offsets` are for another number of channels, `channel_order` is
+        unknown, or `implementation` is unknown or does not support the arguments.
     """
     if x.ndim != 4 or w.ndim != 2 or x.shape[3] != w.shape[0] or not checks.is_whole(*w.shape):
         raise ValueError(

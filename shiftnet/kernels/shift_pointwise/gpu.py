@@ -1,34 +1,34 @@
-"""Shift and 1x1 convolution for Hopper: the shift is the coordinate of a copy.
+"""Shift and 1x1 convolution for Hopper: the shift changes the coordinates of copies.
 
-The channels of one offset lie side by side. Pixels are numbered through all images, so that the
-shifted channels of a tile of pixels are a plain box of the matrix `x[pixels, channels]` at another
-row, and the copy engine loads it from there. A warpgroup reads each box into registers, applies the
-prologue, drops what wrapped around an image's edge, and multiplies by the box's rows of the weight;
-the sum stays in registers until all boxes are through. At stride 2 the copy engine picks even or
-odd rows and columns as it loads.
+The channels of one offset are contiguous. Pixels are numbered through all images, so that the
+shifted channels of a tile of pixels are a box of the matrix `x[pixels, channels]` at another row,
+which the copy engine can load. A warpgroup loads each box into registers, applies the prologue,
+masks values that wrapped around an image's edge, and multiplies by the box's rows of the weight;
+the sum stays in registers until all boxes are done. At stride 2 the copy engine loads even or odd
+rows and columns only.
 
-The weight stays in shared memory; a block works through many tiles and has the next boxes under way
-meanwhile. Rows are 16 bytes longer there than the channels of an offset, so that 8 of them never
-meet in a memory bank; the copy engine fills that part with zeros from beyond the array's edge.
+The weight stays in shared memory; a block computes many tiles, and loads the next boxes meanwhile.
+Rows in shared memory are 16 bytes longer than the channels of an offset, so that 8 of them never
+conflict in a memory bank; the copy engine fills that part with zeros from beyond the array's edge.
 
-Bytes moved per output pixel at bfloat16: 2*C of `x` (every value that is used once, no halo), 2*K
-written, 2*K more for a residual; and once for each of the 132 multiprocessors the weight.
+Memory traffic per output pixel at bfloat16: 2*C bytes of `x` (each value used once, no halo), 2*K
+written, 2*K more for a residual; and the weight once per multiprocessor, of which there are 132.
 
 Backward, one kernel reads x and dout and writes dx and the sums over pixels. With d[q, c] = dout at
 the output pixel that reads pixel q of channel c,
 
     dp[q, c] = d[q, c] @ w[c]        dw[c] = sum over q of p[q, c] * d[q, c]
 
-A warpgroup takes 64 channels, a few offsets', and a share of the pixels, and has the channels as
-the rows of its products: p is a left factor out of registers then, scale and bias are two numbers
-of a thread, and their gradients sums along rows. The identity, as a left factor, turns x that way
-on the tensor cores, without rounding. Each warpgroup writes its sums over pixels, and XLA adds them
-up. Stride 2 costs a copy: of every channel the quarter of x that
-is read is taken out before, and the quarter of dx put among zeros after the kernel.
+A warpgroup takes 64 channels, of a few offsets, and a part of the pixels. The channels are the rows
+of its products, so that p is a left factor from registers, each thread has two values of scale and
+bias, and their gradients are sums along rows. A product with the identity transposes x on the
+tensor cores, without rounding. Each warpgroup writes its sums over pixels, and XLA adds them up.
+Stride 2 needs copies: the quarter of x that a channel reads is extracted before the kernel, and the
+quarter of dx is surrounded by zeros after it.
 
-Bytes moved backward per output pixel: 2*C of x read, 2*C of dx written, 2*K of dout read for every
-64 channels, which at about the same time is read by all; at stride 2 besides 4*C to take out x,
-2*C to read and 8*C to write dx.
+Memory traffic backward per output pixel: 2*C bytes of x read, 2*C of dx written, and 2*K of dout
+read per 64 channels, by all warpgroups at about the same time; at stride 2 in addition 4*C to
+extract x, 2*C to read and 8*C to write dx.
 """
 
 import math
@@ -41,12 +41,12 @@ from jax import lax
 
 from shiftnet.kernels import gpu
 
-# Warpgroups of a block and pixels of a tile, best first.
+# Warpgroups per block and pixels per tile, best first.
 _SHAPES = ((4, 128), (4, 64), (3, 64), (2, 64), (1, 64))
-_MOST_BOXES = 8  # under way for a warpgroup; 3 at least
+_MOST_BOXES = 8  # in shared memory per warpgroup; at least 3
 _REGISTERS = {4: 64, 3: 96, 2: 160, 1: 160}
-# Backward: channels and pixels of a warpgroup's tile, the most sums over pixels that one channel
-# has, warpgroups of a block, and tiles in shared memory for each.
+# Backward: channels and pixels of a warpgroup's tile, the largest number of sums over pixels per
+# channel, warpgroups per block, and tiles in shared memory per warpgroup.
 _ROWS = _TILE = 64
 _MOST_SUMS = 128
 _WARPGROUPS = (3, 2, 1)
@@ -55,19 +55,19 @@ _SLOTS = 2
 
 class _Plan(NamedTuple):
     taps: list[gpu.Tap]
-    boxes: list[int]  # where the channels of each tap are, in units of the depth
+    boxes: list[int]  # first channel of each tap, in units of the depth
     depth: int  # channels of a tap
-    line: int  # pixels that one row of the copies' view of x holds
+    line: int  # pixels per row of the view of x that copies use
     rows: int  # rows of a tile
     front: int  # pixels in shared memory before the first box
     pixels: int  # pixels in shared memory
-    computed: int  # pixels of a tile, rounded up to what the tensor cores take
+    computed: int  # pixels of a tile, rounded up to a size that the tensor cores support
     slots: int  # boxes in shared memory
     warpgroups: int
 
 
 def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
-    """How to cut these arguments into tiles, or why that cannot be done."""
+    """Returns how these arguments are divided into tiles, or why that is not supported."""
     view = gpu.image(x, dh, dw, stride)
     if isinstance(view, str):
         return view
@@ -84,10 +84,10 @@ def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
         return f"{depth} channels move by the same offset, not a multiple of 16 up to 128"
     reach = max(abs(tap.flat(width)) for tap in taps)
     front = gpu.round_up(reach, 8)
-    # The copy engine moves multiples of 128 bytes to multiples of 128 bytes: 8 pixels.
+    # The copy engine moves multiples of 128 bytes between 128-byte aligned addresses: 8 pixels.
     unit = 8 // math.gcd(line, 8)
     weights = 2 * len(taps) * depth * outputs + 8 * len(taps) * depth
-    # Registers of a thread for 64 pixels: the sum, and a box before and after the prologue.
+    # Registers per thread for 64 pixels: the sum, and a box before and after the prologue.
     registers = outputs // 2 + depth // 2 + depth // 4
     for warpgroups, most in _SHAPES:
         rows = most // line // unit * unit
@@ -97,7 +97,7 @@ def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
         if registers * computed // 64 > _REGISTERS[warpgroups]:
             continue
         for slots in range(_MOST_BOXES, 2, -1):
-            # Every pixel that is read has its place, also those that masks drop.
+            # Includes pixels that are read but masked.
             pixels = front + gpu.round_up((slots - 1) * rows * line + computed + reach, 8)
             image = pixels * (depth + 8) * 2
             if weights + warpgroups * (image + computed * outputs * 2) <= (
@@ -114,14 +114,14 @@ def _plan(x, w, *, dh, dw, stride) -> _Plan | str:
 
 class _BackwardPlan(NamedTuple):
     taps: list[gpu.Tap]  # in the order of their channels
-    part: int  # channels that lie side by side in shared memory; all of one tap
+    part: int  # contiguous channels in shared memory, all of one tap
     chunks: list[list[gpu.Tap]]  # the tap of each part of a warpgroup's channels
     halo: gpu.Halo
     warpgroups: int
 
 
 def _backward_plan(x, w, *, dh, dw, stride) -> _BackwardPlan | str:
-    """The same for the gradients."""
+    """Does the same for the gradients."""
     plan = _plan(x, w, dh=dh, dw=dw, stride=stride)
     if isinstance(plan, str):
         return plan
@@ -135,7 +135,7 @@ def _backward_plan(x, w, *, dh, dw, stride) -> _BackwardPlan | str:
     parts = [tap for tap in plan.taps for _ in range(plan.depth // part)]
     parts += parts[-1:] * (-len(parts) % each)
     chunks = [parts[first : first + each] for first in range(0, len(parts), each)]
-    # Pixel q of x finds its gradient at q - tap.
+    # The gradient of pixel q of x is read at q - tap.
     back = [tap._replace(row=-tap.row, column=-tap.column) for tap in plan.taps]
     view = gpu.Image(x.shape[1] // stride, x.shape[2] // stride, 1, back)
     halo = gpu.halo(view, _TILE)
@@ -161,9 +161,9 @@ def unsupported(
     stride: int,
     backward: bool = False,
 ) -> str | None:
-    """Why `forward` cannot take these arguments, or `backward` what it needs; None when it can.
+    """Returns in one clause why `forward` or `backward` does not support the arguments, or None.
 
-    In one clause. Looks at shapes and dtypes only.
+    It depends on shapes, dtypes and offsets only.
     """
     del relu
     plan = (_backward_plan if backward else _plan)(x, w, dh=dh, dw=dw, stride=stride)
@@ -186,10 +186,10 @@ def forward(
     residual: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`shift(relu(x * scale + bias))[:, ::stride, ::stride] @ w`, then the epilogue.
+    """Computes `shift(relu(x * scale + bias))[:, ::stride, ::stride] @ w`, then the epilogue.
 
     Args:
-      x: `[N, H, W, C]` bfloat16. The channels of one offset are side by side, as many for each.
+      x: `[N, H, W, C]` bfloat16. The channels of an offset are contiguous, equally many for each.
       w: `[C, K]`, rounded to bfloat16.
       scale, bias: `[C]` or None, the prologue, in float32.
       relu: whether the prologue ends with a ReLU.
@@ -198,14 +198,14 @@ def forward(
       out_scale, out_bias: `[K]` or None, in float32.
       out_relu: whether a ReLU follows.
       residual: `[N, H/stride, W/stride, K]` or None, rounded to bfloat16 and added last.
-      interpret: simulate the kernel on the CPU.
+      interpret: whether to interpret the kernel on the CPU.
 
     Returns:
-      `[N, H/stride, W/stride, K]` bfloat16. Sums are float32; the prologue's result is rounded to
-      bfloat16 once, the result once.
+      `[N, H/stride, W/stride, K]` bfloat16. Sums are float32; the results of the prologue and of
+      the operation are each rounded to bfloat16 once.
 
     Raises:
-      ValueError: where `unsupported` gives a reason.
+      ValueError: if `unsupported` returns a reason.
     """
     plan = _plan(x, w, dh=dh, dw=dw, stride=stride)
     if isinstance(plan, str):
@@ -248,13 +248,14 @@ def backward(
     stride: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """The gradients `(dx, dw, dscale, dbias)` of `forward` without what comes after the product.
+    """Returns the gradients `(dx, dw, dscale, dbias)` of `forward` without an epilogue.
 
-    `dout [N, H/stride, W/stride, K]` is rounded to bfloat16. Each gradient has its argument's shape
-    and dtype, or is None with it. Sums are float32; the prologue's result is rounded to bfloat16.
+    `dout [N, H/stride, W/stride, K]` is rounded to bfloat16. Each gradient has the shape and dtype
+    of its argument, or is None if that is. Sums are float32; the prologue's result is rounded to
+    bfloat16.
 
     Raises:
-      ValueError: where `unsupported(..., backward=True)` gives a reason.
+      ValueError: if `unsupported(..., backward=True)` returns a reason.
     """
     plan = _backward_plan(x, w, dh=dh, dw=dw, stride=stride)
     if isinstance(plan, str):
@@ -274,11 +275,11 @@ def backward(
         )
 
     def rows(values):
-        """`[C, ...]` as `[chunks, _ROWS, ...]`."""
+        """Pads and reshapes `[C, ...]` to `[chunks, _ROWS, ...]`."""
         values = jnp.pad(values, [(0, chunks * _ROWS - channels)] + [(0, 0)] * (values.ndim - 1))
         return values.reshape(chunks, _ROWS, *values.shape[1:])
 
-    # A row has the weights of its own tap only.
+    # A row has the weights of its tap only.
     of_tap = np.repeat(np.eye(each, dtype=bool), plan.part, axis=0)[..., None]
     weights = jnp.where(of_tap, rows(w.astype(x.dtype))[:, :, None], jnp.zeros((), x.dtype))
     vectors = [jnp.ones(channels) if scale is None else scale]
@@ -315,7 +316,7 @@ def backward(
 
 
 def _spread(x: jax.Array, stride: int, phase: tuple[int, int]) -> jax.Array:
-    """An image `[N, H, W, C]` as the pixels of one phase of a larger one, the others 0."""
+    """Returns an image whose pixels of one phase are `x`, `[N, H, W, C]`, and 0 elsewhere."""
     around = [(first, stride - 1 - first, stride - 1) for first in phase]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
 
@@ -327,9 +328,9 @@ def _gradients(
     interpret: bool,
     operands: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients at stride 1: `dx [pixels, C]`, and by chunk those of `w`, `scale` and `bias`.
+    """Returns `dx [pixels, C]` at stride 1, and the gradients of `w`, `scale` and `bias` by chunk.
 
-    `w [chunks, _ROWS, taps * K]` has zeros where a row is of another tap; so should its gradient.
+    `w [chunks, _ROWS, taps * K]` is 0 where a row has another tap; the caller masks its gradient.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -339,7 +340,7 @@ def _gradients(
     chunks, halo, warpgroups = len(plan.chunks), plan.halo, plan.warpgroups
     each = _ROWS // plan.part
     tiles = -(-total // _TILE)
-    # Workers with neighbouring numbers have the same pixels.
+    # Workers with consecutive numbers have the same pixels.
     shares = min(tiles, max(1, gpu.MULTIPROCESSORS * warpgroups // chunks))
     blocks = -(-shares * chunks // warpgroups)
     workers = blocks * warpgroups
@@ -361,7 +362,7 @@ def _gradients(
             plgpu.copy_gmem_to_smem(gmem["identity"], identity, ready)
 
         def part_of(ref, index):
-            """A tile of the warpgroup's channels."""
+            """Returns a reference to a tile of the warpgroup's channels."""
             return ref.at[pl.ds(index * _TILE, _TILE), pl.ds(chunk * _ROWS, _ROWS)]
 
         def fetch(index, slot):
@@ -382,11 +383,11 @@ def _gradients(
             return lax.broadcast_in_dim(vector, (_ROWS, _TILE), (0,))
 
         def add(dw, sums, index, slot):
-            """Leaves the tile's part of dx in shared memory, and adds up the others."""
+            """Writes the tile's dx to shared memory, and adds to the other gradients."""
             pixels = gpu.count_up(index * _TILE, _TILE, layout.reduce(1), interpret)
             row, column = gpu.coordinates(pixels, height, width)
             for number in range(each):
-                # Not read once before: they would fill the registers.
+                # Read again for every tile: otherwise they would fill the registers.
                 down, right = (gmem["table"][chunk, 2 * number + i] for i in range(2))
                 source = pl.ds(halo.base(index) - down * width - right, _TILE)
                 d = gpu.load(image.at[slot, source, pl.ds(0, outputs)], layout, interpret)
@@ -404,7 +405,7 @@ def _gradients(
             sums = sums[0] + (dp * xt).sum(1), sums[1] + dp.sum(1)
             turned = (dp * along(scale)).astype(jnp.bfloat16)
             dx.T[...] = plgpu.layout_cast(turned, plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.wgmma_wait(0)  # the next pixels take the place of these
+            plgpu.wgmma_wait(0)  # the next pixels overwrite these
             return sums
 
         mine = jnp.where(share < shares, (tiles - share + shares - 1) // shares, 0)
@@ -422,7 +423,7 @@ def _gradients(
                 index = share + turn * shares
                 slot = lax.rem(turn, _SLOTS)
                 plgpu.barrier_wait(arrived.at[wg * _SLOTS + slot])
-                # The last tile's result has left the buffer that this one's goes to.
+                # The previous tile's result must have left the buffer.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 sums = add(dw, sums, index, slot)
                 plgpu.commit_smem()
@@ -511,7 +512,7 @@ def _kernel(
     blocks = min(gpu.MULTIPROCESSORS, -(-tiles // warpgroups))
     workers = blocks * warpgroups
     layout = plgpu.Layout.WGMMA
-    # The interpreter does not reshape, so that a copy takes one row at a time there.
+    # The interpreter cannot reshape, so its copies of a strided image are single rows.
     box = 1 if interpret and line > 1 else plan.rows
     copies = range(0, plan.rows, box)
     resident = [name for name in operands if name not in ("x", "residual")]
@@ -529,10 +530,9 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(gmem[name], smem[name], ready)
 
         def rows_and_offset(number, index):
-            """The first row of x that is loaded for a tap, and where the tile's pixels start.
+            """Returns the first row of x loaded for a tap, and where the tile's pixels start.
 
-            That row is never negative: what lies before the first image is not loaded, and masks
-            drop it.
+            The row is never negative: pixels before the first image are not loaded, and are masked.
             """
             tap = plan.taps[number]
             offset, column = (tap.row, tap.column) if line > 1 else (tap.flat(width), 0)
@@ -580,7 +580,7 @@ def _kernel(
         def _tile(turn):
             index = worker + turn * workers
             here = pl.ds(index * tile, tile)
-            # The last tile's result has left the buffer that this one's goes to.
+            # The previous tile's result must have left the buffer that this one is written to.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if "residual" in gmem:
                 target = out_smem.at[pl.ds(0, tile)]
@@ -613,7 +613,7 @@ def _kernel(
                     keep = gpu.inside(tap, row, column, height, width)
                     p = p if keep is None else gpu.where_bits(keep, p)
                     gpu.multiply_add(acc, p, smem["w"].at[number], left)
-                    # With more products under way the compiler runs out of registers.
+                    # With more products in flight the compiler runs out of registers.
                     plgpu.wgmma_wait(1)
                 return acc[...]
 

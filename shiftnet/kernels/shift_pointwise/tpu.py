@@ -1,12 +1,13 @@
 """Shift and 1x1 convolution on a TPU, in HWCN; the kernel is in `shiftnet.kernels.tpu`.
 
-Moved, forward: x, the result and the residual once each; backward: x, dout and dx once each. Beside
-that the weights and the 0/1 matrix that sorts x's channels by offset, `[padded C, C]` of x's dtype
-(twice, backward). There is no such matrix where stride is 1 and channels with one offset are
-contiguous, in whole tiles of 8 channels (16 of bfloat16), in the order of their offsets `(dh, dw)`.
+Memory traffic forward: x, the result and the residual, once each; backward: x, dout and dx, once
+each. In addition the weights and the 0/1 matrix that sorts the channels of x by offset,
+`[padded C, C]` in the dtype of x (twice in the backward pass). This matrix is not needed if the
+stride is 1 and the channels of each offset are contiguous, in whole tiles of 8 channels (16 of
+bfloat16), in the order of their offsets `(dh, dw)`.
 
-A group is padded to whole tiles, so that fewer than 72 channels (144 of bfloat16) cost as much
-arithmetic as these.
+The channels of each offset are padded to whole tiles, so that with 9 offsets fewer than 72 channels
+(144 of bfloat16) cost as much arithmetic as 72 (144).
 """
 
 import jax
@@ -25,12 +26,12 @@ def unsupported(
     stride: int,
     backward: bool = True,
 ) -> str | None:
-    """Why the kernels cannot take these arguments, or None.
+    """Returns why the kernels do not support these arguments, or None.
 
-    Only shapes, dtypes and offsets count. `backward` keeps more on the chip; without it the answer
-    is for `forward` alone.
+    It depends on shapes, dtypes and offsets only. The gradients need more memory on the chip; with
+    `backward=False` the answer is for `forward` only.
     """
-    del relu  # needs nothing
+    del relu  # makes no difference
     return tpu.unsupported(
         x, *w.shape, dh=dh, dw=dw, stride=stride, own_weight=False, backward=backward
     )
@@ -52,20 +53,20 @@ def forward(
     residual: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`epilogue(shift(prologue(x))[::stride, ::stride] @ w)`.
+    """Computes `epilogue(shift(prologue(x))[::stride, ::stride] @ w)`.
 
     Args:
       x: `[H, W, C, N]`, float32 or bfloat16, N a multiple of 128.
-      w: `[C, K]`; it is taken in x's dtype.
-      scale, bias: `[C]` each, of the prologue; then `relu`. Computed in float32.
-      dh, dw: int `[C]`, where each channel is read from; outside the image there are zeros.
+      w: `[C, K]`, converted to the dtype of `x`.
+      scale, bias: `[C]` each, the prologue with `relu`, computed in float32.
+      dh, dw: int `[C]`, the offset that each channel is read from; outside the image are zeros.
       stride: at least 1.
-      out_scale, out_bias: `[K]` each, then `out_relu`, then `residual [H', W', K, N]`.
-      interpret: runs on any device, slowly.
+      out_scale, out_bias: `[K]` each, followed by `out_relu` and `residual [H', W', K, N]`.
+      interpret: whether to interpret the kernel, which works on any device but is slow.
 
     Returns:
-      `[H', W', K, N]` of x's dtype, H' and W' being H and W by the stride, rounded up. An infinity
-      or a NaN in x makes all of its pixel's channels NaN where channels have to be sorted.
+      `[H', W', K, N]` in the dtype of `x`, with H' = ceil(H / stride) and W' = ceil(W / stride). If
+      channels have to be sorted, an infinity or NaN in `x` makes all channels of its pixel NaN.
     """
     return tpu.forward(
         x,
@@ -98,10 +99,10 @@ def backward(
     stride: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """The gradients `(dx, dw, dscale, dbias)` of `forward` without what comes after the product.
+    """Returns the gradients `(dx, dw, dscale, dbias)` of `forward` without an epilogue.
 
-    `dout [H', W', K, N]` has x's dtype. Each gradient has its argument's shape and dtype, or is
-    None with it. Sums over pixels and images are float32 throughout.
+    `dout [H', W', K, N]` has the dtype of `x`. Each gradient has the shape and dtype of its
+    argument, or is None if that is. Sums over pixels and images are float32 throughout.
     """
     grads = tpu.backward(
         x,

@@ -18,7 +18,7 @@ def forward(
     dw: np.ndarray,
     stride: int,
 ) -> jax.Array:
-    """As `shift_pointwise`, without what comes after the product."""
+    """Computes `shift_pointwise` without an epilogue."""
     y = affine(x, scale, bias, "NHWC")
     y = jax.nn.relu(y) if relu else y
     return product(every(plain(y, dh, dw), stride, "NHWC"), w, "NHWC")
