@@ -8,6 +8,6 @@ FROM python:3.12-slim
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ARG EXTRA=""
 COPY . /src
-RUN pip install --no-cache-dir "/src[$EXTRA]" && rm -rf /src
+RUN pip install --no-cache-dir "/src${EXTRA:+[$EXTRA]}" && rm -rf /src
 WORKDIR /work
 ENTRYPOINT ["shiftnet"]

@@ -31,7 +31,7 @@ COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_mat
 .PHONY: docs quickstart test test-slow compile-check compile-tpu compile-gpu compile-check-if-changed \
 	fuzz release results torture clean
 
-quickstart: $(VENV)/base
+quickstart: $(VENV)/package
 	rm -rf $(WORKDIR)
 	$(BIN)/python train.py --config configs/quickstart.py --workdir $(WORKDIR)
 	$(BIN)/python evaluate.py --ckpt $(WORKDIR) --per-class
@@ -92,6 +92,11 @@ $(VENV)/base: requirements.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11, 3.12 or 3.13; name it with PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# The command shiftnet, from this checkout.
+$(VENV)/package: $(VENV)/base pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 $(VENV)/dev: $(VENV)/base pyproject.toml

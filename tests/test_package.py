@@ -1,6 +1,7 @@
 """What an installed wheel brings, and what it must leave alone."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,7 @@ def test_the_wheel_holds_the_kernels_and_the_digits(wheel):
     assert {str(path.relative_to(ROOT)) for path in (*HEADERS, *SOURCES)} <= wheel.keys()
     assert "shiftnet/data/digits.npz" in wheel
     assert any(name.endswith("/LICENSE") for name in wheel)
+    assert any(name.endswith("/NOTICE") for name in wheel)
 
 
 def test_the_wheel_holds_the_trained_networks_and_is_small(wheel):
@@ -66,6 +68,14 @@ def test_the_checkout_has_the_recipes_on_top():
 
 def test_the_checkout_has_the_kernels_on_top():
     assert (ROOT / "kernels" / "shift" / "xla.py").samefile(ROOT / "shiftnet/kernels/shift/xla.py")
+
+
+@pytest.mark.parametrize(("extra", "named"), [("", "/src"), ("cuda", "/src[cuda]")])
+def test_the_image_is_built_with_and_without_an_extra(extra, named):
+    words = re.search(r"pip install --no-cache-dir (\S+)", (ROOT / "Dockerfile").read_text())[1]
+    command = ["sh", "-c", f"echo {words}"]
+    expanded = subprocess.run(command, env={"EXTRA": extra}, check=True, capture_output=True)
+    assert expanded.stdout.decode().strip() == named
 
 
 INSTALLED = """

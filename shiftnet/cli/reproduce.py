@@ -4,20 +4,24 @@ Without --only, --next and --reevaluate it lists the rows and trains nothing. A 
 stopped, by --budget or Ctrl-C, continues exactly where it was when it is chosen again.
 """
 
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from shiftnet import config as config_lib
+from shiftnet import results
 from shiftnet.cli import typed
 from shiftnet.errors import UserError, reported
-from shiftnet.files import path_of
+from shiftnet.files import path_of, write_atomically
 from shiftnet.results import reproduce
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.processes import set_up
+from shiftnet.zoo.index import FOLDER
 
 MOST_SEEDS = 1000
+RESULTS = "results"
 
 
 @reported
@@ -26,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     deadline = Deadline(arguments.budget)
     set_up()
+    folder = path_of(arguments.results, "--results")
+    # Outside of a checkout there is the package's table.
+    packaged = arguments.results == RESULTS and not (folder / results.TABLE).exists()
     options = reproduce.Options(
-        results=path_of(arguments.results, "--results"),
+        results=FOLDER if packaged else folder,
         workdir=path_of(arguments.workdir, "--workdir"),
         data_dir=arguments.data_dir,
         pattern=arguments.only or "*",
@@ -36,13 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs=arguments.epochs,
         recipe=arguments.recipe,
     )
-    if arguments.reevaluate:
-        return reproduce.reevaluate(options)
-    if arguments.list or not (arguments.only or arguments.next):
+    if arguments.list or not (arguments.only or arguments.next or arguments.reevaluate):
         print(reproduce.table(list(reproduce.find(options)), arguments.seeds))
         if not arguments.list:
             print("\nto train some of them: --only PATTERN or --next, see --help")
         return 0
+    if packaged:
+        next(reproduce.find(options))  # nothing is written where nothing matches
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / results.TABLE, (FOLDER / results.TABLE).read_text())
+        options = dataclasses.replace(options, results=folder)
+    if arguments.reevaluate:
+        return reproduce.reevaluate(options)
     code = reproduce.run(options, deadline, cheapest_first=arguments.next)
     if code > 128:
         print(f"to continue: {typed('reproduce', sys.argv[1:] if argv is None else argv)}")
@@ -106,8 +118,8 @@ def _arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument(
         "--results",
         metavar="DIR",
-        default="results",
-        help="folder of the tables and results (default: results)",
+        default=RESULTS,
+        help=f"folder of the table and results (default: {RESULTS}, with the package's table)",
     )
     parser.add_argument(
         "--workdir",

@@ -29,7 +29,14 @@ def num_workers(setting: int, num_images: int) -> int:
 def allowed_cores() -> int:
     """Returns how many cores this process may use: its affinity, and its container's quota."""
     quota = _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota)))
+    return max(1, math.ceil(min(affinity(), quota)))
+
+
+def affinity() -> int:
+    """Returns how many cores this process may run on; those of the machine where none are set."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def _quota(cgroup: Path, root: Path) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from shiftnet.data.workers import affinity
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -33,7 +35,7 @@ def device() -> str:
     kind = jax.local_devices()[0].device_kind
     if kind != "cpu":
         return kind
-    return f"CPU, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
+    return f"CPU, {affinity()} cores ({platform.machine()})"
 
 
 def _commit() -> str | None:

@@ -214,6 +214,21 @@ def test_the_list_says_what_is_done(trained, capsys):
     assert "about" in dear  # by what the other took here
 
 
+def test_outside_of_a_checkout_the_packages_table_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main([]) == 0
+    assert "shiftresnet20_1c_c100" in capsys.readouterr().out
+    assert command.main(["--only", "no_such_row"]) == 2
+    assert "matches 'no_such_row'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(
+        reproduce, "run", lambda options, *_, **__: len(list(options.results.iterdir()))
+    )
+    assert command.main(["--only", "shiftresnet20_1c_c100"]) == 1
+    table = (tmp_path / "results/table.toml").read_bytes()
+    assert table == (ROOT / "results/table.toml").read_bytes()
+
+
 def test_what_is_done_is_not_done_again(trained, capsys):
     before = results.path_of(trained / "results", "cheap").read_bytes()
     assert run(trained, "--only", "cheap", "--seeds", "2") == 0

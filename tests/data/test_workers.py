@@ -47,6 +47,13 @@ def test_a_quota_counts_as_cores_and_one_is_always_there(monkeypatch, quota, cor
     assert workers.allowed_cores() == cores
 
 
+def test_a_system_without_affinities_counts_its_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    monkeypatch.setattr(workers, "_quota", lambda *_: math.inf)
+    assert workers.allowed_cores() == 10
+
+
 @pytest.mark.parametrize(
     ("megabytes", "wanted", "found"),
     [

@@ -484,15 +484,17 @@ def test_many_classes_have_no_matrix():
 def test_what_is_not_there_is_said(tmp_path):
     empty = make_workdir(tmp_path / "empty", [])
     first = make_workdir(tmp_path / "first", [0.1], low_bit=False)
-    (first / "confusion.json").unlink()
+    for name in ("confusion.json", "images.json"):
+        (first / name).unlink()
     made = [
-        sections.of_training(training, [training.name])
+        sections.sections(sources.Found([], [training]))[0]
         for training in sources.find([empty, first]).trainings
     ]
     assert made[0].sentences == ["There is nothing to draw: no epoch has finished yet."]
     assert made[1].sentences == [
         "Curves need two epochs; so far there are fewer.",
         "This run has no confusion matrix.",
+        sections.NO_IMAGES,
     ]
     assert not made[0].charts
     assert not made[1].charts

@@ -12,6 +12,7 @@ CONFUSED_PAIRS = 15  # listed per run
 OPEN_DETAILS = 4  # runs; with more than these, their details are closed at first
 UNTRAINED = "No row of these tables has been trained on its full schedule; this was reported."
 LEAST_EPOCHS = "Curves need two epochs; so far there are fewer."
+NO_IMAGES = "This run has no images: it was trained by a version that did not keep any."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,7 @@ def names(found: Found) -> list[str]:
 def sections(found: Found) -> list[Section]:
     """Returns all sections of the page: first what was trained, at the end what was not."""
     if not found.tables and len(found.trainings) == 1:
-        return [
-            dataclasses.replace(of_training(found.trainings[0], names(found)), title="This run")
-        ]
+        return [dataclasses.replace(_of_run(found.trainings[0], names(found)), title="This run")]
     rows = [row.name for filled in found.tables for row in filled.table.rows]
     families = list(dict.fromkeys(map(sources.family, rows)))
     parts, untrained = [], []
@@ -167,9 +166,17 @@ def _runs(trainings: Sequence[Training], names: Sequence[str]) -> Section:
         sentences=sentences,
         grids=[("Runs", grids.of_trainings(trainings))],
         charts=drawn,
-        details=[of_training(training, names) for training in trainings],
+        details=[_of_run(training, names) for training in trainings],
         open=len(trainings) <= OPEN_DETAILS,
     )
+
+
+def _of_run(training: Training, names: Sequence[str]) -> Section:
+    """Returns the section about a working directory's runs, which have images since 2026-11."""
+    section = of_training(training, names)
+    if training.epochs_done and training.pictures is None:
+        return dataclasses.replace(section, sentences=[*section.sentences, NO_IMAGES])
+    return section
 
 
 def of_training(training: Training, names: Sequence[str]) -> Section:
