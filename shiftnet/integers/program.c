@@ -4,7 +4,7 @@
 #if !defined(NET_PORTABLE) && (defined(__AVX2__) || (defined(__ARM_NEON) && defined(__aarch64__)))
 #define NET_SIMD
 /* Bytes before and after what buffers hold: whole vectors are read, and shifts past a row's ends. */
-#define NET_MARGIN ((NET_REACH + 191) / 64 * 64)
+#define NET_MARGIN ((NET_REACH + 319) / 64 * 64)
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-/* The same rows for 4 pixels and 16 channels at a time, with the processor's multiplications. The
+/* The same rows for 4 or 8 pixels and 16 channels at a time, with the processor's multiplications. The
    integers are those of the code above, which defines them. Before the first image all weights are
    unpacked, in blocks of 16 channels:
 
@@ -7,7 +7,7 @@
    A step reads a few numbers of each pixel, which lie side by side in the input. Where these and the
    weights have 8 bits, 4 of them ("narrow"; without VNNI only if the sums of some steps fit in 16
    bits), else numbers of 16 bits, 2 with AVX2 and 1 with NEON. */
-enum { LANES = 16, PIXELS = 4 };
+enum { LANES = 16 }; /* channels of a block */
 
 #define ALIGNED __attribute__((aligned(64)))
 #define INLINE static inline __attribute__((always_inline))
@@ -41,22 +41,13 @@ static unsigned smaller(unsigned a, unsigned b)
 }
 
 #ifdef __AVX2__
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define ADD_PRODUCTS _mm256_dpbusd_epi32
+enum { WIDE_STEP = 2 };
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define NET_AVX512
+#define NET_VNNI
 #elif defined(__AVXVNNI__)
-#define ADD_PRODUCTS _mm256_dpbusd_avx_epi32
+#define NET_VNNI
 #endif
-enum { WIDE_STEP = 2, VECTOR = 32 };
-
-/* Channels 0-3 and 8-11 of a block, and the others: so they are in order when packed. */
-typedef struct {
-    __m256i first, second;
-} sums;
-
-static unsigned lane_of(unsigned channel)
-{
-    return (channel & 3) | (channel & 4) << 1 | (channel & 8) >> 1;
-}
 
 INLINE __m256i vector(const void *x)
 {
@@ -68,17 +59,189 @@ INLINE void put_vector(void *to, __m256i x)
     _mm256_storeu_si256((__m256i *)to, x);
 }
 
-INLINE __m256i four_bytes(const uint8_t *x)
+INLINE int32_t four_bytes(const uint8_t *x)
 {
     int32_t word;
     memcpy(&word, x, 4);
-    return _mm256_set1_epi32(word);
+    return word;
+}
+
+/* Returns 16 numbers as numbers of 16 bits. */
+INLINE __m256i numbers(const uint8_t *from, uint8_t type)
+{
+    if (type == INT16)
+        return vector(from);
+    {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)from);
+        return type == INT8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+    }
+}
+
+INLINE void widen(int16_t *to, const uint8_t *from, uint8_t type)
+{
+    put_vector(to, numbers(from, type));
+}
+
+#ifdef NET_AVX512
+enum { PIXELS = 8, VECTOR = 64 };
+
+typedef struct {
+    __m512i all;
+} sums;
+
+static unsigned lane_of(unsigned channel)
+{
+    return channel;
+}
+
+INLINE __m512i long_vector(const void *x)
+{
+    return _mm512_loadu_si512(x);
+}
+
+INLINE sums no_sums(void)
+{
+    const sums s = {_mm512_setzero_si512()};
+    return s;
+}
+
+/* Adds products of unsigned inputs and signed weights of 8 bits, or those of numbers of 16 bits. */
+INLINE void sums_of(sums *s, const uint8_t *const *x, const unsigned *at, const uint8_t *w,
+                    const form *f, int narrow)
+{
+    unsigned r, i, p;
+    for (p = 0; p < PIXELS; p++)
+        s[p] = no_sums();
+    for (r = 0; r < f->rows; r++) {
+        const uint8_t *from[PIXELS];
+        for (p = 0; p < PIXELS; p++)
+            from[p] = x[r] + at[p];
+        for (i = 0; i < 4 * f->steps; i += 4, w += LANES * 4) {
+            const __m512i weights = long_vector(w);
+            for (p = 0; p < PIXELS; p++) {
+                const __m512i word = _mm512_set1_epi32(four_bytes(from[p] + i));
+                s[p].all = narrow ? _mm512_dpbusd_epi32(s[p].all, word, weights)
+                                  : _mm512_dpwssd_epi32(s[p].all, word, weights);
+            }
+        }
+    }
+}
+
+INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, const uint8_t *w,
+                        const form *f)
+{
+    sums_of(s, x, at, w, f, 1);
+}
+
+INLINE void wide_sums(sums *s, const uint8_t *const *x, const unsigned *at, const uint8_t *w,
+                      const form *f)
+{
+    sums_of(s, x, at, w, f, 0);
+}
+
+/* Returns 16 pairs of numbers of 16 bits. */
+INLINE __m512i pairs(__m256i a, __m256i b)
+{
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+/* Adds the products of each channel by itself, two taps at a time. */
+INLINE sums each_sums(const uint8_t *const *x, unsigned at, const uint8_t *w, unsigned steps,
+                      uint8_t type)
+{
+    sums s = no_sums();
+    for (; steps != 0; steps--, x += 2, w += LANES * 4) {
+        const __m512i both = pairs(numbers(x[0] + at, type), numbers(x[1] + at, type));
+        s.all = _mm512_dpwssd_epi32(s.all, both, long_vector(w));
+    }
+    return s;
+}
+
+/* Clips 16 codes of 32 bits and stores them. */
+INLINE void put_codes(uint8_t *to, const sums *s, const layer *l, uint8_t type)
+{
+    const __m512i low = _mm512_set1_epi32(l->low), high = _mm512_set1_epi32(l->high);
+    const __m512i codes = _mm512_min_epi32(_mm512_max_epi32(s->all, low), high);
+    if (type == INT32)
+        _mm512_storeu_si512(to, codes);
+    else if (type == INT16)
+        put_vector(to, _mm512_cvtepi32_epi16(codes));
+    else
+        _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtepi32_epi8(codes));
+}
+
+/* Brings 16 sums to codes. */
+INLINE sums finish(sums s, const block *b)
+{
+    s.all = _mm512_mullo_epi32(s.all, long_vector(b->multiplier));
+    s.all = _mm512_add_epi32(s.all, long_vector(b->bias));
+    s.all = _mm512_srav_epi32(s.all, long_vector(b->shift));
+    return s;
+}
+
+/* Brings 16 sums of two numbers to codes. */
+INLINE sums add(const uint8_t *a, uint8_t a_type, const uint8_t *b, uint8_t b_type, const layer *l)
+{
+    const __m512i both = pairs(numbers(a, a_type), numbers(b, b_type));
+    const uint32_t high = (uint32_t)(int32_t)l->multiplier[1] << 16;
+    const __m512i by = _mm512_set1_epi32((int32_t)(high | (uint16_t)l->multiplier[0]));
+    const __m512i sum = _mm512_dpwssd_epi32(_mm512_set1_epi32(l->bias[0]), both, by);
+    const sums s = {_mm512_sra_epi32(sum, _mm_cvtsi32_si128(l->shift[0]))};
+    return s;
+}
+
+/* Takes each byte of some vectors from the place whose mask has it. */
+INLINE void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
+                   unsigned count, unsigned at, unsigned vectors)
+{
+    __m512i chosen[4];
+    unsigned i, j;
+    for (j = 0; j < vectors; j++)
+        chosen[j] = _mm512_setzero_si512();
+    for (i = 0; i < count; i++) {
+        const uint8_t *bytes = from[i] + at, *mask = masks[i] + at;
+        for (j = 0; j < vectors; j++)
+            chosen[j] = _mm512_or_si512(chosen[j], _mm512_and_si512(long_vector(bytes + 64 * j),
+                                                                    long_vector(mask + 64 * j)));
+    }
+    for (j = 0; j < vectors; j++)
+        _mm512_storeu_si512(to + at + 64 * j, chosen[j]);
+}
+#else
+enum { PIXELS = 4, VECTOR = 32 };
+
+/* Channels 0-3 and 8-11 of a block, and the others: so they are in order when packed. */
+typedef struct {
+    __m256i first, second;
+} sums;
+
+static unsigned lane_of(unsigned channel)
+{
+    return (channel & 3) | (channel & 4) << 1 | (channel & 8) >> 1;
+}
+
+INLINE __m256i spread(const uint8_t *x)
+{
+    return _mm256_set1_epi32(four_bytes(x));
 }
 
 INLINE sums no_sums(void)
 {
     const sums s = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     return s;
+}
+
+INLINE void narrow_step(sums *n, const uint8_t *x0, const uint8_t *x1, const uint8_t *x2,
+                        const uint8_t *x3, const uint8_t *w)
+{
+    const __m256i w0 = vector(w), w1 = vector(w + 32);
+    const __m256i bytes[PIXELS] = {spread(x0), spread(x1), spread(x2), spread(x3)};
+    unsigned p;
+    for (p = 0; p < PIXELS; p++) {
+        n[p].first = _mm256_add_epi16(n[p].first, _mm256_maddubs_epi16(bytes[p], w0));
+        n[p].second = _mm256_add_epi16(n[p].second, _mm256_maddubs_epi16(bytes[p], w1));
+    }
 }
 
 /* Adds products of unsigned inputs and signed weights of 8 bits. */
@@ -88,17 +251,16 @@ INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, co
     unsigned r, i, p;
     for (p = 0; p < PIXELS; p++)
         s[p] = no_sums();
-#ifdef ADD_PRODUCTS
+#ifdef NET_VNNI
     for (r = 0; r < f->rows; r++) {
         const uint8_t *x0 = x[r] + at[0], *x1 = x[r] + at[1];
         const uint8_t *x2 = x[r] + at[2], *x3 = x[r] + at[3];
         for (i = 0; i < f->steps; i++, w += LANES * 4, x0 += 4, x1 += 4, x2 += 4, x3 += 4) {
             const __m256i w0 = vector(w), w1 = vector(w + 32);
-            const __m256i bytes[PIXELS] = {four_bytes(x0), four_bytes(x1), four_bytes(x2),
-                                           four_bytes(x3)};
+            const __m256i bytes[PIXELS] = {spread(x0), spread(x1), spread(x2), spread(x3)};
             for (p = 0; p < PIXELS; p++) {
-                s[p].first = ADD_PRODUCTS(s[p].first, bytes[p], w0);
-                s[p].second = ADD_PRODUCTS(s[p].second, bytes[p], w1);
+                s[p].first = _mm256_dpbusd_avx_epi32(s[p].first, bytes[p], w0);
+                s[p].second = _mm256_dpbusd_avx_epi32(s[p].second, bytes[p], w1);
             }
         }
     }
@@ -112,16 +274,13 @@ INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, co
             sums n[PIXELS]; /* of 16 bits */
             for (p = 0; p < PIXELS; p++)
                 n[p] = no_sums();
-            for (end = smaller(f->steps, i + f->run); i < end;
-                 i++, w += LANES * 4, x0 += 4, x1 += 4, x2 += 4, x3 += 4) {
-                const __m256i w0 = vector(w), w1 = vector(w + 32);
-                const __m256i bytes[PIXELS] = {four_bytes(x0), four_bytes(x1), four_bytes(x2),
-                                               four_bytes(x3)};
-                for (p = 0; p < PIXELS; p++) {
-                    n[p].first = _mm256_add_epi16(n[p].first, _mm256_maddubs_epi16(bytes[p], w0));
-                    n[p].second = _mm256_add_epi16(n[p].second, _mm256_maddubs_epi16(bytes[p], w1));
-                }
+            end = smaller(f->steps, i + f->run);
+            for (; i + 1 < end; i += 2, w += LANES * 8, x0 += 8, x1 += 8, x2 += 8, x3 += 8) {
+                narrow_step(n, x0, x1, x2, x3, w);
+                narrow_step(n, x0 + 4, x1 + 4, x2 + 4, x3 + 4, w + LANES * 4);
             }
+            for (; i < end; i++, w += LANES * 4, x0 += 4, x1 += 4, x2 += 4, x3 += 4)
+                narrow_step(n, x0, x1, x2, x3, w);
             for (p = 0; p < PIXELS; p++) {
                 const __m256i a = _mm256_madd_epi16(n[p].first, ones);
                 const __m256i b = _mm256_madd_epi16(n[p].second, ones);
@@ -145,30 +304,13 @@ INLINE void wide_sums(sums *s, const uint8_t *const *x, const unsigned *at, cons
         const uint8_t *x2 = x[r] + at[2], *x3 = x[r] + at[3];
         for (i = 0; i < f->steps; i++, w += LANES * 4, x0 += 4, x1 += 4, x2 += 4, x3 += 4) {
             const __m256i w0 = vector(w), w1 = vector(w + 32);
-            const __m256i pairs[PIXELS] = {four_bytes(x0), four_bytes(x1), four_bytes(x2),
-                                           four_bytes(x3)};
+            const __m256i pairs[PIXELS] = {spread(x0), spread(x1), spread(x2), spread(x3)};
             for (p = 0; p < PIXELS; p++) {
                 s[p].first = _mm256_add_epi32(s[p].first, _mm256_madd_epi16(pairs[p], w0));
                 s[p].second = _mm256_add_epi32(s[p].second, _mm256_madd_epi16(pairs[p], w1));
             }
         }
     }
-}
-
-/* Returns 16 numbers as numbers of 16 bits. */
-INLINE __m256i numbers(const uint8_t *from, uint8_t type)
-{
-    if (type == INT16)
-        return vector(from);
-    {
-        const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)from);
-        return type == INT8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
-    }
-}
-
-INLINE void widen(int16_t *to, const uint8_t *from, uint8_t type)
-{
-    put_vector(to, numbers(from, type));
 }
 
 /* Adds the products of each channel by itself, two taps at a time. */
@@ -256,8 +398,9 @@ INLINE void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const
     for (j = 0; j < vectors; j++)
         put_vector(to + at + 32 * j, chosen[j]);
 }
+#endif
 #else
-enum { WIDE_STEP = 1, VECTOR = 16 };
+enum { PIXELS = 4, WIDE_STEP = 1, VECTOR = 16 };
 
 typedef struct {
     int32x4_t v[4];
@@ -425,7 +568,7 @@ static form form_of(const layer *l)
             const int magnitude = l->levels[i] < 0 ? -l->levels[i] : l->levels[i];
             largest = magnitude > largest ? magnitude : largest;
         }
-#ifdef ADD_PRODUCTS
+#ifdef NET_VNNI
         f.run = largest < 128;
 #else
         f.run = 32767 / (2 * 255 * (unsigned)largest);
