@@ -741,8 +741,8 @@ static void prepare(window *x, const layer *l, const form *f, const uint8_t *con
 }
 
 /* Sums over all channels of the input. */
-INLINE void dense_row(const window *x, const layer *l, const form *f, uint8_t *out, int narrow,
-                      uint8_t type)
+INLINE void dense_row_of(const window *x, const layer *l, const form *f, uint8_t *out, int narrow,
+                         uint8_t type)
 {
     const unsigned size = size_of(type);
     unsigned o, p, i;
@@ -767,6 +767,14 @@ INLINE void dense_row(const window *x, const layer *l, const form *f, uint8_t *o
                 }
         }
     }
+}
+
+INLINE void dense_row(const window *x, const layer *l, const form *f, uint8_t *out, uint8_t type)
+{
+    if (f->run != 0)
+        dense_row_of(x, l, f, out, 1, type);
+    else
+        dense_row_of(x, l, f, out, 0, type);
 }
 
 /* Sums over each channel of the input by itself. */
@@ -797,12 +805,12 @@ static void sums_row(const layer *l, const uint8_t *const *rows, uint8_t *out)
     prepare(&x, l, f, rows);
     if (l->channel != 0)
         each_row(&x, l, f, out);
-    else if (f->run != 0 && l->type == UINT8)
-        dense_row(&x, l, f, out, 1, UINT8);
-    else if (f->run != 0)
-        dense_row(&x, l, f, out, 1, l->type);
+    else if (l->type == UINT8) /* a constant, so that sums stay in registers */
+        dense_row(&x, l, f, out, UINT8);
+    else if (l->type == INT8)
+        dense_row(&x, l, f, out, INT8);
     else
-        dense_row(&x, l, f, out, 0, l->type);
+        dense_row(&x, l, f, out, l->type);
 }
 
 /* One row of a sum; the second summand can have fewer channels. */
