@@ -24,7 +24,7 @@ from flax import nnx
 import shiftnet
 from benchmarks.options import add_json, add_rounds
 from benchmarks.protocol import ROOT, Worker, WorkerError, alternate, steps_for
-from benchmarks.train_step import NOT_QUIET, Refused, by_speed, host, print_row, timed
+from benchmarks.train_step import CPU_INFO, NOT_QUIET, Refused, by_speed, host, print_row, timed
 from shiftnet import config as config_lib
 from shiftnet import integers, models, results, zoo
 from shiftnet.data import Split
@@ -37,17 +37,22 @@ NETWORKS = (
     "resnet20_c100",
 )
 WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-Werror")
+# The last ones are faster: all that this processor has, such as VNNI.
 BUILDS = {
     "portable": ("-O3",),
     "AVX2": ("-O3", "-mavx2"),
+    "native": ("-O3", "-march=native"),
 }
 RISCV = "riscv64-unknown-elf-gcc"
 RV32I = ("-march=rv32i", "-mabi=ilp32", "-ffreestanding", "-fno-builtin", "-Os", "-std=c99")
 # Mnemonics that multiply, of x86; `lea` and shifts do not.
-MULTIPLIES = re.compile(r"^v?(i?mul|pmul|pmadd|mulps|mulss|fmadd)", re.IGNORECASE)
+MULTIPLIES = re.compile(r"^v?(i?mul|pmul|pmadd|pdp|mulps|mulss|fmadd)", re.IGNORECASE)
 CHECKED = 100  # images for which all builds must give the interpreter's integers
-AGREE = 0.7  # of the classes of `CHECKED` images; float32 and int8 round differently
-SECONDS_TO_CHOOSE = 0.3
+# Of the classes of `CHECKED` images; float32 and int8 round differently, and with random weights
+# the logits of all images are nearly the same.
+AGREE = {"trained": 0.7, "random": 0.3}
+SECONDS_TO_CHOOSE = 0.2
+SECONDS_A_ROUND = 0.25  # hundreds of images or more
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a Python that has onnx and onnxruntime",
     )
     parser.add_argument("--cc", default="gcc", help="the C compiler")
-    add_rounds(parser, 7)
+    add_rounds(parser, 15)
     add_json(parser)
     return parser.parse_args(argv)
 
@@ -175,11 +180,9 @@ def build(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         mean=np.array(trained.mean, np.float32),
         std=np.array(trained.std, np.float32),
     )
-    usable = "avx2" in Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else 0
+    usable = "avx2" in CPU_INFO.read_text() if CPU_INFO.exists() else False
     builds = {
-        build: compiled(folder, options.cc, build)
-        for build in BUILDS
-        if build == "portable" or usable
+        build: compiled(folder, options.cc, build) for build in BUILDS if build != "AVX2" or usable
     }
     expected = interpreter.logits(graph, test.images[:CHECKED])
     for build, facts in builds.items():
@@ -199,6 +202,10 @@ def build(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         "activation_bytes": program.sizes.activations,
         "rv32i": on_rv32i(folder),
         "builds": builds,
+        "shapes": [
+            (layer["kind"], *(layer["output"][size] for size in ("width", "channels")))
+            for layer in described
+        ],
         "shifts": any(layer["kind"] == "conv" and layer["shift"] for layer in described),
     }
 
@@ -227,16 +234,24 @@ def peer(folder: Path, python: str, precision: str, form: str, threads: int):
 
 
 def choose(
-    folder: Path, python: str, precision: str, forms: list[str], classes: list[int]
+    folder: Path,
+    python: str,
+    precision: str,
+    forms: list[str],
+    classes: list[int],
+    agree: float,
 ) -> dict[str, dict[str, Any]]:
-    """Times the peer's forms briefly on one thread; prints a line for each."""
+    """Times the peer's forms briefly on one thread; prints a line for each.
+
+    Those of float32 that name our classes for less than a share `agree` of the images are refused.
+    """
     tried: dict[str, dict[str, Any]] = {}
     for form in forms:
         try:
             with peer(folder, python, precision, form, 1) as worker:
                 found = worker.ask("check", steps=len(classes))
                 same = sum(a == b for a, b in zip(found, classes, strict=True)) / len(classes)
-                if precision == "float32" and same < AGREE:
+                if precision == "float32" and same < agree:
                     raise Refused(f"only {same:.0%} of its classes are ours")
                 steps = steps_for(worker, SECONDS_TO_CHOOSE)
                 seconds = min(worker.ask("run", steps=steps) for _ in range(3))
@@ -248,8 +263,18 @@ def choose(
     return tried
 
 
-def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures one network."""
+def compare(
+    name: str, folder: Path, options: argparse.Namespace, chosen: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """Measures one network.
+
+    Args:
+      name: of its row.
+      folder: for its files.
+      options: of the command line.
+      chosen: the peer's fastest form for each precision, for networks of the same shapes that were
+        measured before; this one's are added.
+    """
     print(f"\n{name}", flush=True)
     report = build(name, folder, options)
     print(
@@ -262,39 +287,48 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         classes = worker.ask("check", steps=CHECKED)
     with Worker(python, PEER) as worker:
         forms = worker.ask("forms", has_shifts=report.pop("shifts"))
+    known = chosen.setdefault(str(report.pop("shapes")), {})
     report["peer"] = {}
-    best = {}
+    agree = AGREE[report["training"].partition(" ")[0].rstrip(",")]
     for precision in ("float32", "int8"):
-        tried = choose(folder, python, precision, forms[precision], classes)
+        candidates = [known[precision]] if precision in known else forms[precision]
+        tried = choose(folder, python, precision, candidates, classes, agree)
         report["peer"][precision] = tried
         if usable := by_speed(tried):
-            best[precision] = usable[0]
+            known[precision] = usable[0]
     cores = host()["cpus_usable"]
     with contextlib.ExitStack() as stack:
         workers = {
             f"C {build}": stack.enter_context(ours(folder, facts["files"]["library"]))
             for build, facts in report["builds"].items()
         }
-        for precision, form in best.items():
+        for precision, form in known.items():
             for threads in sorted({1, cores}):
                 workers[f"onnxruntime {precision}, {threads} thread{'s' * (threads > 1)}"] = (
                     stack.enter_context(peer(folder, python, precision, form, threads))
                 )
-        turns = alternate(workers, options.rounds)
+        turns = alternate(workers, options.rounds, seconds=SECONDS_A_ROUND)
         report["timed"] = timed(turns, 1)
-        for precision, form in best.items():
+        processor = {key: worker.ask("processor_seconds") for key, worker in workers.items()}
+        for key, seconds in processor.items():
+            report["timed"][key]["processor_seconds_a_step"] = seconds
+        for precision, form in known.items():
             facts = workers[f"onnxruntime {precision}, 1 thread"].ask("facts")
             report["peer"][precision][form] |= facts
             print(f"  onnxruntime {precision}: {facts['accuracy']:.2%} of the test images right")
-    fastest = f"C {list(report['builds'])[-1]}"
-    report["ratios"] = {
-        other: float(np.median(np.array(times) / np.array(turns.times[fastest])))
-        for other, times in turns.times.items()
-        if other.startswith("onnxruntime")
-    }
-    for other, ratio in report["ratios"].items():
-        quiet = "" if report["timed"]["quiet"] else NOT_QUIET
-        print(f"  {fastest} against {other}: {ratio:.2f}x{quiet}", flush=True)
+    quiet = "" if report["timed"]["quiet"] else NOT_QUIET
+    report["ratios"] = {}
+    for program in (worker for worker in workers if worker.startswith("C ")):
+        for other in (worker for worker in workers if worker.startswith("onnxruntime")):
+            times = [np.array(turns.times[each]) for each in (other, program)]
+            wall, used = np.median(times[0] / times[1]), processor[other] / processor[program]
+            report["ratios"][f"{program} against {other}"] = {
+                "wall": float(wall),
+                "processor": used,
+            }
+            if "portable" not in program:
+                line = f"{program} against {other}: {wall:.2f}x, by processor time {used:.2f}x"
+                print(f"  {line}{quiet}", flush=True)
     for facts in report["builds"].values():
         del facts["files"]
     return report
@@ -309,9 +343,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Worker(options.onnx_python, PEER) as worker:
             report["peer"] = worker.ask("describe")
+        chosen: dict[str, dict[str, str]] = {}
         for name in options.networks:
             with tempfile.TemporaryDirectory() as folder:
-                report["networks"][name] = compare(name, Path(folder), options)
+                report["networks"][name] = compare(name, Path(folder), options, chosen)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=2) + "\n")
     except (Refused, WorkerError, OSError, subprocess.CalledProcessError) as error:

@@ -140,15 +140,21 @@ class Turns(NamedTuple):
     others: float | None
 
 
-def alternate(workers: Mapping[str, Worker], rounds: int, steps: int | None = None) -> Turns:
+def alternate(
+    workers: Mapping[str, Worker],
+    rounds: int,
+    steps: int | None = None,
+    seconds: float = SECONDS_A_ROUND,
+) -> Turns:
     """Times workers in turn, A B A B ..., after a warm-up.
 
     Args:
       workers: by name; each has its measurement open.
       rounds: how many times each is timed.
-      steps: in each round; None takes as many as last about `SECONDS_A_ROUND`.
+      steps: in each round; None takes as many as last about `seconds`.
+      seconds: that a worker runs in each round.
     """
-    counts = {name: steps_for(worker, SECONDS_A_ROUND) for name, worker in workers.items()}
+    counts = {name: steps_for(worker, seconds) for name, worker in workers.items()}
     times: dict[str, list[float]] = {name: [] for name in workers}
     start, before = time.monotonic(), _processor_seconds_of_others(workers)
     for _ in range(rounds):

@@ -89,7 +89,7 @@ def program(graph: Graph, class_names: Sequence[str], name: str = "net") -> Prog
         "WIDEST": max(layer.output.width for layer in graph.layers),
         "WINDOW": max(schedule.window(layer).rows for layer in graph.layers),
         "MULTIPLIES": int(graph.multiplies),
-        **_simd_sizes(graph, plan),
+        **_simd_sizes(graph),
     }
     if any(isinstance(layer, Conv) and layer.groups > 1 for layer in graph.layers):
         inside["PORTABLE"] = 1  # simd.c has no grouped convolutions
@@ -321,53 +321,39 @@ class _Tables:
         }
 
 
-def _simd_sizes(graph: Graph, plan: schedule.Plan) -> dict[str, int]:
-    """Returns the sizes of the memory into which `simd.c` unpacks the weights of a segment."""
-    taps = depth = narrow = wide = first = 0
-    for end in plan.segments:
-        sizes = [_unpacked(graph, layer) for layer in graph.layers[first : end + 1]]
-        narrow = max(narrow, sum(size[0] for size in sizes))
-        wide = max(wide, sum(size[1] for size in sizes))
-        first = end + 1
+def _simd_sizes(graph: Graph) -> dict[str, int]:
+    """Returns the sizes of the memory that `simd.c` needs besides the activations."""
+    taps = reach = prepared = unpacked = 0
     for layer in graph.layers:
-        if isinstance(layer, Conv | Depthwise | Pool):
-            (codes,) = graph.inputs(layer)
-            taps = max(taps, _taps(layer))
-            depth = max(depth, codes.channels, _depth(layer))
-    return {
-        "TAPS": taps,
-        "DEEPEST": _up(depth, 4),
-        "UNPACKED_NARROW": narrow,
-        "UNPACKED_WIDE": wide,
-    }
-
-
-def _unpacked(graph: Graph, layer: Layer) -> tuple[int, int]:
-    """Returns the bytes that `simd.c` unpacks a layer to, with 8-bit weights if it can and without.
-
-    Weights have 8 bits where the sum of two products with inputs up to 255 fits in 16.
-    """
-    if not isinstance(layer, Conv | Depthwise | Pool):
-        return 0, 0
-    (codes,) = graph.inputs(layer)
-    itemsize = np.dtype(codes.dtype).itemsize
-    channels = _up(layer.output.channels, 16)
-    rest = 3 * 4 * channels
-    if isinstance(layer, Conv) and layer.shift is not None:
-        rest += _up(_taps(layer) * codes.channels * itemsize, 64)
-    if isinstance(layer, Pool):
-        return rest, rest
-    if isinstance(layer, Depthwise):
-        return (2 * _depth(layer) * channels + rest,) * 2
-    weights = _up(_depth(layer), 4) * channels
-    largest = max(map(abs, layer.levels), default=2**7)
-    narrow = itemsize == 1 and 2 * 255 * largest < 2**15
-    return weights * (1 if narrow else 2) + rest, weights * 2 + rest
+        if not isinstance(layer, Conv | Depthwise | Pool):
+            continue
+        (codes,) = graph.inputs(layer)
+        width = layer.output.width
+        blocks = _up(layer.output.channels, 16)
+        taps = max(taps, _taps(layer))
+        unpacked += blocks * (2 * _depth(layer) + 3 * 4)
+        row = ((width - 1) * layer.stride + _columns(layer)) * codes.channels
+        if isinstance(layer, Conv) and layer.shift is not None:
+            kernel_size, dilation = layer.shift
+            size = codes.channels * np.dtype(codes.dtype).itemsize
+            reach = max(reach, dilation * (kernel_size // 2) * size)
+            unpacked += _up(_taps(layer) * width * size, 64)
+            row = width * codes.channels
+        prepared = max(prepared, 2 * row)
+    return {"TAPS": taps, "REACH": reach, "UNPACKED": unpacked, "PREPARED": _up(prepared, 64)}
 
 
 def _depth(layer: Conv | Depthwise | Pool) -> int:
-    """Returns how many products a sum has."""
-    return math.prod(layer.window if isinstance(layer, Pool) else layer.weights.shape[:3])
+    """Returns how many products a sum has, each row of the kernel filled up to fours."""
+    if not isinstance(layer, Conv):
+        return _up(_taps(layer), 4)
+    rows, columns, channels, _ = layer.weights.shape
+    return rows * _up(columns * channels, 4)
+
+
+def _columns(layer: Conv | Depthwise | Pool) -> int:
+    """Returns how many neighbours a sum reads in a row."""
+    return layer.window[1] if isinstance(layer, Pool) else layer.weights.shape[1]
 
 
 def _taps(layer: Conv | Depthwise | Pool) -> int:

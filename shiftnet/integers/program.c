@@ -3,7 +3,8 @@
    -DNET_PORTABLE prevents that. */
 #if !defined(NET_PORTABLE) && (defined(__AVX2__) || (defined(__ARM_NEON) && defined(__aarch64__)))
 #define NET_SIMD
-#define NET_SLACK 32 /* bytes */
+/* Bytes before and after what buffers hold: whole vectors are read, and shifts past a row's ends. */
+#define NET_MARGIN ((NET_REACH + 319) / 64 * 64)
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -11,7 +12,7 @@
 #include <arm_neon.h>
 #endif
 #else
-#define NET_SLACK 0
+#define NET_MARGIN 0
 #endif
 
 typedef struct {
@@ -50,7 +51,7 @@ enum { INT8, UINT8, INT16, INT32 };
 /* The order of bits that all compilers of today use, and that the C standard leaves open. */
 typedef char right_shifts_keep_the_sign[(-2 >> 1) == -1 ? 1 : -1];
 
-static int16_t memory[(NET_MEMORY + NET_SLACK) / 2];
+static int16_t memory[(NET_MEMORY + 2 * NET_MARGIN) / 2];
 static uint8_t *next_row[NET_LAYERS];
 static uint16_t rows_done[NET_LAYERS];
 static const uint8_t *window_start[NET_LAYERS][2]; /* the first row that exists of a window */
@@ -294,7 +295,7 @@ static void sum_row(const layer *l, const uint8_t *a, const uint8_t *b, const la
 
 static uint8_t *start_of(const layer *l)
 {
-    return (uint8_t *)memory + l->base;
+    return (uint8_t *)memory + NET_MARGIN + l->base;
 }
 
 /* The row after this one; after the last of a buffer comes its first. */
@@ -348,9 +349,6 @@ static void compute_segment(uint8_t first, uint8_t last)
     uint16_t target[NET_LAYERS];
     uint16_t row;
     uint8_t i, s;
-#ifdef NET_SIMD
-    unpack_segment(first, last);
-#endif
     for (row = 1; row <= layers[last].height; row++) {
         for (i = first; i < last; i++)
             target[i] = 0;
@@ -377,6 +375,10 @@ static void compute_segment(uint8_t first, uint8_t last)
 void net_run(const uint8_t *image, int32_t *logits)
 {
     uint8_t i, s, first = 0;
+#ifdef NET_SIMD
+    if (forms[NET_LAYERS - 1].weights == 0)
+        unpack_all();
+#endif
     next_image_row = image;
     for (i = 0; i < NET_LAYERS; i++) {
         next_row[i] = start_of(&layers[i]);

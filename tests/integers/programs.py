@@ -49,12 +49,12 @@ def converted(
     return integers.convert(network, images(6, size), MEAN, STD, requantize=requantize)
 
 
-def compiled(graph: integers.Graph, folder: Path, *flags: str) -> Path:
+def compiled(graph: integers.Graph, folder: Path, *flags: str, compiler: str | None = CC) -> Path:
     """The compiled program of a network."""
     program = c.program(graph, [f'class "{i}" ??/' for i in range(CLASSES)])
     c.write(program, folder)
-    assert CC is not None
-    command = [CC, *STRICT, *flags, "-o", "net", "main.c", "net.c"]
+    assert compiler is not None
+    command = [compiler, *STRICT, *flags, "-o", "net", "main.c", "net.c"]
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     return folder / "net"
 

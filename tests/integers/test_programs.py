@@ -1,5 +1,6 @@
 """A C program computes what the interpreter does, integer for integer, and survives bad files."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,10 @@ FEW = [
     ("shuffleresnet8", "ternary", 0),
     ("shiftresnet8+sparse", "s3", 3),
 ]
-FORMS = [("sign", 0), ("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 3), ("float", 0)]
+FORMS = [
+    *(("sign", 0), ("ternary", 0), ("s3", 2), ("s3", 3), ("s3", 4)),
+    *(("denseshift", 3), ("pot", 5), ("float", 0)),
+]
 ALL = [
     pytest.param(arch, form, bits, requantize, ends, marks=pytest.mark.slow)
     for arch in (
@@ -53,19 +57,53 @@ def test_the_program_gives_the_interpreters_integers(arch, form, bits, requantiz
     np.testing.assert_array_equal(programs.logits(program, images), expected)
 
 
+def real_images() -> np.ndarray:
+    """A thousand test images of CIFAR-100 where TFDS has it prepared, otherwise digits."""
+    directory = os.environ.get("TFDS_DATA_DIR")
+    if directory is None:
+        return data.load("digits").train.images[:1000]
+    return data.load("cifar100", source="tfds", data_dir=directory).test.images[:1000]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "bits"), [("s3", 3), ("sign", 0), ("float", 0)])
+@pytest.mark.parametrize(
+    ("form", "bits"),
+    [("sign", 0), ("ternary", 0), ("s3", 3), ("denseshift", 4), ("pot", 5), ("float", 0)],
+)
 @pytest.mark.parametrize("arch", [arch for arch, *_ in FEW])
 def test_the_integers_are_equal_on_a_thousand_real_images(arch, form, bits, tmp_path):
-    images = data.load("digits").train.images[:1000]
+    images = real_images()
     graph = programs.converted(arch, form, bits, size=32).graph
-    program = programs.compiled(graph, tmp_path, "-O2")
+    expected = interpreter.logits(graph, images)
+    for flags in (("-O2",), ("-O2", "-march=native")):
+        program = programs.compiled(graph, tmp_path, *flags)
+        np.testing.assert_array_equal(programs.logits(program, images), expected)
+
+
+CLANG = shutil.which("clang")
+
+
+@pytest.mark.skipif(CLANG is None, reason="needs clang")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(programs.SANITIZED, marks=pytest.mark.slow),
+        pytest.param(("-O3", "-march=native"), marks=pytest.mark.slow),
+        ("-O3", "-DNET_PORTABLE"),
+    ],
+    ids=lambda flags: flags[-1],
+)
+def test_clang_compiles_the_same_integers(flags, tmp_path):
+    graph = programs.converted("shiftresnet8", "s3", 3).graph
+    images = programs.images(12, seed=1)
+    program = programs.compiled(graph, tmp_path, *flags, compiler=CLANG)
     np.testing.assert_array_equal(
         programs.logits(program, images), interpreter.logits(graph, images)
     )
 
 
-AVX2 = CPUINFO.exists() and " avx2 " in CPUINFO.read_text()
+FEATURES = CPUINFO.read_text().split() if CPUINFO.exists() else []
+AVX2 = "avx2" in FEATURES
 # The classes fill a part of a block of 16 channels; 3-bit weights are added 4 at a time, those of 8
 # bits 2.
 VECTORS = [
@@ -80,11 +118,25 @@ VECTORS = [
 
 
 @pytest.mark.skipif(not AVX2, reason="needs a processor with AVX2")
-@pytest.mark.parametrize(("arch", "form", "bits"), VECTORS)
-def test_vector_instructions_give_the_same_integers(arch, form, bits, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "form", "bits", "flag"),
+    [
+        *((*network, "-mavx2") for network in VECTORS),
+        *((*network, "-march=native") for network in VECTORS[:3]),
+        (*VECTORS[1], "-mavxvnni"),
+        *(
+            pytest.param(*network, "-march=native", marks=pytest.mark.slow)
+            for network in VECTORS[3:]
+        ),
+        *(pytest.param(*network, "-mavxvnni", marks=pytest.mark.slow) for network in VECTORS[2:]),
+    ],
+)
+def test_vector_instructions_give_the_same_integers(arch, form, bits, flag, tmp_path):
+    if flag == "-mavxvnni" and "avx_vnni" not in FEATURES:
+        pytest.skip("needs a processor with AVX-VNNI")
     graph = programs.converted(arch, form, bits).graph
     images = programs.images(12, seed=1)
-    program = programs.compiled(graph, tmp_path, *programs.SANITIZED, "-mavx2")
+    program = programs.compiled(graph, tmp_path, *programs.SANITIZED, "-mavx2", flag)
     found = programs.logits(program, images)
     np.testing.assert_array_equal(found, interpreter.logits(graph, images))
     symbols = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
