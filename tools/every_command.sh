@@ -43,10 +43,10 @@ run pack run net.safetensors
 run evaluate net.safetensors
 mkdir net
 run export run net/net.c
-run export shiftresnet20_1c_c100 arrays.npz
-run convert arrays.npz --out converted
 run prepare photos prepared
 run sweep "${small[@]}" --config.data.validation=100 --over optimizer.lr=0.1,0.2 --trials 1
+run export runs/sweep/trial0000 arrays.npz
+run convert arrays.npz --out converted
 run reproduce
 run report run --out report.html
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "count": "count parameters, multiply-adds, bits and bytes",
     "convert": "convert a checkpoint of the original PyTorch codes",
     "pack": "write a network with its low-bit weights at their true width",
-    "export": "write StableHLO, ONNX, a folder for the Hugging Face hub, or arrays",
+    "export": "write a C program, StableHLO, ONNX, a folder for the Hugging Face hub, or arrays",
     "shifts": "draw where the channels of learned shifts went",
     "sweep": "search a recipe's settings on held-out images",
     "reproduce": "train rows of the results table",
