@@ -18,7 +18,6 @@ from shiftnet.training import data_iterator, engine, metrics, workdir
 from shiftnet.training.data_iterator import ResidentData
 from shiftnet.training.evaluation import Evaluation
 from shiftnet.training.interrupt import Interrupt
-from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicate
 from shiftnet.training.restore import Record, check_same_data, restore
 from shiftnet.training.step import Program, steps_per_dispatch
@@ -35,7 +34,7 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 def _program(config) -> Program:
     dataset = data.load("digits")
-    return Program(
+    return engine.Program(
         config,
         num_classes=10,
         mean=dataset.mean,
@@ -51,7 +50,7 @@ def _everything(workdir: Path, config=None) -> dict[str, np.ndarray]:
     program = _program(config or recipe())
     step, skipped = series.newest_good()
     state, codes, _ = restore(
-        program, LevelWatch(program), np.uint32(0), series, step, series.metadata(step)
+        program, engine.LevelWatch(program), np.uint32(0), series, step, series.metadata(step)
     )
     series.close()
     assert not skipped
@@ -431,7 +430,7 @@ def test_batch_norm_of_each_devices_share_is_another_run(uninterrupted, tmp_path
 
 
 def test_a_profile_is_where_tensorboard_looks(tmp_path):
-    engine.train(recipe(epochs=1), tmp_path, profile=True)
+    engine.train(recipe(), tmp_path, profile=True)
     assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
 
 
@@ -512,7 +511,7 @@ def test_a_prime_number_of_steps_is_taken_in_few_calls_the_same_after_a_resume(m
 
 def test_several_steps_in_one_call_are_the_steps_one_by_one():
     dataset = data.load("digits")
-    program = _program(recipe(batch_size=64, model__expansion=0.5))
+    program = _program(recipe())
     seed = np.uint32(0)
     images = replicate(dataset.train.images, make_mesh())
     labels = replicate(dataset.train.labels, make_mesh())
