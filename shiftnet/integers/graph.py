@@ -10,7 +10,7 @@ to the nearest. All of it fits in 32 bits for any image: `bounds` computes the w
 """
 
 import dataclasses
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -258,9 +258,9 @@ def verify(graph: Graph) -> None:
             )
 
 
-def arrays(graph: Graph) -> tuple[list[Mapping[str, object]], dict[str, np.ndarray]]:
+def arrays(graph: Graph) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Returns a graph as JSON-ready descriptions of its layers and arrays by name."""
-    described: list[Mapping[str, object]] = []
+    described: list[dict[str, Any]] = []
     named: dict[str, np.ndarray] = {}
     for layer in graph.layers:
         entry: dict[str, object] = {"kind": type(layer).__name__.lower()}
