@@ -865,7 +865,7 @@ CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "schedule.warmup": 1.0,
     },
     "finetune": {
-        "epochs": 10,
+        "epochs": 6,
         "batch_size": 128,
         "data.pad": 2,
         "optimizer.name": "muon",
@@ -875,6 +875,8 @@ CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "optimizer.weight_decay": 2e-4,
         "schedule.name": "linear",
         "schedule.by": "step",
+        "ema.decay": 0.99,
+        "ema.estimate": 50,
     },
 }
 
