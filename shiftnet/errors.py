@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+AGAIN = 0.05  # seconds after which a Ctrl-C that a callback went over is raised again
 GRACE = 5.0  # seconds from Ctrl-C on for closing files, in which nothing else should happen
 
 
@@ -56,7 +57,12 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             # A name from the command line may have characters that the terminal cannot encode.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            code = main(*args, **kwargs)
+            try:
+                code = main(*args, **kwargs)
+            except Exception as error:
+                if _interrupted:  # which a library took for an error of its own
+                    raise KeyboardInterrupt from error
+                raise
             sys.stdout.flush()
             return code
         except UserError as error:
@@ -92,34 +98,53 @@ def interrupts_end_at_once() -> Iterator[None]:
         yield
 
 
+_interrupted = False  # whether Ctrl-C was pressed within `interrupts_end`, which is still entered
+
+
 @contextlib.contextmanager
 def interrupts_end() -> Iterator[None]:
     """While entered, Ctrl-C is a `KeyboardInterrupt`, and whatever comes of it an end of a line.
 
-    Where a callback goes over it, or what is closed takes too long, the process ends all the same.
+    Where a callback goes over it, it is raised again outside of the callback; where what is closed
+    takes too long, the process ends all the same.
 
     Raises:
       KeyboardInterrupt: in place of any exception after Ctrl-C.
     """
-    interrupted = False
+    global _interrupted
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if interrupted:
+        global _interrupted
+        if _interrupted:
             _end(signum, frame)
-        interrupted = True
+        _interrupted = True
         end = threading.Timer(GRACE, _end, (signum, frame))
         end.daemon = True
         end.start()
         raise KeyboardInterrupt
 
+    def ignored(unraisable: Any) -> None:
+        global _interrupted
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        _interrupted = False  # a callback went over it, such as JAX's at garbage collection
+        again = threading.Timer(AGAIN, signal.pthread_kill, (main.ident, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    main, hook = threading.main_thread(), sys.unraisablehook
     with _interrupts(interrupt):
+        sys.unraisablehook = ignored
         try:
             yield
         except Exception as error:
-            if interrupted:
+            if _interrupted:
                 raise KeyboardInterrupt from error
             raise
+        finally:
+            sys.unraisablehook = hook
+            _interrupted = False
 
 
 @contextlib.contextmanager

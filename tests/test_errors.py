@@ -38,11 +38,33 @@ with errors.interrupts_end_at_once():
 class Ungrateful:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
+@errors.reported
+def main():
+    with errors.interrupts_end():
+        Ungrateful()
+        threading.Event().wait()
+sys.exit(main())
+""",
+    "taken for bad input": """
+@errors.reported
+def command():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        raise errors.UserError("the file is damaged")
+@errors.reported
+def main():
+    with errors.interrupts_end():
+        return command()
+sys.exit(main())
+""",
+    "what is closed takes long": """
 errors.GRACE = 0.1
-sys.unraisablehook = lambda *_: None
 with errors.interrupts_end():
-    Ungrateful()
-    threading.Event().wait()
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        threading.Event().wait()
 """,
     "turned into another error": """
 @errors.reported

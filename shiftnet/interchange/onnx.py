@@ -1,6 +1,7 @@
 """A network as an ONNX program, by jax2onnx."""
 
 import json
+import logging
 from collections.abc import Sequence
 
 from flax import nnx
@@ -25,6 +26,8 @@ def onnx(network: nnx.Module, mean: RGB, std: RGB, size: int, class_names: Seque
     """
     import jax2onnx
 
+    # Dozens of warnings about the types of values between operations, which no reader needs.
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     if isinstance(network, Network):
         network.dtype = None
     model = jax2onnx.to_onnx(

@@ -171,6 +171,11 @@ def sizes(found: Found) -> Chart | None:
                 records.append(_size(row.name, kinds[1], row.reported, row.bytes, source))
     if not any(record["kind"] == kinds[0] for record in records):
         return None
+    labels: set[str] = set()
+    for record in sorted(records, key=lambda record: -record["accuracy"]):
+        if record["label"] in labels:  # the same row by another recipe, most often beside it
+            record["label"] = ""
+        labels.add(record["label"])
     for other in found.others:
         records.append(_size(other.name, kinds[2], other.accuracy, other.bytes, other.source))
     records.sort(key=lambda record: -kinds.index(record["kind"]))  # ours above the others
@@ -184,7 +189,7 @@ def sizes(found: Found) -> Chart | None:
     )
     y = alt.Y("accuracy:Q", title="top-1, %", scale=alt.Scale(zero=False, padding=16))
     scale = alt.Scale(domain=list(kinds), range=list(KINDS))
-    legend = alt.Legend(title=None, orient="top")
+    legend = alt.Legend(title=None, orient="top", columnPadding=24)
     tooltip = [
         alt.Tooltip("name:N"),
         alt.Tooltip("accuracy:Q", format=".2f", title="top-1, %"),
