@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a Python that has onnx and onnxruntime",
     )
     parser.add_argument("--cc", default="gcc", help="the C compiler")
-    add_rounds(parser, 15)
+    add_rounds(parser, 11)
     add_json(parser)
     return parser.parse_args(argv)
 
