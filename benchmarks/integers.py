@@ -203,8 +203,8 @@ def build(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         "rv32i": on_rv32i(folder),
         "builds": builds,
         "shapes": [
-            (layer["kind"], *(layer["output"][size] for size in ("width", "channels")))
-            for layer in described
+            (type(layer).__name__, layer.output.width, layer.output.channels)
+            for layer in graph.layers
         ],
         "shifts": any(layer["kind"] == "conv" and layer["shift"] for layer in described),
     }
