@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a Python that has onnx and onnxruntime",
     )
     parser.add_argument("--cc", default="gcc", help="the C compiler")
-    add_rounds(parser, 15)
+    add_rounds(parser, 11)
     add_json(parser)
     return parser.parse_args(argv)
 
@@ -203,8 +203,8 @@ def build(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         "rv32i": on_rv32i(folder),
         "builds": builds,
         "shapes": [
-            (layer["kind"], *(layer["output"][size] for size in ("width", "channels")))
-            for layer in described
+            (type(layer).__name__, layer.output.width, layer.output.channels)
+            for layer in graph.layers
         ],
         "shifts": any(layer["kind"] == "conv" and layer["shift"] for layer in described),
     }

@@ -232,18 +232,7 @@ INLINE sums no_sums(void)
     return s;
 }
 
-INLINE void narrow_step(sums *n, const uint8_t *x0, const uint8_t *x1, const uint8_t *x2,
-                        const uint8_t *x3, const uint8_t *w)
-{
-    const __m256i w0 = vector(w), w1 = vector(w + 32);
-    const __m256i bytes[PIXELS] = {spread(x0), spread(x1), spread(x2), spread(x3)};
-    unsigned p;
-    for (p = 0; p < PIXELS; p++) {
-        n[p].first = _mm256_add_epi16(n[p].first, _mm256_maddubs_epi16(bytes[p], w0));
-        n[p].second = _mm256_add_epi16(n[p].second, _mm256_maddubs_epi16(bytes[p], w1));
-    }
-}
-
+#ifdef NET_VNNI
 /* Adds products of unsigned inputs and signed weights of 8 bits. */
 INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, const uint8_t *w,
                         const form *f)
@@ -251,7 +240,6 @@ INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, co
     unsigned r, i, p;
     for (p = 0; p < PIXELS; p++)
         s[p] = no_sums();
-#ifdef NET_VNNI
     for (r = 0; r < f->rows; r++) {
         const uint8_t *x0 = x[r] + at[0], *x1 = x[r] + at[1];
         const uint8_t *x2 = x[r] + at[2], *x3 = x[r] + at[3];
@@ -264,33 +252,66 @@ INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, co
             }
         }
     }
+}
 #else
+INLINE void narrow_step(sums *n, const uint8_t *x0, const uint8_t *x1, const uint8_t *x2,
+                        const uint8_t *x3, const uint8_t *w)
+{
+    const __m256i w0 = vector(w), w1 = vector(w + 32);
+    const __m256i bytes[PIXELS] = {spread(x0), spread(x1), spread(x2), spread(x3)};
+    unsigned p;
+    for (p = 0; p < PIXELS; p++) {
+        n[p].first = _mm256_add_epi16(n[p].first, _mm256_maddubs_epi16(bytes[p], w0));
+        n[p].second = _mm256_add_epi16(n[p].second, _mm256_maddubs_epi16(bytes[p], w1));
+        /* Compilers otherwise add the products of two steps first, and run out of registers. */
+        __asm__("" : "+x"(n[p].first), "+x"(n[p].second));
+    }
+}
+
+/* Sums of a few steps, which fit in 16 bits. */
+INLINE void narrow_run(sums *s, const uint8_t *x, const unsigned *at, const uint8_t *w,
+                       unsigned steps)
+{
+    const uint8_t *x0 = x + at[0], *x1 = x + at[1], *x2 = x + at[2], *x3 = x + at[3];
     const __m256i ones = _mm256_set1_epi16(1);
-    for (r = 0; r < f->rows; r++) {
-        const uint8_t *x0 = x[r] + at[0], *x1 = x[r] + at[1];
-        const uint8_t *x2 = x[r] + at[2], *x3 = x[r] + at[3];
-        unsigned end;
-        for (i = 0; i < f->steps;) {
-            sums n[PIXELS]; /* of 16 bits */
-            for (p = 0; p < PIXELS; p++)
-                n[p] = no_sums();
-            end = smaller(f->steps, i + f->run);
-            for (; i + 1 < end; i += 2, w += LANES * 8, x0 += 8, x1 += 8, x2 += 8, x3 += 8) {
-                narrow_step(n, x0, x1, x2, x3, w);
-                narrow_step(n, x0 + 4, x1 + 4, x2 + 4, x3 + 4, w + LANES * 4);
-            }
-            for (; i < end; i++, w += LANES * 4, x0 += 4, x1 += 4, x2 += 4, x3 += 4)
-                narrow_step(n, x0, x1, x2, x3, w);
+    sums n[PIXELS]; /* of 16 bits */
+    unsigned p;
+    for (p = 0; p < PIXELS; p++)
+        n[p] = no_sums();
+    for (; steps > 1; steps -= 2, w += LANES * 8, x0 += 8, x1 += 8, x2 += 8, x3 += 8) {
+        narrow_step(n, x0, x1, x2, x3, w);
+        narrow_step(n, x0 + 4, x1 + 4, x2 + 4, x3 + 4, w + LANES * 4);
+    }
+    if (steps != 0)
+        narrow_step(n, x0, x1, x2, x3, w);
+    for (p = 0; p < PIXELS; p++) {
+        s[p].first = _mm256_madd_epi16(n[p].first, ones);
+        s[p].second = _mm256_madd_epi16(n[p].second, ones);
+    }
+}
+
+/* Adds products of unsigned inputs and signed weights of 8 bits. */
+INLINE void narrow_sums(sums *s, const uint8_t *const *x, const unsigned *at, const uint8_t *w,
+                        const form *f)
+{
+    unsigned r, i, p;
+    if (f->rows == 1 && f->steps <= f->run) {
+        narrow_run(s, x[0], at, w, f->steps);
+        return;
+    }
+    for (p = 0; p < PIXELS; p++)
+        s[p] = no_sums();
+    for (r = 0; r < f->rows; r++, w += LANES * 4 * f->steps)
+        for (i = 0; i < f->steps; i += f->run) {
+            sums more[PIXELS];
+            narrow_run(more, x[r] + 4 * i, at, w + LANES * 4 * i, smaller(f->run, f->steps - i));
             for (p = 0; p < PIXELS; p++) {
-                const __m256i a = _mm256_madd_epi16(n[p].first, ones);
-                const __m256i b = _mm256_madd_epi16(n[p].second, ones);
-                s[p].first = _mm256_add_epi32(s[p].first, a);
-                s[p].second = _mm256_add_epi32(s[p].second, b);
+                s[p].first = _mm256_add_epi32(s[p].first, more[p].first);
+                s[p].second = _mm256_add_epi32(s[p].second, more[p].second);
             }
         }
-    }
-#endif
 }
+#endif
 
 /* Adds products of numbers of 16 bits. */
 INLINE void wide_sums(sums *s, const uint8_t *const *x, const unsigned *at, const uint8_t *w,
