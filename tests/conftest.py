@@ -3,9 +3,15 @@
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 
-# Before JAX is imported; the commands that tests start and the other test process inherit both.
+# Before JAX is imported; the commands that tests start and the other test process inherit all.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most tests compile longer than they compute: a quarter less with LLVM's first level than with its
+# second, the default, and the programs are as fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Where in the source each operation comes from takes a seventh of tracing and compiling a run.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The default of glibc. With it commands that run in here leave the memory of the tests alone.
 os.environ.setdefault("MALLOC_TOP_PAD_", "131072")
 # Many tests train the same small network: compile it once in a run of the tests.
@@ -17,6 +23,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 from hypothesis import settings
+
+from tests.shared_programs import shared_programs
 
 # Two devices, so that code which only works on one is noticed. Not through the environment:
 # a command that a test starts sees the machine as it is.
@@ -31,6 +39,39 @@ gc.set_threshold(100_000, 20, 100)
 # The same examples everywhere, so that a failure is everyone's; compiling makes any deadline wrong.
 settings.register_profile("shiftnet", derandomize=True, deadline=None)
 settings.load_profile("shiftnet")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of `covering` tests as slow that have no new value of any parameter."""
+    tests: dict[str, dict[pytest.Function, set[tuple[str, str]]]] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if isinstance(item, pytest.Function) and "covering" in marks and "slow" not in marks:
+            cases = tests.setdefault(f"{item.path}::{item.originalname}", {})
+            cases[item] = set(_parameters(item))
+    for cases in tests.values():
+        missing = set().union(*cases.values())
+        while missing:
+            best = max(cases, key=lambda case: len(cases[case] & missing))
+            missing -= cases.pop(best)
+        for case in cases:
+            case.add_marker(pytest.mark.slow)
+
+
+def _parameters(item: pytest.Function) -> Iterator[tuple[str, str]]:
+    """Names and values of a case; those that are given together are one."""
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if isinstance(mark.args[0], str) else ",".join(mark.args[0])
+        values = [item.callspec.params[name.strip()] for name in names.split(",")]
+        yield names, repr(values)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_programs():
+    """Runs of one recipe in a test module are compiled once; then their memory is given back."""
+    with shared_programs():
+        yield
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def matrices(*shape: int, part: int = 0) -> Any:
 
 
 def interpret_params(interpret: bool) -> Any:
-    """Returns the `interpret` argument of `plgpu.kernel`: parameters of the interpreter or False."""
+    """Returns the `interpret` argument of `plgpu.kernel`: the interpreter's parameters or False."""
     if not interpret:
         return False
     # Private in JAX 0.10.

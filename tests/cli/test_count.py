@@ -20,7 +20,7 @@ from shiftnet.kernels.shift_pointwise import shift_pointwise
 from shiftnet.layers import Conv, Linear, Shift
 from shiftnet.models.arithmetic import arithmetic
 from shiftnet.models.counting import Counts, count
-from tests import oracle
+from tests import networks, oracle
 from tests.networks import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,7 +330,7 @@ def conv_input(arch: str, name: str, conv: Conv) -> tuple[int, ...]:
 )
 def test_multiply_adds_are_half_of_xlas_flops(arch, expansion, reduction):
     model = model_config({"arch": arch, "expansion": expansion, "reduction": reduction})
-    network = models.build(model, 10, rngs=nnx.Rngs(0))
+    network = networks.random(model, 10)
     counts = count(network)
     found = {layer.name: layer.multiply_adds for layer in counts.layers if layer.multiply_adds}
     expected, on_the_image = {}, 0.0

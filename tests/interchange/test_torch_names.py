@@ -29,6 +29,7 @@ from tests.models.test_build import config
     ],
 )
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.covering
 def test_a_round_trip_changes_nothing(arch, naming, form):
     model = networks.abstract(config(arch, weights=form), 10)
     random = np.random.default_rng(0)

@@ -42,6 +42,7 @@ def products_with_hessian(operation, dtype):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.covering
 def test_second_derivatives_go_through_kernels(operation, platform):
     with only_xla():
         _, expected = products_with_hessian(operation, PLATFORMS[platform])

@@ -80,6 +80,7 @@ relus = pytest.mark.parametrize("relu", [True, False])
 
 @shapes
 @relus
+@pytest.mark.covering
 def test_shift_pointwise_is_its_layers(shape, relu):
     batch, height, width, channels, outputs, k, d, stride = shape
     out = (batch, -(-height // stride), -(-width // stride), outputs)
@@ -148,6 +149,7 @@ def test_both_take_any_whole_offset_of_every_channel(stride):
     ("relu", "shift_first"),
     [(True, False), (False, True), pytest.param(True, True, marks=pytest.mark.slow)],
 )
+@pytest.mark.covering
 def test_shift_block_is_its_layers(shape, relu, shift_first):
     batch, height, width, channels, outputs, k, d, stride = shape
     inputs = 3
@@ -177,6 +179,7 @@ def test_shift_block_is_its_layers(shape, relu, shift_first):
     ("stride", "features", "expanded"),
     [(1, 2, 20), (1, 3, 20), (1, 3, 30), (2, 2, 20), (3, 2, 20)],  # 30: each row is a phase
 )
+@pytest.mark.covering
 def test_a_few_images_at_a_time_give_the_same(images, stride, features, expanded, monkeypatch):
     for name in ("FORWARD_BYTES", "BACKWARD_BYTES"):
         monkeypatch.setattr(few_images, name, images * 5 * 4 * expanded * 8)
@@ -221,6 +224,7 @@ MESHES = {
 @pytest.mark.parametrize("images", [4, 3])
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("operation", ["shift", "shift_pointwise", "shift_block"])
+@pytest.mark.covering
 def test_devices_work_on_their_own_images(operation, mesh, images):
     shape, names, kind = MESHES[mesh]
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))

@@ -84,7 +84,11 @@ BLOCKS = pytest.mark.parametrize(
     ("image", "channels", "expanded", "outputs", "stride", "dilation", "whole"),
     [
         pytest.param((2, 16, 20), 16, 144, 16, 1, 1, True, id="many-tiles-in-an-image"),
-        pytest.param((3, 8, 8), 64, 192, 64, 1, 1, False, id="tile-is-an-image-21-channels-each"),
+        pytest.param(
+            *((3, 8, 8), 64, 192, 64, 1, 1, False),
+            id="tile-is-an-image-21-channels-each",
+            marks=pytest.mark.slow,
+        ),
         pytest.param((8, 2, 5), 32, 20, 16, 1, 2, False, id="offsets-outside-few-channels-each"),
         pytest.param((4, 12, 12), 16, 16, 32, 2, 1, True, id="stride-2-partly-filled-tiles"),
         pytest.param(
@@ -243,7 +247,11 @@ def test_shift_pointwise(monkeypatch, image, channels, outputs, stride, dilation
 @pytest.mark.parametrize(
     ("image", "channels", "outputs", "stride", "dilation", "whole"),
     [
-        pytest.param((1, 16, 20), 144, 16, 1, 1, True, id="many-tiles-in-an-image"),
+        pytest.param(
+            *((1, 16, 20), 144, 16, 1, 1, True),
+            id="many-tiles-in-an-image",
+            marks=pytest.mark.slow,
+        ),
         pytest.param((8, 3, 5), 288, 32, 1, 2, False, id="no-prologue-partly-filled-tile"),
         pytest.param((2, 16, 12), 144, 32, 2, 1, True, id="stride-2"),
     ],

@@ -64,6 +64,7 @@ def whole_numbers(shape, seed=0, dtype=np.float32) -> np.ndarray:
 @each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("float64")
+@pytest.mark.covering
 def test_moves_every_bit_where_the_original_does(name, dtype, implementation):
     case = oracle.case("shift", name)
     x, cotangent, y, grad = (
@@ -221,6 +222,7 @@ def test_accepts_an_empty_batch(implementation):
 
 @pytest.mark.parametrize("channels", [1, 8, 9, 20, 27])
 @pytest.mark.parametrize("kernel_size", [2, 3])
+@pytest.mark.covering
 def test_grouped_channels_are_the_interleaved_ones_permuted(channels, kernel_size):
     dh, dw = channel_offsets(channels, kernel_size, 2)
     each, positions = channels // kernel_size**2, kernel_size**2

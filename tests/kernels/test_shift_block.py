@@ -98,6 +98,7 @@ def assert_close(found, expected):
     ],
 )
 @pytest.mark.parametrize("after", [(), ("residual",), ("out_bias", "residual")])
+@pytest.mark.covering
 def test_values_and_gradients_are_the_layers(shape, kernel_size, dilation, after):
     a, stride = operands(0, *shape), shape[-1]
     dh, dw = channel_offsets(shape[4], kernel_size, dilation)

@@ -118,7 +118,7 @@ def check(forward, backward, restated, operands, dout, terms):
         assert_close(grad, expected_grad, terms=dout.size // dout.shape[2])
 
 
-@pytest.mark.parametrize("case", named(CASES[:5] + CASES[6:], slow=[0, 3]))
+@pytest.mark.parametrize("case", named(CASES[:5] + CASES[6:], slow=[0, 2, 3]))
 def test_block_and_its_gradients(case):
     a, (dh, dw), stride = arrays(case), offsets(case), case[8]
     where = {"dh": dh, "dw": dw, "stride": stride, "interpret": INTERPRET}
@@ -132,7 +132,7 @@ def test_block_and_its_gradients(case):
     )
 
 
-@pytest.mark.parametrize("case", named([CASES[1], CASES[5]]))
+@pytest.mark.parametrize("case", named([CASES[1], CASES[5]], slow=[0]))
 def test_pointwise_and_its_gradients(case):
     a, (dh, dw), stride = arrays(case), offsets(case), case[8]
     where = {"relu": True, "dh": dh, "dw": dw, "stride": stride, "interpret": INTERPRET}
@@ -174,7 +174,7 @@ def test_pointwise_without_prologue_in_any_order_of_channels(grouped):
     )
 
 
-@pytest.mark.parametrize("case", named([CASES[1], CASES[4]]))
+@pytest.mark.parametrize("case", named([CASES[1], CASES[4]], slow=[0]))
 def test_epilogue_is_scale_bias_relu_and_residual_in_this_order(case):
     a, (dh, dw), stride = arrays(case), offsets(case), case[8]
     where = {"dh": dh, "dw": dw, "stride": stride}
@@ -213,6 +213,7 @@ def test_epilogue_is_scale_bias_relu_and_residual_in_this_order(case):
         ((2, 2, 9, 256), 3, 100, 1),
     ],
 )
+@pytest.mark.covering
 def test_shift_moves_every_bit(shape, kernel_size, dilation, sign, dtype):
     x = np.random.default_rng(0).normal(size=shape)
     x[0, 0, ::3], x[-1, -1, 1::3], x[0, -1, 2::3] = np.nan, -np.inf, -0.0

@@ -166,6 +166,7 @@ each_operation = pytest.mark.parametrize(
     ids=["32x32", "32x32 stride 2", "8x8"],
 )
 @each_operation
+@pytest.mark.covering
 def test_moves_each_byte_about_once(tpu, operation, case):
     f, operands, floor = operation(Shapes(tpu, case))
     assert floor <= moved_bytes(f, *operands) <= 1.2 * floor
@@ -181,6 +182,7 @@ def test_moves_each_byte_about_once(tpu, operation, case):
     ids=lambda case: "x".join(map(str, case)),
 )
 @each_operation
+@pytest.mark.covering
 def test_compiles(tpu, operation, case):
     f, operands, _ = operation(Shapes(tpu, case))
     jax.jit(f).lower(*operands).compile()
@@ -188,6 +190,7 @@ def test_compiles(tpu, operation, case):
 
 @pytest.mark.parametrize("operation", [block, block_backward])
 @pytest.mark.parametrize(("width", "stride"), [(6, 1), (14, 2)])
+@pytest.mark.covering
 def test_widths_that_are_no_multiple_of_four_compile(tpu, operation, width, stride):
     f, operands, _ = operation(Shapes(tpu, (3, width, 16, 48, 16, 128, stride, "bfloat16")))
     jax.jit(f).lower(*operands).compile()

@@ -78,6 +78,7 @@ def check(group: str, name: str, mode: str) -> None:
 @oracle.every_case("block_shiftconv")
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.usefixtures("float64")
+@pytest.mark.covering
 def test_shift_block_computes_and_learns_as_the_original(name, mode):
     check("block_shiftconv", name, mode)
 
@@ -85,6 +86,7 @@ def test_shift_block_computes_and_learns_as_the_original(name, mode):
 @oracle.every_case("block_basic")
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.usefixtures("float64")
+@pytest.mark.covering
 def test_resnet_block_computes_and_learns_as_the_original(name, mode):
     check("block_basic", name, mode)
 
@@ -92,6 +94,7 @@ def test_resnet_block_computes_and_learns_as_the_original(name, mode):
 @oracle.every_case("block_depthwise")
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.usefixtures("float64")
+@pytest.mark.covering
 def test_depthwise_block_computes_and_learns_as_the_original(name, mode):
     check("block_depthwise", name, mode)
 
@@ -105,6 +108,7 @@ def test_depthwise_block_computes_and_learns_as_the_original(name, mode):
 )
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.usefixtures("float64")
+@pytest.mark.covering
 def test_a_block_that_was_removed_computes_and_learns_as_the_original(group, name, mode):
     check(group, name, mode)
 
@@ -120,6 +124,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.usefixtures("float64")
+@pytest.mark.covering
 def test_a_block_computes_and_learns_as_the_original_in_a_clone(name, mode):
     check_golden(name, np.float64, mode, RTOL)
 

@@ -43,6 +43,7 @@ def output_features(model: ResNet) -> list[int]:
 
 @pytest.mark.parametrize("family", FRAMED)
 @pytest.mark.parametrize("depth", [8, 14, 20, 56, 110, 164])
+@pytest.mark.covering
 def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
     model = networks.abstract(config(f"{family}{depth}"), 10)
     assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3)] == [
@@ -60,6 +61,7 @@ def test_any_depth_of_6n_plus_2_has_3n_blocks(family, depth):
 @pytest.mark.parametrize(
     ("size", "classes"), [((32, 32), 10), ((40, 36), 1), ((5, 3), 10), ((224, 224), 1000)]
 )
+@pytest.mark.covering
 def test_any_input_size_and_number_of_classes(arch, size, classes):
     model = networks.abstract(config(arch), classes)
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)

@@ -56,6 +56,7 @@ def assert_close(found, expected):
     ("stride", "kernel_size", "size"),
     [(1, 3, 5), (2, 5, 6), (2, 3, 1)],
 )
+@pytest.mark.covering
 def test_a_block_is_its_layers(train, stride, kernel_size, size):
     block = functools.partial(CSCBlock, 5, 5 * stride, stride, kernel_size=kernel_size)
     net = randomized(block(expansion=6, rngs=nnx.Rngs(0)))

@@ -18,7 +18,6 @@ from shiftnet.training import data_iterator, engine, metrics, workdir
 from shiftnet.training.data_iterator import ResidentData
 from shiftnet.training.evaluation import Evaluation
 from shiftnet.training.interrupt import Interrupt
-from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh, replicate
 from shiftnet.training.restore import Record, check_same_data, restore
 from shiftnet.training.step import Program, steps_per_dispatch
@@ -35,7 +34,7 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 def _program(config) -> Program:
     dataset = data.load("digits")
-    return Program(
+    return engine.Program(
         config,
         num_classes=10,
         mean=dataset.mean,
@@ -51,7 +50,7 @@ def _everything(workdir: Path, config=None) -> dict[str, np.ndarray]:
     program = _program(config or recipe())
     step, skipped = series.newest_good()
     state, codes, _ = restore(
-        program, LevelWatch(program), np.uint32(0), series, step, series.metadata(step)
+        program, engine.LevelWatch(program), np.uint32(0), series, step, series.metadata(step)
     )
     series.close()
     assert not skipped

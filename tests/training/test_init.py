@@ -13,7 +13,6 @@ from shiftnet.training import engine
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.restore import Init, start_from
-from shiftnet.training.step import Program
 from tests import networks
 from tests.test_packing import note
 from tests.training.small import recipe
@@ -40,7 +39,7 @@ def first_state(monkeypatch, settings, workdir, init):
 
 def started(config, path, dataset, **options):
     """The program and the state that a run starts from, and the message."""
-    program = Program(
+    program = engine.Program(
         config,
         num_classes=len(dataset.class_names),
         mean=dataset.mean,

@@ -17,7 +17,6 @@ from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.optimizer import keep_frozen, make_optimizer
 from shiftnet.training.restore import Init, start_from
-from shiftnet.training.step import Program
 from tests.test_packing import images, note
 from tests.training.small import epochs, recipe
 from tests.training.test_init import saved
@@ -139,7 +138,7 @@ def test_a_network_starts_from_one_of_other_activations(before, tmp_path):
     given = saved(tmp_path / "ckpt", activations=before)
     dataset = data.load("digits")
     settings = recipe(model__activations="int4")
-    program = Program(
+    program = engine.Program(
         settings,
         num_classes=10,
         mean=dataset.mean,

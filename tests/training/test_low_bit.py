@@ -18,7 +18,7 @@ from tests.training.small import epochs, recipe
 
 
 def program(**fields) -> Program:
-    return Program(
+    return engine.Program(
         recipe(**fields),
         num_classes=10,
         mean=(0.0, 0.0, 0.0),
