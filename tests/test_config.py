@@ -752,7 +752,7 @@ WORDS = st.one_of(
 
 
 @pytest.mark.core
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)  # `make fuzz` tries 20,000
 @given(st.booleans(), st.lists(WORDS, max_size=5))
 def test_no_command_line_ends_in_a_traceback(recipe, with_recipe, arguments):
     with (
@@ -762,7 +762,7 @@ def test_no_command_line_ends_in_a_traceback(recipe, with_recipe, arguments):
         config.validate(parse(*(["--config", recipe] if with_recipe else []), *arguments))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_no_argument_after_the_colon_ends_in_a_traceback(recipe, argument):
     with contextlib.suppress(UserError):
@@ -778,7 +778,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)  # `make fuzz` tries 20,000
 @given(st.sampled_from([*config.FIELDS, "model", "data", "other", "model.other", ""]), VALUES)
 def test_no_value_in_a_checkpoint_ends_in_a_traceback(name, value):
     values = json.loads(config.to_json(config.default_config()))

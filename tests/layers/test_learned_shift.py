@@ -125,7 +125,11 @@ def test_the_penalty_is_the_sum_of_all_sparse_offsets():
 
 @pytest.mark.parametrize(
     ("arch", "activations"),
-    [("shiftresnet8", "float"), ("shiftresnet8", "int4"), ("shiftnet_b", "float")],
+    [
+        ("shiftresnet8", "float"),
+        ("shiftresnet8", "int4"),
+        pytest.param("shiftnet_b", "float", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_shifts_run_in_the_fused_operations_and_compute_the_same(arch, activations):
     network = networks.random(config(arch, shift="sparse", activations=activations), 10)

@@ -42,7 +42,7 @@ def weights_by_recipe(kind: str, names: list, seed: int) -> dict[str, np.ndarray
     return arrays
 
 
-@oracle.every_case("img")
+@oracle.every_case("img", slow=["s3_resnet18_latents"])
 @pytest.mark.usefixtures("float64")
 def test_imagenet_resnets_give_the_originals_logits(name):
     case = oracle.case("img", name)

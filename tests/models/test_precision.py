@@ -78,8 +78,10 @@ def test_parameters_and_statistics_are_float32(family, compute, wide):
     "family",
     [
         "shiftresnet",
-        "wrn",
-        *(pytest.param(family, marks=pytest.mark.slow) for family in ("resnet", "depthwiseresnet")),
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in ("resnet", "depthwiseresnet", "wrn")
+        ),
     ],
 )
 def test_bfloat16_network_keeps_float32_numbers_and_stays_close_to_float32(family):

@@ -24,7 +24,7 @@ LOW_BIT = [
     for bits in (0, *widths)
 ]
 SMALL = ("resnet8", "shiftresnet8", "depthwiseresnet8", "wrn8")
-MORE = ("denseshift", "ternary", "pot", "apot")
+MORE = ("sign", "denseshift", "ternary", "pot", "apot")
 # Those whose latents are signs and gates; `test_rounded.py` has the others.
 GATED = [(name, bits) for name, bits in LOW_BIT if name in ("sign", "s3", "denseshift")]
 

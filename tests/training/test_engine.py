@@ -430,7 +430,7 @@ def test_batch_norm_of_each_devices_share_is_another_run(uninterrupted, tmp_path
 
 
 def test_a_profile_is_where_tensorboard_looks(tmp_path):
-    engine.train(recipe(epochs=1), tmp_path, profile=True)
+    engine.train(recipe(), tmp_path, profile=True)
     assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
 
 
@@ -511,7 +511,7 @@ def test_a_prime_number_of_steps_is_taken_in_few_calls_the_same_after_a_resume(m
 
 def test_several_steps_in_one_call_are_the_steps_one_by_one():
     dataset = data.load("digits")
-    program = _program(recipe(batch_size=64, model__expansion=0.5))
+    program = _program(recipe())
     seed = np.uint32(0)
     images = replicate(dataset.train.images, make_mesh())
     labels = replicate(dataset.train.labels, make_mesh())
