@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from shiftnet.kernels.layouts import product, wide_dtype
 
@@ -160,8 +161,16 @@ def _sums_forward(x, centre, kept):
     if not kept:  # XLA's CPU backend then transposes nothing
         centred, others = centred.reshape(-1, centred.shape[-1]), (0,)
     dimensions = ((others, others), (batch, batch))
-    products = jax.lax.dot_general(centred, centred, dimensions, precision=EXACT)
+    products = jax.lax.dot_general(
+        centred, centred, dimensions, precision=EXACT, out_sharding=_replicated(x)
+    )
     return (total, products), (x, centre, given)
+
+
+def _replicated(x: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of a sum over the batch, which a mesh of explicit axes must be told."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
 
 
 def _sums_backward(kept, residuals, cotangents):
