@@ -118,7 +118,7 @@ def check(forward, backward, restated, operands, dout, terms):
         assert_close(grad, expected_grad, terms=dout.size // dout.shape[2])
 
 
-@pytest.mark.parametrize("case", named(CASES[:5] + CASES[6:], slow=[0, 2, 3]))
+@pytest.mark.parametrize("case", named(CASES[:5] + CASES[6:], slow=[0, 2, 3, 5]))
 def test_block_and_its_gradients(case):
     a, (dh, dw), stride = arrays(case), offsets(case), case[8]
     where = {"dh": dh, "dw": dw, "stride": stride, "interpret": INTERPRET}
