@@ -94,7 +94,7 @@ def test_evaluation_prints_the_number_of_the_list(name, monkeypatch, capsys):
 def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert zoo.find(NAME) == storage.FOLDER / f"{NAME}.safetensors"
-    assert zoo.find_all("shiftresnet20_1*_c100", "--ckpt") == [zoo.find(NAME)]
+    assert zoo.find_all("shiftresnet20_1c_c*00", "--ckpt") == [zoo.find(NAME)]
     (tmp_path / NAME).mkdir()
     assert zoo.find(NAME) == Path(NAME)
     assert zoo.find_all(NAME, "--ckpt") == [Path(NAME)]
