@@ -1,14 +1,13 @@
 """Our side of `benchmarks.integers`: a compiled C program, called on one image at a time."""
 
 import ctypes
-import time
 
 import numpy as np
 
-from benchmarks.protocol import serve
+from benchmarks.protocol import ProcessorTime, serve
 
 
-class Measurement:
+class Measurement(ProcessorTime):
     """A program as a shared library.
 
     Args:
@@ -18,13 +17,13 @@ class Measurement:
     """
 
     def __init__(self, library: str, data: str, classes: int):
+        super().__init__()
         self.images = np.ascontiguousarray(np.load(data)["test"][:100])
         self.program = ctypes.CDLL(library).net_run
         self.logits = np.zeros(classes, np.int32)
         # Addresses as ctypes objects, made once.
         self.places = [ctypes.c_void_p(image.ctypes.data) for image in self.images]
         self.out = ctypes.c_void_p(self.logits.ctypes.data)
-        self.processor, self.steps = 0.0, 0
 
     def check(self, steps: int) -> list:
         """The classes of the first `steps` test images."""
@@ -34,19 +33,10 @@ class Measurement:
             found.append(int(self.logits.argmax()))
         return found
 
-    def run(self, steps: int) -> float:
+    def take(self, steps: int) -> None:
         program, out, places = self.program, self.out, self.places
-        start, before = time.perf_counter(), time.process_time()
         for i in range(steps):
             program(places[i % 100], out)
-        seconds = time.perf_counter() - start
-        self.processor += time.process_time() - before
-        self.steps += steps
-        return seconds / steps
-
-    def processor_seconds(self) -> float:
-        """Processor time of a step, over all runs so far."""
-        return self.processor / self.steps
 
 
 if __name__ == "__main__":

@@ -189,6 +189,29 @@ class Measurement(Protocol):
     def run(self, steps: int) -> float: ...
 
 
+class ProcessorTime:
+    """A base for measurements whose runs also count processor time, of all threads."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps = 0.0, 0
+
+    def take(self, steps: int) -> None:
+        """Runs so many steps to their end."""
+        raise NotImplementedError
+
+    def run(self, steps: int) -> float:
+        start, before = time.perf_counter(), time.process_time()
+        self.take(steps)
+        seconds = time.perf_counter() - start
+        self._seconds += time.process_time() - before
+        self._steps += steps
+        return seconds / steps
+
+    def processor_seconds(self) -> float:
+        """Processor time of a step, over all runs so far."""
+        return self._seconds / self._steps
+
+
 def serve(open_measurement: Callable[..., Measurement], **requests: Callable[..., Any]) -> None:
     """The worker's end: answers requests until standard input closes.
 

@@ -17,7 +17,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -486,6 +486,20 @@ def save(report: dict[str, Any], options: argparse.Namespace) -> None:
     """Writes what there is so far to `--json`."""
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def read(path: Path, look_up: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Reads what `save` wrote, for `--measured`; `look_up` fails where something is missing.
+
+    Raises:
+      Refused: for anything else.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        look_up(report)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refused(f"--measured {path} is not what --json writes: {error}") from error
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:

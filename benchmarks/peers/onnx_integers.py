@@ -15,7 +15,6 @@ and of how the quantised operators are written, `QDQ` or `QOperator`. Needs onnx
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from benchmarks.protocol import serve
+from benchmarks.protocol import ProcessorTime, serve
 
 SHIFTS = ("dense", "depthwise", "slices")
 FORMATS = ("QDQ", "QOperator")
@@ -258,7 +257,7 @@ class _Reader(CalibrationDataReader):
         return next(self.batches, None)
 
 
-class Measurement:
+class Measurement(ProcessorTime):
     """One form of a network, on one image at a time.
 
     Args:
@@ -271,6 +270,7 @@ class Measurement:
     """
 
     def __init__(self, graph: str, data: str, precision: str, form: str, threads: int):
+        super().__init__()
         self.data = np.load(data)
         shift, _, quantised = form.partition("/")
         network = _Network(Path(graph), shift)
@@ -292,7 +292,6 @@ class Measurement:
         self.binding = self.session.io_binding()
         self.binding.bind_cpu_input(self.input, self.normalised(self.data["test"][:1]))
         self.binding.bind_output(self.session.get_outputs()[0].name)
-        self.processor, self.steps = 0.0, 0
 
     def normalised(self, images: np.ndarray) -> np.ndarray:
         x = (images / np.float32(255) - self.data["mean"]) / self.data["std"]
@@ -328,18 +327,9 @@ class Measurement:
         right = self.predicted(self.data["test"]) == self.data["labels"]
         return {"bytes": self.bytes, "accuracy": float(right.mean())}
 
-    def run(self, steps: int) -> float:
-        start, before = time.perf_counter(), time.process_time()
+    def take(self, steps: int) -> None:
         for _ in range(steps):
             self.session.run_with_iobinding(self.binding)
-        seconds = time.perf_counter() - start
-        self.processor += time.process_time() - before
-        self.steps += steps
-        return seconds / steps
-
-    def processor_seconds(self) -> float:
-        """Processor time of a step, over all runs so far and all threads."""
-        return self.processor / self.steps
 
 
 if __name__ == "__main__":

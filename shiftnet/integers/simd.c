@@ -191,22 +191,22 @@ INLINE sums add(const uint8_t *a, uint8_t a_type, const uint8_t *b, uint8_t b_ty
     return s;
 }
 
-/* Takes each byte of some vectors from the place whose mask has it. */
-INLINE void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
-                   unsigned count, unsigned at, unsigned vectors)
+typedef __m512i whole;
+
+INLINE whole no_bytes(void)
 {
-    __m512i chosen[4];
-    unsigned i, j;
-    for (j = 0; j < vectors; j++)
-        chosen[j] = _mm512_setzero_si512();
-    for (i = 0; i < count; i++) {
-        const uint8_t *bytes = from[i] + at, *mask = masks[i] + at;
-        for (j = 0; j < vectors; j++)
-            chosen[j] = _mm512_or_si512(chosen[j], _mm512_and_si512(long_vector(bytes + 64 * j),
-                                                                    long_vector(mask + 64 * j)));
-    }
-    for (j = 0; j < vectors; j++)
-        _mm512_storeu_si512(to + at + 64 * j, chosen[j]);
+    return _mm512_setzero_si512();
+}
+
+/* Adds the bytes that a mask has. */
+INLINE whole with_bytes(whole x, const uint8_t *bytes, const uint8_t *mask)
+{
+    return _mm512_or_si512(x, _mm512_and_si512(long_vector(bytes), long_vector(mask)));
+}
+
+INLINE void put_bytes(uint8_t *to, whole x)
+{
+    _mm512_storeu_si512(to, x);
 }
 #else
 enum { PIXELS = 4, VECTOR = 32 };
@@ -402,22 +402,22 @@ INLINE sums add(const uint8_t *a, uint8_t a_type, const uint8_t *b, uint8_t b_ty
     return s;
 }
 
-/* Takes each byte of some vectors from the place whose mask has it. */
-INLINE void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
-                   unsigned count, unsigned at, unsigned vectors)
+typedef __m256i whole;
+
+INLINE whole no_bytes(void)
 {
-    __m256i chosen[4];
-    unsigned i, j;
-    for (j = 0; j < vectors; j++)
-        chosen[j] = _mm256_setzero_si256();
-    for (i = 0; i < count; i++) {
-        const uint8_t *bytes = from[i] + at, *mask = masks[i] + at;
-        for (j = 0; j < vectors; j++)
-            chosen[j] = _mm256_or_si256(
-                chosen[j], _mm256_and_si256(vector(bytes + 32 * j), vector(mask + 32 * j)));
-    }
-    for (j = 0; j < vectors; j++)
-        put_vector(to + at + 32 * j, chosen[j]);
+    return _mm256_setzero_si256();
+}
+
+/* Adds the bytes that a mask has. */
+INLINE whole with_bytes(whole x, const uint8_t *bytes, const uint8_t *mask)
+{
+    return _mm256_or_si256(x, _mm256_and_si256(vector(bytes), vector(mask)));
+}
+
+INLINE void put_bytes(uint8_t *to, whole x)
+{
+    put_vector(to, x);
 }
 #endif
 #else
@@ -550,22 +550,22 @@ INLINE sums add(const uint8_t *a, uint8_t a_type, const uint8_t *b, uint8_t b_ty
     return s;
 }
 
-/* Takes each byte of some vectors from the place whose mask has it. */
-INLINE void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
-                   unsigned count, unsigned at, unsigned vectors)
+typedef uint8x16_t whole;
+
+INLINE whole no_bytes(void)
 {
-    uint8x16_t chosen[4];
-    unsigned i, j;
-    for (j = 0; j < vectors; j++)
-        chosen[j] = vdupq_n_u8(0);
-    for (i = 0; i < count; i++) {
-        const uint8_t *bytes = from[i] + at, *mask = masks[i] + at;
-        for (j = 0; j < vectors; j++)
-            chosen[j] = vorrq_u8(chosen[j],
-                                 vandq_u8(vld1q_u8(bytes + 16 * j), vld1q_u8(mask + 16 * j)));
-    }
-    for (j = 0; j < vectors; j++)
-        vst1q_u8(to + at + 16 * j, chosen[j]);
+    return vdupq_n_u8(0);
+}
+
+/* Adds the bytes that a mask has. */
+INLINE whole with_bytes(whole x, const uint8_t *bytes, const uint8_t *mask)
+{
+    return vorrq_u8(x, vandq_u8(vld1q_u8(bytes), vld1q_u8(mask)));
+}
+
+INLINE void put_bytes(uint8_t *to, whole x)
+{
+    vst1q_u8(to, x);
 }
 #endif
 
@@ -668,6 +668,21 @@ static void unpack_all(void)
             next += (l->tap_count * l->width * l->inputs * size_of(l->input_type) + 63) / 64 * 64;
         }
     }
+}
+
+/* Takes each byte of some vectors from the place whose mask has it. */
+INLINE void choose(uint8_t *to, const uint8_t *const *from, const uint8_t *const *masks,
+                   unsigned count, unsigned at, unsigned vectors)
+{
+    whole chosen[4];
+    unsigned i, j;
+    for (j = 0; j < vectors; j++)
+        chosen[j] = no_bytes();
+    for (i = 0; i < count; i++)
+        for (j = 0; j < vectors; j++)
+            chosen[j] = with_bytes(chosen[j], from[i] + at + VECTOR * j, masks[i] + at + VECTOR * j);
+    for (j = 0; j < vectors; j++)
+        put_bytes(to + at + VECTOR * j, chosen[j]);
 }
 
 /* Stores up to 16 codes. */
