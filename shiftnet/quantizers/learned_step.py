@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.quantizers.activation import Activation, widened
+from shiftnet.quantizers.activation import Activation, some, widened
 from shiftnet.quantizers.form import straight_through
 
 # The mean magnitude of standard normal values, and of those that went through a ReLU.
@@ -62,8 +62,9 @@ class LearnedStep(Activation):
             size = math.prod(x.shape[1:])
             factor = 1 / math.sqrt(size * self.high)
             step = self._step(wide.dtype, factor)
+            few = some(wide)
             self._observe(
-                (wide < self.low * step) | (wide > self.high * step), jnp.abs(wide) > step / 2
+                (few < self.low * step) | (few > self.high * step), jnp.abs(few) > step / 2
             )
         else:
             step = self._step(wide.dtype)
@@ -97,23 +98,32 @@ def _codes(v: jax.Array, low: int, high: int) -> jax.Array:
     return jnp.clip(jnp.round(v), low, high)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def quantize(x: jax.Array, step: jax.Array, low: int, high: int) -> jax.Array:
-    """Returns `step * clip(round(x / step), low, high)`, with LSQ's derivatives.
+    """Returns `step * clip(round(x / step), low, high)`, with LSQ's gradients.
 
     Args:
       x: floating, any shape.
       step: above 0, [], in the dtype of `x`.
       low, high: the least and the largest code.
     """
-    return _codes(x / step, low, high) * step
+    return _quantize_forward(x, step, low, high)[0]
 
 
-@quantize.defjvp
-def _quantize_jvp(low, high, primals, tangents):
-    (x, step), (dx, dstep) = primals, tangents
+def _quantize_forward(x, step, low, high):
+    return _codes(x / step, low, high) * step, (x, step)
+
+
+def _quantize_backward(low, high, residuals, cotangent):
+    x, step = residuals
     v = x / step
-    codes = _codes(v, low, high)
     inside = (v > low) & (v < high)
-    slope = codes - jnp.where(inside, v, 0)
-    return codes * step, jnp.where(inside, dx, 0) + slope * dstep
+    slope = _codes(v, low, high) - jnp.where(inside, v, 0)
+    dx, dstep = jnp.where(inside, cotangent, 0), slope * cotangent
+    # Apart from their sum, which XLA's CPU backend computes one by one together with comparisons:
+    # 10 ms and not 7 at 128x32x32x16.
+    dx, dstep = jax.lax.optimization_barrier((dx, dstep))
+    return dx, dstep.sum()
+
+
+quantize.defvjp(_quantize_forward, _quantize_backward)

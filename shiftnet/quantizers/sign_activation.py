@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.quantizers.activation import ALIVE, Activation, widened
+from shiftnet.quantizers.activation import ALIVE, Activation, some, widened
 from shiftnet.quantizers.form import straight_through
 
 
@@ -31,12 +31,12 @@ class SignActivation(Activation):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         centred = self._centred(widened(x))
-        positive = centred >= 0
         if train:
             if self.clipped is None:
                 raise ValueError("a network whose activations are folded cannot be trained")
-            self._observe(jnp.abs(centred) > 1, positive)
-        signs = jnp.where(positive, 1, -1).astype(centred.dtype)
+            few = some(centred)
+            self._observe(jnp.abs(few) > 1, few >= 0)
+        signs = jnp.where(centred >= 0, 1, -1).astype(centred.dtype)
         return straight_through(signs, hard_tanh(centred)).astype(x.dtype)
 
     def integers(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -139,9 +139,10 @@ def test_signs_and_their_clipped_straight_through_gradient(threshold):
 
 @pytest.mark.core
 def test_the_running_shares_are_of_clipped_values_and_dead_channels():
-    x = np.zeros((4, 2, 2, 3), np.float32)
+    x = np.zeros((4, 16, 2, 3), np.float32)
     x[..., 0] = 10  # always clipped
     x[0, 0, 0, 1] = 1
+    x[:, 3:5, :, 1] = 1  # of every eighth row, so none of these
     form = LearnedStep(3, bits=2, rectified=True)
     form.unit.set_value(jnp.float32(1.0))
     signs = ShiftedSign(3)
