@@ -12,6 +12,8 @@ from flax import nnx
 from shiftnet.quantizers.initializers import he_normal_fan_out
 from shiftnet.quantizers.quantized import QuantizedWeight, bits_of, packed_bytes
 
+LEAST = 1e-3  # magnitude of a latent that starts from a float weight, as a share of the largest
+
 Init = Callable[..., jax.Array]  # init(key, shape)
 
 
@@ -132,11 +134,33 @@ class LowBitWeight(Weight):
     def start_from(self, weight: np.ndarray) -> None:
         """Sets the latents so that this weight is nearest to a float weight, up to a factor.
 
+        A latent is the farther from zero the farther the float weight is from where the latent
+        changes its sign, so that training first changes the weights that were nearly at another
+        level. Its root mean square is the deviation that it would have been drawn with.
+
         Args:
           weight: floating, of the weight's shape.
         """
-        codes, _ = self.nearest(weight)
-        self.set_quantized(codes)
+        codes, factor = self.nearest(weight)
+        levels = np.asarray(self.levels, np.float64)
+        middles = (levels[1:] + levels[:-1]) / 2
+        place = np.asarray(weight, np.float64) / (factor * self._unit)
+        by_level = self.signs_of_latents(levels)
+        for name, positive in self.signs_of_latents(levels[codes]).items():
+            distance = np.abs(place[..., None] - middles[np.diff(by_level[name])]).min(-1)
+            self._set_latent(name, positive, distance)
+
+    def _set_latent(self, name: str, positive: np.ndarray, size: np.ndarray) -> None:
+        """Sets a latent to these signs, and to magnitudes that are proportional to `size`."""
+        size = np.maximum(size, LEAST * size.max()) if size.any() else np.ones(size.shape)
+        size *= self.deviation / np.sqrt(np.square(size).mean())
+        latent = np.where(positive, size, -size)
+        getattr(self, name).set_value(jnp.asarray(latent, jnp.float32))
+
+    @property
+    def _unit(self) -> float:
+        """What levels are multiplied by, where it does not depend on latents."""
+        return 1.0 if self.scale_shape is not None else float(self.scale)
 
     def nearest(self, weight: np.ndarray) -> tuple[np.ndarray, float]:
         """Finds the codes whose weights are nearest to a float weight, up to a factor.
@@ -150,8 +174,7 @@ class LowBitWeight(Weight):
           squares. Of factors, 64 are tried, from that which takes the largest weight to the highest
           level to one that takes the mean a step beyond it.
         """
-        unit = 1.0 if self.scale_shape is not None else float(self.scale)
-        flat = np.asarray(weight, np.float64).ravel() / unit
+        flat = np.asarray(weight, np.float64).ravel() / self._unit
         levels = np.asarray(self.levels, np.float64)
         middles = (levels[1:] + levels[:-1]) / 2
         magnitude = np.abs(flat)

@@ -56,6 +56,11 @@ class S3(form.LowBitWeight):
         """Σ max(-b, 0), which keeps weights from freezing at zero; its gradient at 0 is 0."""
         return nnx.relu(-self.gate[...]).sum()
 
+    def start_from(self, weight: np.ndarray) -> None:
+        super().start_from(weight)
+        # Zero has no sign: let it be that which the weight had.
+        self._set_latent("sign", weight >= 0, np.abs(weight))
+
     def signs_of_latents(self, levels: np.ndarray) -> dict[str, np.ndarray]:
         shifts = {f"shift{i}": np.abs(levels) >= 2**i for i in range(1, self.num_shifts + 1)}
         return {"sign": levels >= 0, "gate": levels != 0, **shifts}

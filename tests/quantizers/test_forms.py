@@ -317,6 +317,32 @@ def test_weights_can_be_set_from_their_codes(name, bits):
         np.testing.assert_allclose(np.abs(leaf), np.sqrt(2 / (9 * 16)), rtol=1e-6)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(("name", "bits"), GATED)
+def test_latents_start_the_nearer_to_zero_the_nearer_a_weight_is_to_another_level(name, bits):
+    value = np.random.default_rng(0).normal(size=(16, 32))
+    weight = quantizers.make(name, bits)(value.shape, rngs=nnx.Rngs(0))
+    codes, factor = weight.nearest(value)
+    weight.start_from(value)
+    np.testing.assert_array_equal(weight.quantized().codes, codes)
+    latents = {path[0]: np.asarray(leaf) for path, leaf in nnx.to_flat_state(nnx.state(weight))}
+    levels = factor * np.asarray(weight.levels)
+    if isinstance(weight.scale, float):
+        levels = levels * weight.scale
+    edges = (levels[1:] + levels[:-1]) / 2
+    for latent, found in latents.items():
+        np.testing.assert_allclose(np.square(found).mean(), 2 / 32, rtol=1e-2, err_msg=latent)
+        if latent in ("sign", "latent"):
+            np.testing.assert_array_equal(found >= 0, value >= 0)
+            distance = np.abs(value)
+        elif latent == "gate":
+            distance = np.abs(np.abs(value) - edges[edges > 0].min())
+        else:
+            continue
+        ratio = np.abs(found) / np.maximum(distance, 1e-3 * distance.max())
+        np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-4, err_msg=latent)
+
+
 def test_codes_of_scaled_weights_are_right_whatever_the_scale():
     # The scale is no power of two, and compiled code may divide by multiplying.
     latent = np.tile(np.array([-0.5, 0.5], np.float32), 4)
