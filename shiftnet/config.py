@@ -525,6 +525,13 @@ class OptimizerConfig(Settings, group="optimizer"):
         ABOVE_0,
         scope=optimizers("muon"),
     )
+    muon_weight_decay: float = setting(
+        0.0,
+        "weight decay of the kernels that muon takes, decoupled and so times their rate; "
+        "0: weight_decay, which hardly changes them",
+        AT_LEAST_0,
+        scope=optimizers("muon"),
+    )
     momentum: float = setting(
         0.9,
         "momentum coefficient, in [0, 1); the first coefficient of adamw, lamb and lion (original)",

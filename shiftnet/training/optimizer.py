@@ -29,7 +29,7 @@ def make_optimizer(
       `optimizer.momentum` is their first coefficient, `optimizer.beta2` the second.
     - `"muon"` (Jordan et al., 2024): momentum orthogonalised, for the kernels of convolutions and
       linear layers between the first and the last, see `takes_muon`; they have `optimizer.muon_lr`
-      as their rate and decoupled decay. The other arrays take `"sgd"`.
+      as their rate and `optimizer.muon_weight_decay`, decoupled. The other arrays take `"sgd"`.
 
     Args:
       config: a validated recipe.
@@ -103,7 +103,7 @@ def _rule(
         muon = optax.chain(
             scale_by_muon(beta=settings.momentum, weight_dimension_numbers=_dimension_numbers),
             optax.stateless_with_tree_map(lambda update, _: update * _shape_factor(update.shape)),
-            decay,
+            optax.add_decayed_weights(settings.muon_weight_decay or settings.weight_decay, decays),
             optax.scale(settings.muon_lr / settings.lr),
         )
 

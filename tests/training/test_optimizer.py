@@ -276,6 +276,19 @@ def test_decay_of_kernels_leaves_out_batch_norms_and_biases():
         np.testing.assert_allclose(update, -0.15 if update.ndim >= 2 else -0.1, rtol=1e-6)
 
 
+@jax.numpy_dtype_promotion("standard")  # of optax: Muon counts its steps
+def test_muons_kernels_decay_by_their_own_rate_and_no_other_array_does():
+    params = network_params("shiftresnet8")
+    settings = {"name": "muon", "muon_lr": 0.3, "weight_decay": 0.5}
+    plain = one_update(optimizer_config(**settings), params)
+    more = one_update(optimizer_config(**settings, muon_weight_decay=0.75), params)
+    values = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(params)}
+    for name, value in values.items():
+        taken = value.ndim == 4 and not name.startswith("conv1.")
+        difference = -0.3 * (0.75 - 0.5) * value if taken else 0
+        np.testing.assert_allclose(more[name] - plain[name], difference, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
