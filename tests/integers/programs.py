@@ -55,13 +55,13 @@ def compiled(graph: integers.Graph, folder: Path, *flags: str, compiler: str | N
     c.write(program, folder)
     assert compiler is not None
     command = [compiler, *STRICT, *flags, "-o", "net", "main.c", "net.c"]
-    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    subprocess.run(command, cwd=folder, check=True, timeout=600)
     return folder / "net"
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(program), *arguments], capture_output=True, text=True, timeout=120, check=False
+        [str(program), *arguments], capture_output=True, text=True, timeout=600, check=False
     )
 
 
