@@ -252,6 +252,10 @@ def test_a_packed_network_has_integers_and_scale_and_bias(tmp_path):
     assert "bn1.running_var" not in named
     with pytest.raises(UserError, match="its batch norms are no longer the original's"):
         originals.arrays(network, recipe.model)
+    with pytest.raises(
+        UserError, match=r"batch norms are folded \(there is no bn1\.running_mean\)"
+    ):
+        come_back(tmp_path / "integers.npz", named, note(recipe))
 
 
 @oracle.needed
