@@ -1,6 +1,6 @@
 """Kills training runs at bad moments, starts them again, and compares how they end.
 
-    python -m tests.torture [--kills 60] [--seed 0]
+    python -m tests.torture [--kills 60] [--seed 0] [--kinds digits files seeds job]
 
 Two kinds of run, one on data that the device holds, one on image files read by worker processes,
 are each done once in peace. Then they are done again while their process is killed: by SIGKILL at
@@ -9,11 +9,15 @@ between its digests and its renaming; and stopped by SIGTERM. Some starts have o
 those that may change, and some have settings that must be refused. Each time the run is started
 again, until it ends; then it begins anew, until there were enough kills.
 
-The third kind is two seeds of a row of results, trained by two processes at once, which are killed
-at random moments and while they end; the row's file must have both seeds.
+The third kind is two seeds of a row of results, trained by two processes at once, one or both of
+which are killed at random moments and while they end; the row's file must have both seeds.
 
-Last comes a job of 4 processes with 2 devices each and divided parameters, one of whose processes
-is killed: the others must end, and the job must be continued.
+The fourth is a job of 4 processes with 2 devices each and divided parameters, one of which is
+killed: the others must end, and the job must be continued. If none of its processes uses processor
+time for minutes it hangs; if they only get little, they are waited for.
+
+Most of a start is Python's imports and JAX's tracing: all starts share a folder of compiled
+programs, and networks and data are small.
 
 Every array of every end's checkpoint and every line of `metrics.jsonl` (but for the clock's
 numbers) must be those of the run in peace. Each kill is printed with what happened, how the run was
@@ -21,6 +25,7 @@ continued and how it ended. Exits with 1 where an end differs, or a kill is not 
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -34,12 +39,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported; the runs inherit it.
+# Before JAX is imported; the runs inherit all. The last two as in conftest.py.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import numpy as np
@@ -53,7 +60,8 @@ from tests.training.small import epochs
 ROOT = Path(__file__).parents[1]
 TRAIN = ["train.py", "--config", "configs/quickstart.py"]
 COMMON = {"checkpoint.every_steps": 3, "log.every_seconds": 0, "log.tensorboard": "false"}
-DIGITS = {"model.arch": "shiftresnet8", "batch_size": 128, "epochs": 4}
+# 256 digits to train on; the others choose the best network.
+DIGITS = {"model.arch": "shiftresnet8", "data.validation": 1186, "batch_size": 64, "epochs": 4}
 FILES = {
     "model.arch": "wrn8",
     "model.width": 0.25,
@@ -62,7 +70,7 @@ FILES = {
     "data.workers": 2,
     "data.flip": "true",
     "batch_size": 8,
-    "epochs": 8,
+    "epochs": 6,
 }
 # Settings that change nothing, and settings that must be refused once there is a checkpoint.
 HARMLESS = (
@@ -72,9 +80,14 @@ HARMLESS = (
     {"checkpoint.keep": 4},
 )
 REFUSED = ({"optimizer.lr": 0.3}, {"batch_size": 7}, {"seed": 5})
-JOB = DIGITS | {"model.expansion": 9, "epochs": 2, "parallel.fsdp": "true"}
-PROCESSES, DEVICES, BOUND = 4, 2, 180  # seconds, three times JAX's patience with a silent process
+JOB = DIGITS | {"model.expansion": 9, "epochs": 6, "parallel.fsdp": "true"}
+PROCESSES, DEVICES = 4, 2
+# A job stands still if none of its processes uses a second of CPU in so many of the clock, three
+# times JAX's patience with a silent process.
+STILL = 180
+STARTS = 4  # of a job, at most
 STARTED: list[subprocess.Popen[str]] = []
+KINDS = ["digits", "files", "seeds", "job"]
 MOMENTS = ("any time", "first step", "checkpoint", "sealed", "SIGTERM", "other settings")
 
 # Runs a script that kills itself when it has written the digests of so many checkpoints, which it
@@ -104,7 +117,7 @@ def get_config():
     config = default_config()
     config.epochs, config.model.arch, config.schedule.boundaries = 2, "shiftresnet8", (1,)
     config.data.name, config.data.flip, config.log.every_seconds = "digits", False, 0.0
-    config.checkpoint.every_steps = 4
+    config.data.validation, config.batch_size, config.checkpoint.every_steps = 1186, 64, 3
     return config
 """
 TABLE = f"""
@@ -162,12 +175,15 @@ def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     return process
 
 
-def in_peace(arguments: list[str]) -> None:
+def in_peace(arguments: list[str]) -> float:
+    """Runs to the end, and returns how many seconds it took."""
+    began = time.monotonic()
     process = start(arguments)
     printed, _ = process.communicate()
     if process.returncode:
         print(printed)
         raise SystemExit(f"a run in peace ended with code {process.returncode}")
+    return time.monotonic() - began
 
 
 def writing(workdir: Path) -> bool:
@@ -175,8 +191,13 @@ def writing(workdir: Path) -> bool:
     return any(any((workdir / series).glob("*.unsealed*")) for series in (LATEST, BEST))
 
 
-def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: random.Random) -> str:
-    """Kills it at the moment, unless it ends before; returns what it had printed."""
+def kill(
+    process: subprocess.Popen[str], moment: str, workdir: Path, chance: random.Random, took: float
+) -> str:
+    """Kills it at the moment, unless it ends before; returns what it had printed.
+
+    A whole run takes `took` seconds.
+    """
     assert process.stdout is not None
     seen = ""
     if moment == "sealed":
@@ -195,7 +216,7 @@ def kill(process: subprocess.Popen[str], moment: str, workdir: Path, chance: ran
             if "  step " in line:
                 break
     else:
-        deadline = time.monotonic() + chance.uniform(0.0, 12.0)
+        deadline = time.monotonic() + chance.uniform(0.0, took)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
     process.send_signal(signal.SIGTERM if moment == "SIGTERM" else signal.SIGKILL)
@@ -262,6 +283,10 @@ def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Rand
             }
         peaceful, workdir = Path(scratch) / "peaceful", Path(scratch) / "run"
         in_peace(settings_of(peaceful, settings))
+        took = in_peace(settings_of(workdir, settings))  # with what is compiled now
+        print(f"{kind}: a run takes {took:.0f} s", flush=True)
+        assert (found := differences(workdir, peaceful)) == "the same", found
+        shutil.rmtree(workdir)
         pending: list[Kill] = []  # of the run that goes on
 
         def started(printed: str) -> None:
@@ -284,7 +309,7 @@ def torture(kind: str, settings: dict[str, Any], kills: int, chance: random.Rand
             if moment == "sealed":
                 arguments = ["-c", DIES_SEALED, str(chance.randrange(1, 6)), *arguments]
             process = start(arguments)
-            printed = kill(process, moment, workdir, chance)
+            printed = kill(process, moment, workdir, chance, took)
             started(printed)
             code = process.returncode
             if code == 0:  # it had ended by itself
@@ -336,39 +361,49 @@ def torture_seeds(kills: int, chance: random.Random) -> list[Kill]:
         in_peace(command)
         want = row_lines(peaceful)
         assert sorted(want) == [0, 1]
+        place, command = furnished("killed")
+        took = in_peace(command)  # with what is compiled now
+        assert row_lines(place) == want
+        print(f"seeds: a run takes {took:.0f} s", flush=True)
+
+        def strike(process: subprocess.Popen[str], moment: str, delay: float) -> bool:
+            """Kills it at the moment; returns whether it was there to be killed."""
+            if moment == "its end":
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if "epoch 2/2  lr" in line:
+                        break
+            time.sleep(delay)
+            alive = process.poll() is None
+            process.kill()
+            return alive
+
         while len(done) < kills:
+            shutil.rmtree(place)
             place, command = furnished("killed")
             pending = []
             while len(row_lines(place)) < 2:
                 processes = [start(command), start(command)]
-                victim = chance.choice(processes)
-                moment = chance.choice(("any time", "its end"))
-                assert victim.stdout is not None
-                if len(done) >= kills:
-                    pass
-                elif moment == "any time":
-                    time.sleep(chance.uniform(0.0, 12.0))
-                else:
-                    for line in victim.stdout:
-                        if "epoch 2/2  lr" in line:
-                            break
-                    time.sleep(chance.uniform(0.0, 1.0))
-                if len(done) < kills and victim.poll() is None:
-                    victim.kill()
-                    done.append(Kill("seeds", moment))
-                    pending.append(done[-1])
+                victims = chance.sample(processes, min(chance.choice((1, 2)), kills - len(done)))
+                moments = [chance.choice(("any time", "its end")) for _ in victims]
+                delays = [
+                    chance.uniform(0.0, took if moment == "any time" else 1.0) for moment in moments
+                ]
+                with concurrent.futures.ThreadPoolExecutor() as pool:
+                    struck = list(pool.map(strike, victims, moments, delays))
                 printed = [process.communicate()[0] for process in processes]
                 for process, text in zip(processes, printed, strict=True):
                     if process.returncode not in (0, -signal.SIGKILL):
                         print(text)
                         raise SystemExit(f"seeds: a start failed with code {process.returncode}")
-                if pending and pending[-1].code is None:
-                    pending[-1].code = victim.returncode
-                    pending[-1].then = f"seeds {sorted(row_lines(place))} were kept then"
+                then = f"seeds {sorted(row_lines(place))} were kept then"
+                for victim, moment, alive in zip(victims, moments, struck, strict=True):
+                    if alive:
+                        done.append(Kill("seeds", moment, victim.returncode, then))
+                        pending.append(done[-1])
             for one in pending:
                 one.end = "the same" if row_lines(place) == want else "another result"
                 print(one, flush=True)
-            shutil.rmtree(place)
     return done
 
 
@@ -377,41 +412,85 @@ def start_job(workdir: Path) -> list[subprocess.Popen[str]]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     join = ["--coordinator", address, "--num-processes", str(PROCESSES), "--process-id"]
-    count = {"JAX_NUM_CPU_DEVICES": str(DEVICES)}
+    # Programs of the folder are the first process's alone, which would wait for the others to
+    # compile, for at most the 30 s that XLA allows the first collective.
+    variables = {
+        "JAX_NUM_CPU_DEVICES": str(DEVICES),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "PYTHONFAULTHANDLER": "1",
+    }
     arguments = settings_of(workdir, JOB)
-    return [start([*arguments, *join, str(number)], **count) for number in range(PROCESSES)]
+    return [start([*arguments, *join, str(number)], **variables) for number in range(PROCESSES)]
 
 
-def finish_job(processes: list[subprocess.Popen[str]]) -> None:
-    printed = [process.communicate()[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    if any(codes):
-        print(*printed, sep="\n")
-        raise SystemExit(f"job: the processes ended with codes {codes}")
+def seconds_of(process: subprocess.Popen[str]) -> float:
+    """The CPU time that a process has used; none once it has ended."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def torture_job(kills: int, chance: random.Random) -> list[Kill]:
+def wait_for(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """Waits for all processes, and returns what they printed.
+
+    Raises SystemExit if they stand still: on a busy machine they may be slow.
+    """
+    printed = []
+    for process in processes:
+        while True:
+            before = [(one, seconds_of(one)) for one in processes if one.poll() is None]
+            try:
+                printed.append(process.communicate(timeout=STILL)[0])
+                break
+            except subprocess.TimeoutExpired:
+                used = [seconds_of(one) - seconds for one, seconds in before]
+                if max(used) < 1:
+                    for one, _ in before:
+                        one.send_signal(signal.SIGABRT)  # faulthandler prints where it stands
+                    print(*printed, *(one.communicate()[0] for one, _ in before), sep="\n")
+                    raise SystemExit(f"job: stood still, {used} s of CPU in {STILL} s") from None
+    return printed
+
+
+def run_job(workdir: Path) -> None:
+    """Runs a job to its end; starts it again where it says so, on a busy machine."""
+    for _ in range(STARTS):
+        processes = start_job(workdir)
+        printed = wait_for(processes)
+        codes = [process.returncode for process in processes]
+        if not any(codes):
+            return
+        reasons = re.findall("error: .*; start the job again", "".join(printed))
+        if not reasons:
+            break
+        print(f"job: {reasons[0]}", flush=True)
+    print(*printed, sep="\n")
+    raise SystemExit(f"job: the processes ended with codes {codes}")
+
+
+def torture_job() -> list[Kill]:
     """Kills one process of a job."""
-    del kills, chance
     done = Kill("job", "step 5")
     with tempfile.TemporaryDirectory() as scratch:
         peaceful, workdir = Path(scratch) / "peaceful", Path(scratch) / "run"
-        finish_job(start_job(peaceful))
-        processes = start_job(workdir)
-        assert processes[0].stdout is not None
-        for line in processes[0].stdout:
-            if "  step 5/" in line:
+        run_job(peaceful)
+        for _ in range(STARTS):
+            processes = start_job(workdir)
+            assert processes[0].stdout is not None
+            if any("  step 5/" in line for line in processes[0].stdout):
                 break
+            print("job: ended before it was killed", wait_for(processes), flush=True)
         processes[2].kill()
         began = time.monotonic()
-        for process in processes:
-            printed, _ = process.communicate(timeout=BOUND)
-            assert process.returncode, printed
+        printed = wait_for(processes)
+        assert all(process.returncode for process in processes), printed
         done.code = processes[2].returncode
         done.then = f"the others ended within {time.monotonic() - began:.0f} s"
-        finish_job(start_job(workdir))
+        run_job(workdir)
         done.end = differences(workdir, peaceful)
-        print(done)
+        print(done, flush=True)
     return [done]
 
 
@@ -421,26 +500,29 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=60, help="of all runs together, the job's too")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of runs")
     arguments = parser.parse_args()
     try:
-        return torture_all(arguments.kills, random.Random(arguments.seed))
+        return torture_all(arguments.kinds, arguments.kills, random.Random(arguments.seed))
     finally:  # of runs that failed, some processes may be left
         for process in STARTED:
             process.kill()
 
 
-def torture_all(kills: int, chance: random.Random) -> int:
-    """Kills runs of all kinds, so many times; returns the exit code."""
-    kinds: list[Callable[[int, random.Random], list[Kill]]] = [
-        lambda kills, chance: torture("digits", DIGITS, kills, chance),
-        lambda kills, chance: torture("files", FILES, kills, chance),
-        torture_seeds,
-    ]
-    done: list[Kill] = []
-    for number, kind in enumerate(kinds):
-        left = kills - 1 - len(done)
-        done += kind(left // (len(kinds) - number), chance)
-    done += torture_job(1, chance)
+def torture_all(kinds: list[str], kills: int, chance: random.Random) -> int:
+    """Kills runs of these kinds, so many times in all, a job once; returns the exit code."""
+    with tempfile.TemporaryDirectory() as compiled:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+        done = torture_job() if "job" in kinds else []
+        kinds = [kind for kind in kinds if kind != "job"]
+        for number, kind in enumerate(kinds):
+            share = (kills - len(done)) // (len(kinds) - number)
+            if share == 0:
+                continue
+            if kind == "seeds":
+                done += torture_seeds(share, chance)
+            else:
+                done += torture(kind, {"digits": DIGITS, "files": FILES}[kind], share, chance)
     wrong = [one for one in done if not one.accounted]
     for (kind, moment), count in sorted(Counter((one.kind, one.moment) for one in done).items()):
         print(f"{kind:8} {moment:16} {count}")

@@ -112,6 +112,12 @@ def fill(found: Recognised) -> tuple[nnx.Module, Rows, list[str]]:
     }
     for name in needed:
         if name not in coded and name not in found.arrays:
+            if scales and not any("running_" in given for given in found.arrays):
+                raise UserError(
+                    "it holds the integers of a packed network, whose batch norms are folded "
+                    f"(there is no {name}): export --integers of the checkpoint that was packed, "
+                    "or use the packed file itself"
+                )
             raise UserError(f"{name} is missing; {found.model['arch']} needs it")
     used = {name: found.arrays[name] for name in needed if name not in coded}
     for name, array in used.items():

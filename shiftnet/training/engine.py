@@ -419,6 +419,10 @@ def train(
             accumulator.push(step, losses, corrects)
             progress.step(step, accumulator.loss, accumulator.accuracy)
             deadline.worked(times.clock() - step_began)
+            if jax.process_count() > 1:
+                # If this process's step has failed, it must say so: the others, who wait for it in
+                # the step, would not hear a question. Asking waits for the step in any case.
+                jax.block_until_ready(losses)
             signal = interrupt.requested()
 
             epoch_ends = step % steps_per_epoch == 0

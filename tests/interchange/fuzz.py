@@ -24,6 +24,7 @@ Exits with 1 if any file failed.
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import json
 import multiprocessing
@@ -52,6 +53,7 @@ HANG = 2.0  # seconds of CPU
 ALLOWED = 32 * 2**20  # bytes beyond 4 × the file's size
 SLACK = 4 * ALLOWED
 TRACED = 20
+PART = 25_000  # files that a worker reads before it reports
 SMALL = 400_000  # bytes; of larger originals there is one, which would take half of the time
 
 PAYLOADS = [
@@ -202,8 +204,8 @@ def resident(reset: bool = False) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def work(first: int, files_: int, step: int, share: float) -> dict:
-    """Reads every `step`-th damaged file, and returns what was seen."""
+def work(first: int, stop: int, share: float) -> dict:
+    """Reads the damaged files from `first` until before `stop`, and returns what was seen."""
     found = {name: Seed(data) for name, data in seeds().items()}
     limit = 4 * 2 * max(len(seed.data) for seed in found.values()) + ALLOWED + SLACK
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -220,7 +222,7 @@ def work(first: int, files_: int, step: int, share: float) -> dict:
     with tempfile.TemporaryDirectory() as here:
         path = Path(here) / "file"
         os.chdir(here)
-        for number in range(first, files_, step):
+        for number in range(first, stop):
             name, kind, data = damaged(number, found, share)
             path.write_bytes(data)
             label = f"{number} ({kind} of {name}, {len(data)} bytes)"
@@ -229,7 +231,7 @@ def work(first: int, files_: int, step: int, share: float) -> dict:
             if failure:
                 seen["failures"].append(f"{failure}: {label}")
             allowed = 4 * len(data) + ALLOWED
-            if number // step % TRACED == 0 or resident() - before > allowed / 4:
+            if number % TRACED == 0 or resident() - before > allowed / 4:
                 tracemalloc.start()
                 attempt(path)
                 peak = tracemalloc.get_traced_memory()[1]
@@ -296,13 +298,19 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers) as pool:
-        stop = options.first + options.files
-        tasks = [
-            (options.first + worker, stop, options.workers, options.originals)
-            for worker in range(options.workers)
+    size, stop = min(PART, -(-options.files // options.workers)), options.first + options.files
+    results: list[dict] = []
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context) as pool:
+        parts = [
+            pool.submit(work, number, min(number + size, stop), options.originals)
+            for number in range(options.first, stop, size)
         ]
-        results = pool.starmap(work, tasks, chunksize=1)
+        for part in concurrent.futures.as_completed(parts):
+            results.append(part.result())
+            done = sum(r["outcomes"].total() for r in results)
+            failed = [failure for r in results for failure in r["failures"]]
+            took = time.perf_counter() - begun
+            print(f"{done} files in {took:.0f} s, failures {len(failed)}", *failed[:5], flush=True)
     outcomes: collections.Counter = sum((r["outcomes"] for r in results), collections.Counter())
     kinds: collections.Counter = sum((r["kinds"] for r in results), collections.Counter())
     failures = [failure for r in results for failure in r["failures"]]

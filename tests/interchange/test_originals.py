@@ -39,6 +39,16 @@ MATRIX = [
 MATRIX += [(arch, form, bits) for arch in RIVALS for form, bits in (("float", 0), ("s3", 3))]
 
 
+def thinned(rows):
+    """Marks rows as slow whose architecture and form have been before, each with another."""
+    seen, cases = set(), []
+    for row in rows:
+        new = {row[0], row[1:]} - seen
+        seen |= new
+        cases.append(pytest.param(*row, marks=() if new else pytest.mark.slow))
+    return cases
+
+
 def recipe_of(arch, form, bits, **fields):
     recipe = config_lib.default_config()
     recipe.model.update({"arch": arch, "weights": form, "weight_bits": bits})
@@ -87,7 +97,9 @@ def test_every_network_with_every_weight_form_comes_back_whole(arch, form, bits,
             originals.integers(network, recipe.model)
 
 
-@pytest.mark.parametrize(("arch", "form", "bits"), [row for row in MATRIX if row[1] != "float"])
+@pytest.mark.parametrize(
+    ("arch", "form", "bits"), thinned(row for row in MATRIX if row[1] != "float")
+)
 def test_integers_of_every_layer_come_back_as_the_same_network(arch, form, bits, tmp_path):
     recipe = recipe_of(arch, form, bits, quantize_first_last=True)
     network = networks.random(recipe.model, 10)
@@ -139,6 +151,7 @@ def test_weights_before_rounding_are_not_taken_for_float_ones(form):
 
 @pytest.mark.parametrize(("form", "bits"), [("float", 0), ("sign", 0), ("denseshift", 3)])
 @pytest.mark.parametrize("arch", LARGE)
+@pytest.mark.covering
 def test_large_networks_are_described_by_their_files_too(arch, form, bits):
     """By names and shapes alone: their numbers go the same way, and would take gigabytes."""
     recipe = recipe_of(arch, form, bits, quantize_first_last=form != "float")
@@ -198,7 +211,9 @@ def test_metadata_come_back_and_options_overrule_them(ending, tmp_path):
         convert(interchange.read(path), "net", Options(weights="float"))
 
 
-@pytest.mark.parametrize(("arch", "form", "bits"), [row for row in MATRIX if row[1] not in ROUNDED])
+@pytest.mark.parametrize(
+    ("arch", "form", "bits"), thinned(row for row in MATRIX if row[1] not in ROUNDED)
+)
 def test_without_its_description_a_network_is_right_or_refused(arch, form, bits):
     """But a 1-bit network under the names of a float one, which --weights sign names."""
     recipe = recipe_of(arch, form, bits)
@@ -252,6 +267,10 @@ def test_a_packed_network_has_integers_and_scale_and_bias(tmp_path):
     assert "bn1.running_var" not in named
     with pytest.raises(UserError, match="its batch norms are no longer the original's"):
         originals.arrays(network, recipe.model)
+    with pytest.raises(
+        UserError, match=r"batch norms are folded \(there is no bn1\.running_mean\)"
+    ):
+        come_back(tmp_path / "integers.npz", named, note(recipe))
 
 
 @oracle.needed

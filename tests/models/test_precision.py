@@ -56,6 +56,7 @@ def relative_error(ours, theirs) -> float:
 @pytest.mark.parametrize("given", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("train", [False, True])
+@pytest.mark.covering
 @pytest.mark.usefixtures("float64")
 def test_logits_come_in_the_inputs_precision(given, compute, train):
     model = networks.abstract(config("shiftresnet8", dtype=compute), 10)
@@ -68,6 +69,7 @@ def test_logits_come_in_the_inputs_precision(given, compute, train):
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.covering
 def test_parameters_and_statistics_are_float32(family, compute, wide):
     with jax.enable_x64(wide):
         model = networks.abstract(config(f"{family}8", dtype=compute), 10)

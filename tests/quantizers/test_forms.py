@@ -255,11 +255,16 @@ def test_float_layers_of_a_low_bit_network_start_as_those_of_the_float_network_o
 @pytest.mark.parametrize(
     ("arch", "form"),
     [
-        (arch, form)
-        for arch in (*SMALL, "imagenet_resnet50", "shiftnet_a")
-        for form in ("sign", "s3", "denseshift")
-    ]
-    + [("shiftresnet8", form) for form in ("ternary", "apot", "pot", "int")],
+        *((arch, form) for arch in SMALL for form in ("sign", "s3", "denseshift")),
+        *(("shiftresnet8", form) for form in ("ternary", "apot", "pot", "int")),
+        *(("imagenet_resnet50", "s3"), ("shiftnet_a", "sign")),
+        *(
+            pytest.param(arch, form, marks=pytest.mark.slow)
+            for arch in ("imagenet_resnet50", "shiftnet_a")
+            for form in ("sign", "s3", "denseshift")
+            if (arch, form) not in {("imagenet_resnet50", "s3"), ("shiftnet_a", "sign")}
+        ),
+    ],
 )
 def test_every_network_carries_every_form_in_all_layers_but_the_first_and_last(arch, form):
     network = networks.abstract(config(arch, weights=form), 10)

@@ -83,7 +83,10 @@ def test_a_head_for_other_classes_starts_fresh_and_is_named(tmp_path, monkeypatc
     assert "; fresh: linear.bias, linear.weight.value\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("weights", "bits"), [("sign", 0), ("s3", 3), ("denseshift", 3)])
+@pytest.mark.parametrize(
+    ("weights", "bits"),
+    [("sign", 0), pytest.param("s3", 3, marks=pytest.mark.slow), ("denseshift", 3)],
+)
 def test_low_bit_weights_start_at_the_nearest_levels_of_the_float_ones(tmp_path, weights, bits):
     given = saved(tmp_path / "ckpt")
     config = recipe(model__weights=weights, model__weight_bits=bits)

@@ -42,14 +42,30 @@ def digits():
     return shiftnet.data.load("digits")
 
 
+@pytest.fixture(scope="module")
+def few(digits):
+    """Two steps per epoch."""
+    part = Split(digits.train.images[:128], digits.train.labels[:128])
+    return dataclasses.replace(digits, train=part)
+
+
+def settings_of(**overrides):
+    return recipe(model__weights="sign", batch_size=64, **overrides)
+
+
 def one_device(*_, **__):
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def test_one_seed_is_the_run_that_train_gives(digits, tmp_path, monkeypatch):
+@pytest.fixture
+def on_one_device(monkeypatch):
     monkeypatch.setattr(engine, "make_mesh", one_device)
-    alone = train(recipe(seed=5), tmp_path / "alone")
-    outcome = train(recipe(), tmp_path / "together", seeds=[5], dataset=digits)
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_one_seed_is_the_run_that_train_gives(few, tmp_path):
+    alone = train(settings_of(seed=5), tmp_path / "alone", dataset=few)
+    outcome = train(settings_of(), tmp_path / "together", seeds=[5], dataset=few)
     assert epochs(tmp_path / "together" / "seed5") == epochs(tmp_path / "alone")
     assert outcome == alone
     assert outcome.finished
@@ -165,10 +181,9 @@ def as_of_old(save):
     return saved
 
 
-def test_a_seed_that_was_saved_as_one_of_several_is_continued(digits, tmp_path, monkeypatch):
-    settings = recipe(model__weights="sign", batch_size=64)
-    few = Split(digits.train.images[:128], digits.train.labels[:128])
-    options = {"seeds": [1], "dataset": dataclasses.replace(digits, train=few)}
+@pytest.mark.usefixtures("on_one_device")
+def test_a_seed_that_was_saved_as_one_of_several_is_continued(few, tmp_path, monkeypatch):
+    settings, options = settings_of(), {"seeds": [1], "dataset": few}
     whole = train(settings, tmp_path / "whole", **options)
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointManager, "save", as_of_old(CheckpointManager.save))
@@ -184,14 +199,15 @@ def test_a_seed_that_was_saved_as_one_of_several_is_continued(digits, tmp_path, 
             np.testing.assert_array_equal(ours.arrays[name], array, err_msg=name)
 
 
-def test_a_place_belongs_to_its_seeds_and_schedule(digits, tmp_path):
-    settings = recipe(epochs=1, schedule__boundaries=())
-    train(settings, tmp_path, seeds=[0], dataset=digits, deadline=StopsAfter(2))
+@pytest.mark.usefixtures("on_one_device")
+def test_a_place_belongs_to_its_seeds_and_schedule(few, tmp_path):
+    settings = settings_of()
+    train(settings, tmp_path, seeds=[0], dataset=few, deadline=StopsAfter(2))
     with pytest.raises(UserError, match=r"has the seeds \[0\], not \[1\]"):
-        train(settings, tmp_path, seeds=[1], dataset=digits)
-    settings.epochs = 2
-    with pytest.raises(UserError, match="epochs: 1 -> 2"):
-        train(settings, tmp_path, seeds=[0], dataset=digits)
+        train(settings, tmp_path, seeds=[1], dataset=few)
+    settings.epochs = 3
+    with pytest.raises(UserError, match="epochs: 2 -> 3"):
+        train(settings, tmp_path, seeds=[0], dataset=few)
 
 
 @pytest.mark.slow
@@ -212,16 +228,17 @@ def test_the_end_of_an_epoch_is_kept_room_for_from_the_first_step_on(digits, tmp
     assert worked[3] == longest
 
 
-def test_a_signal_in_the_last_epoch_is_not_lost(digits, tmp_path, monkeypatch):
-    settings = recipe(epochs=1, schedule__boundaries=())
+@pytest.mark.usefixtures("on_one_device")
+def test_a_signal_in_the_last_epoch_is_not_lost(few, tmp_path, monkeypatch):
     printed = engine.epoch_line
 
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return printed(*arguments)
+    def interrupted(lines, epochs):
+        if lines[0]["epoch"] == epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return printed(lines, epochs)
 
     monkeypatch.setattr(engine, "epoch_line", interrupted)
-    outcome = train(settings, tmp_path, seeds=[0], dataset=digits)
+    outcome = train(settings_of(), tmp_path, seeds=[0], dataset=few)
     assert outcome.finished
     assert outcome.signal == signal.SIGTERM
 
