@@ -274,8 +274,8 @@ def launch(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def call(runs: int | None, *arrays: jax.Array) -> Any:
-        joined = [runs is not None and array.ndim - 1 > _AXES_BESIDE_RUNS for array in arrays]
+    def call(runs: int, *arrays: jax.Array) -> Any:
+        joined = [runs > 0 and array.ndim - 1 > _AXES_BESIDE_RUNS for array in arrays]
         results = len(jax.tree.leaves(out_type))
 
         def part(ref: Any, is_joined: bool) -> Any:
@@ -291,14 +291,16 @@ def launch(
             of_arrays, scratch = refs[: len(arrays) + results], refs[len(arrays) + results :]
             kernel(*map(part, of_arrays, [*joined, *[False] * results]), *scratch)
 
+        of_run.__name__ = kernel.__name__  # which profiles show
+
         def stacked(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((runs, *one.shape), one.dtype)
 
         return plgpu.kernel(
-            kernel if runs is None else of_run,
-            out_type=out_type if runs is None else jax.tree.map(stacked, out_type),
-            grid=(blocks,) if runs is None else (runs, blocks),
-            grid_names=("block",) if runs is None else ("run", "block"),
+            of_run if runs else kernel,
+            out_type=jax.tree.map(stacked, out_type) if runs else out_type,
+            grid=(runs, blocks) if runs else (blocks,),
+            grid_names=("run", "block") if runs else ("block",),
             num_threads=warpgroups,
             thread_name="wg",
             compiler_params=compiler_params(),
@@ -313,7 +315,7 @@ def launch(
 
     @jax.custom_batching.custom_vmap
     def launched(*arrays: jax.Array) -> Any:
-        return call(None, *arrays)
+        return call(0, *arrays)
 
     @launched.def_vmap
     def of_several(runs: int, batched: Sequence[bool], *arrays: jax.Array) -> Any:
