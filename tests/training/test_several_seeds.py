@@ -118,7 +118,7 @@ def test_on_a_gpu_the_blocks_of_several_seeds_are_kernels(digits):
     states = jax.eval_shape(stacked.init, seeds)
     with lowered_for("gpu"), choices() as seen:  # a kernel that could not be mapped would raise
         stacked.train.trace(states, seeds, part.images, part.labels, orders, length=2)
-    assert seen == ["shift_block: gpu"]
+    assert [line for line in seen if line.startswith("shift_block")] == ["shift_block: gpu"]
 
 
 def test_sessions_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):
