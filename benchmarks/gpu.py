@@ -5,6 +5,7 @@ within a time of its own; results are written after each, so that a cut loses no
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.options import add_json
+from benchmarks.options import add_json, add_rows
 from benchmarks.protocol import ROOT, Worker, WorkerError, steps_for
 from benchmarks.train_step import OURS, host, on_target_device
 
@@ -284,6 +285,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu",
         description="The project's targets for one GPU, the most valuable first.",
     )
+    add_rows(parser, "'training*'")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing begins")
     parser.add_argument(
         "--dry",
@@ -297,14 +299,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 1 where a step failed."""
     options = parse(argv)
+    chosen = [
+        step for step in STEPS if any(fnmatch.fnmatchcase(step.name, p) for p in options.only)
+    ]
+    if options.list:
+        print("\n".join(step.name for step in chosen))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         # So that the kernels' test and each program are compiled once.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "cache"))
         if options.dry:  # in which nothing is timed, however slow the machine is
-            steps = [step._replace(seconds=DRY_SECONDS) for step in STEPS]
+            steps = [step._replace(seconds=DRY_SECONDS) for step in chosen]
             report = run(steps, DRY, len(steps) * DRY_SECONDS, options.json, Path(folder))
         else:
-            report = run(STEPS, WHOLE, 60 * options.minutes, options.json, Path(folder))
+            report = run(chosen, WHOLE, 60 * options.minutes, options.json, Path(folder))
     for name, entry in report["steps"].items():
         if name.startswith(("training", "stacked")):
             for batch_size, at in (entry.get("result") or {}).items():
