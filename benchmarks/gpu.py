@@ -88,25 +88,30 @@ def _training(
         sizes = [min(size.batch_sizes, key=lambda n: abs(n - 128))] if stacked else size.batch_sizes
         found = {}
         with Worker(sys.executable, OURS, environment) as worker:
+
+            def ask(request: str, **arguments: Any) -> Any:
+                worker.patience = max(1.0, end - time.monotonic())
+                return worker.ask(request, **arguments)
+
             for batch_size in sizes:
-                worker.patience = end - time.monotonic()
-                if found and worker.patience < LEAST_SECONDS:
+                if found and end - time.monotonic() < LEAST_SECONDS:
                     break
                 data = str(folder / "start.npz")
-                worker.ask("export", net=net, batch_size=batch_size, path=data)
+                ask("export", net=net, batch_size=batch_size, path=data)
                 setting = {"net": net, "optimizer": OPTIMIZER, "dtype": size.dtype, "tf32": True}
                 task = {"task": "stacked", "runs": size.runs} if stacked else {"task": "training"}
                 began = time.monotonic()
-                worker.ask("open", **task, **setting, data=data)
-                steps = steps_for(worker, size.seconds)
+                ask("open", **task, **setting, data=data)
+                ask("run", steps=1)  # which compiles
                 compiled = time.monotonic() - began
-                rounds = [worker.ask("run", steps=steps) for _ in range(size.rounds)]
+                steps = steps_for(worker, size.seconds)
+                rounds = [ask("run", steps=steps) for _ in range(size.rounds)]
                 images = batch_size * (size.runs if stacked else 1)
                 found[str(batch_size)] = {
                     "images_a_second": images / median(rounds),
                     "seconds_a_step": rounds,
                     "ready_after_seconds": compiled,
-                    "kernels": worker.ask("kernels"),
+                    "kernels": ask("kernels"),
                 }
                 keep(found)
 
