@@ -86,7 +86,7 @@ def _training(
         end = time.monotonic() + seconds
         net = {"depth": size.depth, "expansion": expansion, "num_classes": 100}
         sizes = [min(size.batch_sizes, key=lambda n: abs(n - 128))] if stacked else size.batch_sizes
-        found = {}
+        found: dict[str, Any] = {}
         with Worker(sys.executable, OURS, environment) as worker:
 
             def ask(request: str, **arguments: Any) -> Any:
@@ -264,7 +264,8 @@ def run(
         if given < LEAST_SECONDS:
             report["skipped"].append(step.name)
             continue
-        entry = report["steps"][step.name] = {}
+        entry: dict[str, Any] = {}
+        report["steps"][step.name] = entry
 
         def keep(result: Any, entry: dict[str, Any] = entry) -> None:
             entry["result"] = result
