@@ -27,7 +27,7 @@ from shiftnet.kernels.implementations import only_xla
 from shiftnet.training import engine
 from shiftnet.training.mesh import BATCH_AXIS, compiled, replicated
 from shiftnet.training.processes import set_up
-from shiftnet.training.step import Program, TrainState, steps_per_dispatch
+from shiftnet.training.step import Program, StackedProgram, TrainState, steps_per_dispatch
 
 CIFAR_TRAINING_IMAGES = 50_000  # our loop's steps a call follow from the size of the data set
 LOOP_STEPS_ON_CPU = 8  # an epoch of CIFAR would take minutes there
@@ -150,6 +150,62 @@ class Training:
             self._state = self._call(self._state, *self._batch)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - start) / (calls * self._length)
+
+
+class Stacked:
+    """Several seeds of one recipe at once, `StackedProgram.train`, as our loop calls it.
+
+    On random images in memory, cropped and mirrored on the device; a step is one of each seed.
+    """
+
+    def __init__(self, *, runs: int, **arguments: Any):
+        setting = _Setting(**arguments)
+        batch_size = setting.config.batch_size
+        platform = jax.default_backend()
+        count = CIFAR_TRAINING_IMAGES if platform != "cpu" else 2 * batch_size
+        steps_per_epoch = count // batch_size
+        program = Program(
+            setting.config,
+            num_classes=len(setting.class_names),
+            mean=MEAN,
+            std=STD,
+            steps_per_epoch=steps_per_epoch,
+            mesh=Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)),
+        )
+        self._program = StackedProgram(program, runs)
+        self._seeds = np.arange(runs, dtype=np.uint32)
+        rng = np.random.default_rng(0)
+        shape = (count, *setting.images.shape[1:])
+        self._data = jax.device_put(
+            (
+                rng.integers(0, 256, shape, np.uint8),
+                rng.integers(0, len(setting.class_names), count, np.int32),
+            ),
+            replicated(program.mesh),
+        )
+        self._orders = self._program.order(self._seeds, 0, count)
+        self._states = self._program.init(self._seeds)
+        self._length = steps_per_dispatch(steps_per_epoch, platform)
+
+    def check(self, steps: int) -> list[float]:
+        """The losses of the next call's first step, one of each seed."""
+        del steps
+        return self._call()[:, 0].tolist()
+
+    def run(self, steps: int) -> float:
+        """Runs `steps` steps, in whole calls, to the end of the device's work; seconds of each."""
+        calls = -(-steps // self._length)
+        start = time.perf_counter()
+        for _ in range(calls):
+            losses = self._call()
+        losses.block_until_ready()
+        return (time.perf_counter() - start) / (calls * self._length)
+
+    def _call(self) -> jax.Array:
+        self._states, losses, _ = self._program.train(
+            self._states, self._seeds, *self._data, self._orders, length=self._length
+        )
+        return losses
 
 
 class Inference:
@@ -281,15 +337,16 @@ def open_measurement(*, task: str, **arguments: Any) -> Measurement:
     """Opens one.
 
     Args:
-      task: "training", "inference", "plain inference" or "loop".
+      task: "training", "stacked", "inference", "plain inference" or "loop".
       **arguments: `net` with `depth`, `expansion` and `num_classes`; `optimizer` with `lr`,
         `momentum` and `weight_decay`; `dtype` as the recipes' `model.dtype`; `tf32`, whether
         float32 products on a GPU may round their inputs to TF32; `data`, the path of what `export`
-        wrote.
+        wrote; `runs` of "stacked", the number of seeds.
     """
     tasks: dict[str, Callable[..., Measurement]]
     tasks = {
         "training": Training,
+        "stacked": Stacked,
         "inference": Inference,
         "plain inference": PlainInference,
         "loop": Loop,
@@ -299,4 +356,10 @@ def open_measurement(*, task: str, **arguments: Any) -> Measurement:
 
 if __name__ == "__main__":
     set_up()
-    serve(open_measurement, describe=describe, export=export)
+    with operation.choices() as seen:
+        serve(
+            open_measurement,
+            describe=describe,
+            export=export,
+            kernels=lambda: list(seen),  # that programs so far were traced with
+        )

@@ -35,7 +35,13 @@ from shiftnet.data.classes import listed
 from shiftnet.data.images import CorruptImage
 from shiftnet.data.order import balanced, generator, shuffled
 from shiftnet.data.parts import Source, Split
-from shiftnet.data.workers import AHEAD, SHARED_MEMORY, fit_shared_memory, num_workers
+from shiftnet.data.workers import (
+    AHEAD,
+    SHARED_MEMORY,
+    fit_shared_memory,
+    keep_freed_memory,
+    num_workers,
+)
 from shiftnet.errors import RunFailed, UserError
 
 ON_CORRUPT = ("error", "skip")
@@ -515,6 +521,7 @@ def _close(running: list[grain.DatasetIterator]) -> None:
 
 def _start_worker(index: int, count: int) -> None:
     del index, count
+    keep_freed_memory()
     # Ctrl-C reaches every process of the terminal, and SLURM's SIGTERM every one of the job; the
     # parent decides when its workers end.
     for number in (signal.SIGINT, signal.SIGTERM):

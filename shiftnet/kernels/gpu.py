@@ -6,6 +6,7 @@ Pallas is imported inside functions only, so that a machine without it can impor
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 8 * 1024
 # The largest size of a TMA box along a dimension.
 BOX = 256
+# The largest number of axes that an array can have besides the runs': a TMA box has five axes, of
+# which tiles take two, so an array with more has its first axis and the runs' in one.
+_AXES_BESIDE_RUNS = 2
 
 
 class Tap(NamedTuple):
@@ -263,20 +267,65 @@ def compiler_params() -> Any:
 def launch(
     kernel: Any, out_type: Any, *, blocks: int, warpgroups: int, interpret: bool, **options: Any
 ) -> Any:
-    """Returns a function of arrays that runs a kernel; its axes are `"block"` (grid) and `"wg"`."""
+    """Returns a function of arrays that runs a kernel; its axes are `"block"` (grid) and `"wg"`.
+
+    `jax.vmap` of the function is one kernel too, whose grid has the mapped axis in addition.
+    """
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="wg",
-        compiler_params=compiler_params(),
-        interpret=interpret_params(interpret),
-        **options,
-    )
+    def call(runs: int, *arrays: jax.Array) -> Any:
+        joined = [runs > 0 and array.ndim - 1 > _AXES_BESIDE_RUNS for array in arrays]
+        results = len(jax.tree.leaves(out_type))
+
+        def part(ref: Any, is_joined: bool) -> Any:
+            """Returns one run's part of an array or a result."""
+            run = jax.lax.axis_index("run")
+            if not is_joined:
+                return ref.at[run]
+            # What is read beyond the end of the first axis is masked, so it may be the next run's.
+            size = ref.shape[0] // runs
+            return ref.at[pl.ds(run * size, size)]
+
+        def of_run(*refs: Any) -> None:
+            of_arrays, scratch = refs[: len(arrays) + results], refs[len(arrays) + results :]
+            kernel(*map(part, of_arrays, [*joined, *[False] * results]), *scratch)
+
+        of_run.__name__ = kernel.__name__  # which profiles show
+
+        def stacked(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((runs, *one.shape), one.dtype)
+
+        return plgpu.kernel(
+            of_run if runs else kernel,
+            out_type=jax.tree.map(stacked, out_type) if runs else out_type,
+            grid=(runs, blocks) if runs else (blocks,),
+            grid_names=("run", "block") if runs else ("block",),
+            num_threads=warpgroups,
+            thread_name="wg",
+            compiler_params=compiler_params(),
+            interpret=interpret_params(interpret),
+            **options,
+        )(
+            *(
+                array.reshape(-1, *array.shape[2:]) if is_joined else array
+                for array, is_joined in zip(arrays, joined, strict=True)
+            )
+        )
+
+    @jax.custom_batching.custom_vmap
+    def launched(*arrays: jax.Array) -> Any:
+        return call(0, *arrays)
+
+    @launched.def_vmap
+    def of_several(runs: int, batched: Sequence[bool], *arrays: jax.Array) -> Any:
+        stacked = (
+            array if has_axis else jnp.broadcast_to(array, (runs, *array.shape))
+            for array, has_axis in zip(arrays, batched, strict=True)
+        )
+        return call(runs, *stacked), jax.tree.map(lambda _: True, out_type)
+
+    return launched
 
 
 def total(sums: jax.Array, shares: int, chunks: int) -> jax.Array:

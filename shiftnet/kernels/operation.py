@@ -97,10 +97,17 @@ class Kernel:
 
 
 class Case(NamedTuple):
-    """Arguments for `selftest`: random bfloat16 operands of these shapes, and settings."""
+    """Arguments for `selftest`: random bfloat16 operands of these shapes, and settings.
 
-    shapes: tuple[tuple[int, ...] | None, ...]  # None for an operand that is None
+    Attributes:
+      shapes: of the operands; None for one that is None.
+      settings: of the call.
+      runs: how many such calls `jax.vmap` makes one of, on a GPU; 0 for a call alone.
+    """
+
+    shapes: tuple[tuple[int, ...] | None, ...]
     settings: Mapping[str, Any] = {}
+    runs: int = 0
 
 
 class Epilogue(NamedTuple):

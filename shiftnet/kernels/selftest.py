@@ -235,30 +235,35 @@ def _lines(file: IO[bytes]) -> list[str]:
 def compare(platform: str, operation: Testable) -> Outcome:
     """Compares an operation's kernels with plain XLA in all its cases, gradients included."""
 
-    def with_gradients(implementation, settings, *operands):
+    def with_gradients(implementation, settings, runs, *operands):
         def call(*operands):
             return operation(*operands, implementation=implementation, **dict(settings))
 
-        y, pull = jax.vjp(call, *operands)
+        y, pull = jax.vjp(jax.vmap(call) if runs else call, *operands)
         return y, pull(y)
 
-    run = jax.jit(with_gradients, static_argnums=(0, 1))
+    run = jax.jit(with_gradients, static_argnums=(0, 1, 2))
     random = np.random.default_rng(0)
     try:
-        for shapes, settings in operation.cases:
+        for shapes, settings, runs in operation.cases:
+            if runs and platform != "gpu":  # runs together take no other kernels
+                continue
+            stack = (runs,) if runs else ()
             operands = [
-                None if shape is None else jnp.asarray(random.normal(size=shape), jnp.bfloat16)
+                None
+                if shape is None
+                else jnp.asarray(random.normal(size=(*stack, *shape)), jnp.bfloat16)
                 for shape in shapes
             ]
             wide = jax.tree.map(lambda x: x.astype(jnp.float32), operands)
-            chosen = tuple(settings.items())
-            expected = run("xla", chosen, *wide)
-            found = run(platform, chosen, *operands)
+            chosen = tuple(settings.items()), runs
+            expected = run("xla", *chosen, *wide)
+            found = run(platform, *chosen, *operands)
             for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
                 a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
                 difference = np.abs(a - b).max() / np.abs(a).max()
                 if not difference <= TOLERANCE:
-                    about = f"with x {shapes[0]} and {dict(settings)}"
+                    about = f"with x {operands[0].shape} and {dict(settings)}"
                     reason = f"{about} they are off by {difference:.1e} of the largest value"
                     return Outcome(reason, lasting=True)
     except Exception as error:  # from a compiler, an unsupported device, anything

@@ -67,12 +67,14 @@ class Counts(NamedTuple):
       fused_bytes_moved: the same where each convolution or matrix product also does all that
         follows it, up to the next, and where `shift_block`, or another operation of
         `shiftnet.kernels`, is one kernel, which keeps the expanded tensor to itself.
+      fused_bytes_read: the part of these that is activations, and the image, being read.
     """
 
     layers: tuple[Layer, ...]
     peak_activation_bytes: int
     bytes_moved: int
     fused_bytes_moved: int
+    fused_bytes_read: int
 
     @property
     def multiply_adds(self) -> int:
@@ -187,11 +189,13 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
         for name in {**multiply_adds, **parameters}
     )
     weights = sum(layer.weight_bytes for layer in layers)
+    read, written = _fused_bytes(steps, logits)
     return Counts(
         layers,
         _peak_bytes(steps, logits),
         weights + _bytes_moved(steps),
-        weights + _fused_bytes_moved(steps, logits),
+        weights + read + written,
+        read,
     )
 
 
@@ -448,8 +452,8 @@ def _bytes_moved(steps: Sequence[_Step]) -> int:
     )
 
 
-def _fused_bytes_moved(steps: Sequence[_Step], result: _Value) -> int:
-    """Computes `Counts.fused_bytes_moved` without the weights.
+def _fused_bytes(steps: Sequence[_Step], result: _Value) -> tuple[int, int]:
+    """Computes what `Counts.fused_bytes_moved` reads and what it writes, without the weights.
 
     Every product, or kernel with products, starts a group, and all else joins the latest group that
     it reads from. A group reads what others wrote, once, and writes what others read.
@@ -469,8 +473,8 @@ def _fused_bytes_moved(steps: Sequence[_Step], result: _Value) -> int:
                 if other >= 0:
                     written[id(value.source)] = value.source
         group_of |= {id(value): group for value in step.writes}
-    total = sum(value.stored_bytes for value in written.values())
+    total = 0
     for views in read.values():  # of one array, which is not read twice
         whole = next(iter(views.values())).source.stored_bytes
         total += min(whole, sum(view.stored_bytes for view in views.values()))
-    return total
+    return total, sum(value.stored_bytes for value in written.values())

@@ -84,16 +84,20 @@ def collectives(text: str, devices: int) -> list[Collective]:
     return found
 
 
-def memory_traffic(text: str) -> int:
+def memory_traffic(text: str, *, padded: bool = False) -> int:
     """Returns the bytes that a program reads from and writes to its device's memory.
 
     Counts each operand and each result of each operation once and whole, where a fusion or a kernel
     is one operation; a slice counts only what it reads, an update in place only what it writes.
-    Arrays that the TPU compiler placed in the chip's own memory are not counted, nor is the padding
-    of a layout's tiles; data that it carries through a fusion for a collective are. A loop of
-    unknown trip count counts as one.
+    Arrays that the TPU compiler placed in the chip's own memory are not counted; data that it
+    carries through a fusion for a collective are. A loop of unknown trip count counts as one.
+
+    Args:
+      text: the compiled program of one device.
+      padded: whether to count the padding of a layout's tiles too, such as that of 16 channels to
+        128 lanes.
     """
-    return sum(times * _traffic(op) for op, times, _ in _executed(text))
+    return sum(times * _traffic(op, padded) for op, times, _ in _executed(text))
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
@@ -192,31 +196,44 @@ def _split(text: str, stop: str) -> tuple[str, str]:
     return text, ""
 
 
-def _arrays(written: str) -> Iterator[tuple[int, bool]]:
+def _arrays(written: str, padded: bool) -> Iterator[tuple[int, bool]]:
     """Yields a type's arrays: bytes, and whether they are in the device's main memory (space 0)."""
     for dtype, shape, layout in _ARRAY.findall(written):
         digits = re.search(r"\d+", dtype)
         bits = 8 if dtype == "pred" else int(digits[0]) if digits else 0  # token: 0
-        size = math.prod(int(n) for n in shape.split(",") if n)
+        sizes = [int(n) for n in shape.split(",") if n]
+        size = math.prod(_in_tiles(sizes, layout) if padded else sizes)
         yield -(-size * bits // 8), re.search(r"S\([1-9]", layout) is None
 
 
-def _nbytes(written: str, *, in_memory: bool = False) -> int:
-    return sum(nbytes for nbytes, main in _arrays(written) if main or not in_memory)
+def _in_tiles(sizes: Sequence[int], layout: str) -> list[int]:
+    """Rounds an array's sizes up to its layout's tiles; `"0,1:T(8,128)"` has axis 0 innermost."""
+    order, _, tiling = layout.partition(":")
+    tile = re.search(r"T\(([\d,]+)\)", tiling)
+    rounded = list(sizes)
+    if tile and order:
+        inner = map(int, reversed(tile[1].split(",")))
+        for axis, length in zip(map(int, order.split(",")), inner, strict=False):
+            rounded[axis] = -(-sizes[axis] // length) * length
+    return rounded
 
 
-def _traffic(op: _Operation) -> int:
+def _nbytes(written: str, *, in_memory: bool = False, padded: bool = False) -> int:
+    return sum(nbytes for nbytes, main in _arrays(written, padded) if main or not in_memory)
+
+
+def _traffic(op: _Operation, padded: bool) -> int:
     if op.name in (*_NAMING, *_CALLING) or _NAMING_CALLS.search(op.attributes):
         return 0
 
     def touched(written: str) -> int:
-        return _nbytes(written, in_memory=True)
+        return _nbytes(written, in_memory=True, padded=padded)
 
     if op.name in _SLICES:
-        read = _nbytes(op.result) if touched(op.operands[0]) else 0
+        read = _nbytes(op.result, padded=padded) if touched(op.operands[0]) else 0
         return read + touched(op.result)
     if op.name == "dynamic-update-slice":
-        written = _nbytes(op.operands[1]) if touched(op.result) else 0
+        written = _nbytes(op.operands[1], padded=padded) if touched(op.result) else 0
         return touched(op.operands[1]) + written
     return sum(map(touched, op.operands)) + touched(op.result)
 

@@ -1,7 +1,6 @@
 """What a process needs before it trains: the other processes of its job, compiled programs."""
 
 import contextlib
-import ctypes
 import functools
 import glob
 import os
@@ -12,14 +11,11 @@ from typing import Any
 
 import jax
 
+from shiftnet.data.workers import keep_freed_memory
 from shiftnet.errors import UserError
 
 # How long after a process went silent the others are stopped, in seconds (JAX's default is 100).
 HEARTBEAT_TIMEOUT = 60
-
-# glibc's malloc.h: M_ARENA_MAX, since only the first arena can grow without limit; M_MMAP_MAX;
-# M_TRIM_THRESHOLD; M_TOP_PAD, how many bytes it grows by.
-MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 << 20}
 
 # Older versions of JAX do not declare what the configuration holds.
 _flags: Any = jax.config
@@ -100,7 +96,7 @@ def leaving(main: Callable[..., int]) -> Callable[..., int]:
 def set_up() -> None:
     """What commands do before they compute: compiled programs are kept, and so is freed memory."""
     _use_compilation_cache()
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
 def _use_compilation_cache() -> None:
@@ -117,21 +113,3 @@ def _use_compilation_cache() -> None:
         directory = Path(home) / "shiftnet" / "compiled"
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc hand out freed memory again, instead of giving it back to the system.
-
-    On a CPU each step allocates and frees its arrays. Large ones are mapped and unmapped each time
-    by default, so that every page is first cleared by the system: 37,700 page faults, 23 % of the
-    time of a training step of ShiftResNet20 (expansion 1, 128 images, 2 cores). The process keeps
-    the most that it ever held. `MALLOC_*` variables that the user set stand; other libraries of C
-    are left as they are.
-    """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return
-    for option, value in MALLOPT.items():
-        libc.mallopt(option, value)

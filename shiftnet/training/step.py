@@ -18,7 +18,7 @@ from shiftnet.config import Config
 from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
-from shiftnet.kernels.implementations import only_xla
+from shiftnet.kernels.implementations import only_xla, platform
 from shiftnet.layers.learned_shift import shift_penalty
 from shiftnet.models.drop_path import count_branches, dropping
 from shiftnet.models.network import Network
@@ -313,7 +313,7 @@ class StackedProgram:
 
     All arrays of their states have a first axis, the runs. Run for run the numbers are those that
     the program gives alone, up to the rounding of sums, since XLA then computes with other shapes.
-    They take no kernel of ours, which know one network.
+    On a GPU the kernels run with a grid over the runs; elsewhere all is plain XLA.
 
     Args:
       program: the recipe's, on one device.
@@ -332,7 +332,7 @@ class StackedProgram:
 
     def __init__(self, program: Program, runs: int):
         def steps(states, seeds, images, labels, orders, teacher=None, *, length):
-            with only_xla():
+            with contextlib.nullcontext() if platform() == "gpu" else only_xla():
                 take = jax.vmap(
                     functools.partial(program.steps, length=length),
                     in_axes=(0, 0, None, None, 0, None),

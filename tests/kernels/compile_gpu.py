@@ -3,16 +3,18 @@
     pip install "jax[cuda13]" absl-py      (about 4.4 GB, in an environment of its own)
     python -m tests.kernels.compile_gpu
 
-Prints a line for each kernel that does not compile, with the reason, and one for each network, with
-the bytes that its program moves (what its operations read and write, each operand once, as if there
-were no caches). Exits with 1 where something does not compile, or a network does not run its blocks
-through kernels or moves more than it should. The target is described by
-`shiftnet/planning/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1` to see registers and spills.
+Prints a line for each kernel that does not compile, with the reason, one for each convolution,
+whose products are cuDNN's, and one for each network, with the bytes that its program moves (what
+its operations read and write, each operand once, as if there were no caches). Exits with 1 where
+something does not compile, or a network does not run its blocks through kernels or moves more than
+it should. The target is described by `shiftnet/planning/h200.txtpb`. Set `MOSAIC_GPU_DUMP_PTXAS=1`
+to see registers and spills.
 """
 
 import functools
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from shiftnet.kernels.conv import conv
 from shiftnet.kernels.implementations import lowered_for
 from shiftnet.kernels.shift import channel_offsets
 from shiftnet.kernels.shift import gpu as shift
@@ -120,6 +123,13 @@ def pointwise_gradients(batch: int, size: tuple[int, ...], whole: bool) -> Kerne
     return f"gradients of shift_pointwise {batch} {size} whole={whole}", reason, call, shapes
 
 
+def several(kernel: Kernel, runs: int) -> Kernel:
+    """The same of several seeds at once, by `jax.vmap`."""
+    name, reason, call, shapes = kernel
+    stacked = [((runs, *shape), dtype) for shape, dtype in shapes]
+    return f"{runs} times {name}", reason, jax.vmap(call), stacked
+
+
 def moves(shape: tuple[int, ...], dtype: str, kernel_size: int = 3) -> Kernel:
     dh, dw = channel_offsets(shape[-1], kernel_size)
     reason = shift.unsupported(shape, jnp.dtype(dtype), dh, dw)
@@ -134,6 +144,14 @@ def kernels() -> Iterator[Kernel]:
             yield moves((512, size[0], size[0], expansion * size[1]), "bfloat16")
         yield pointwise(512, size, True)
         yield pointwise_gradients(512, size, True)
+    # Networks of several seeds.
+    for size in (BLOCKS[0], BLOCKS[3]):
+        for expansion in (1, 9):
+            yield several(block(128, size, expansion, True), 4)
+            yield several(block_gradients(128, size, expansion), 4)
+    yield several(pointwise(128, BLOCKS[1], True), 4)
+    yield several(pointwise_gradients(128, BLOCKS[1], True), 4)
+    yield several(moves((128, 32, 32, 144), "bfloat16"), 4)
     # A batch too small for all multiprocessors, and nothing before or after the products.
     yield block(8, BLOCKS[0], 9, False)
     yield block_gradients(8, BLOCKS[0], 9)
@@ -165,6 +183,28 @@ def net(which: str, mesh: jax.sharding.Mesh) -> tuple[int, float, float]:
     return called, moved, time.perf_counter() - start
 
 
+# Side, channels, outputs, stride and groups of 3x3 convolutions.
+CONVOLUTIONS = [(32, 16, 16, 1, 1), (32, 16, 32, 2, 1), (32, 42, 42, 1, 42)]
+
+
+def convolution(sizes: tuple[int, ...], sharding: jax.sharding.Sharding) -> list[str]:
+    """cuDNN's operations in the forward pass and gradients of a convolution, bfloat16 in NHWC."""
+    side, channels, outputs, stride, groups = sizes
+    shapes = ((128, side, side, channels), (3, 3, channels // groups, outputs))
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+
+    def both(x, w):
+        out, pull = jax.vjp(functools.partial(conv, stride=stride, groups=groups), x, w)
+        return out, pull(out)
+
+    with lowered_for("gpu"):
+        text = jax.jit(both).lower(*operands).compile().as_text()
+    calls = re.findall(
+        r"= \(bf16.* custom-call.*dim_labels=b01f.*custom_call_target=\"(.*?)\"", text
+    )
+    return [call for call in calls if call.startswith("__cudnn$conv")]
+
+
 def main() -> int:
     target = pathlib.Path(plan.__file__).with_name("h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
@@ -187,6 +227,10 @@ def main() -> int:
     print(
         f"{total - failed} of {total} kernels compiled for an H200 in {seconds:.0f} s", flush=True
     )
+    for sizes in CONVOLUTIONS:
+        found = convolution(sizes, here)
+        failed += len(found) != 3
+        print(f"conv {sizes}: {', '.join(found)}: {'ok' if len(found) == 3 else 'NO'}", flush=True)
     for which, (least, most) in NETS.items():
         called, moved, seconds = net(which, mesh)
         good = called >= least and moved <= most

@@ -28,6 +28,7 @@ from jax.experimental import topologies
 
 import shiftnet.config
 from shiftnet.kernels import implementations
+from shiftnet.planning import grids
 from shiftnet.training.step import Program
 
 
@@ -94,7 +95,6 @@ def program(net: Net, dtype: str, which: str, mesh: jax.sharding.Mesh):
 
 def moved(f, operands, context) -> tuple[float, float, float]:
     """Bytes that the compiler counts, bytes of the kernels' grids, and seconds to compile."""
-    from tests.kernels.test_tpu_compile import fetched_and_written, kernels  # needs pytest
 
     def traced(*operands):  # a function of its own, which JAX has not traced yet
         with context:
@@ -103,8 +103,8 @@ def moved(f, operands, context) -> tuple[float, float, float]:
     start = time.perf_counter()
     lowered = jax.jit(traced).trace(*operands)
     counted = lowered.lower(lowering_platforms=("tpu",)).compile().cost_analysis()
-    grids = sum(map(fetched_and_written, kernels(lowered.jaxpr.jaxpr)))
-    return counted["bytes accessed"], grids, time.perf_counter() - start
+    in_kernels = sum(map(grids.fetched_and_written, grids.kernels(lowered.jaxpr.jaxpr)))
+    return counted["bytes accessed"], in_kernels, time.perf_counter() - start
 
 
 def main() -> int:
@@ -114,12 +114,12 @@ def main() -> int:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
         mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("data",))
         f, operands = program(net, dtype, which, mesh)
-        around, grids, seconds = moved(f, operands, implementations.lowered_for("tpu"))
-        ours, grids = (around + grids) / net.batch / 1e6, grids / net.batch / 1e6
+        around, inside, seconds = moved(f, operands, implementations.lowered_for("tpu"))
+        ours, inside = (around + inside) / net.batch / 1e6, inside / net.batch / 1e6
         limit = net.megabytes[which] * jnp.dtype(dtype).itemsize / 4
         failed |= ours > limit
         print(
-            f"{net.arch:13} {chip} {dtype:8} {which:9} {ours:6.2f} MB an image ({grids:.2f} of it "
+            f"{net.arch:13} {chip} {dtype:8} {which:9} {ours:6.2f} MB an image ({inside:.2f} of it "
             f"in kernels), at most {limit:.2f}: {'ok' if ours <= limit else 'TOO MUCH'}; compiled "
             f"in {seconds:.0f} s",
             end="",

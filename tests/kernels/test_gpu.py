@@ -143,6 +143,35 @@ def test_gradients_of_shift_block(image, channels, expanded, outputs, stride, di
 
 
 @simulated
+@pytest.mark.usefixtures("one_warpgroup")
+@pytest.mark.parametrize("stride", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_networks_of_several_seeds_have_their_blocks_in_one_kernel(stride):
+    """Each with weights of its own, on images of its own; a tile is no whole part of its images."""
+    runs, image = 3, (2, 4, 12)
+    shapes = block_operands(image, 16, 32, 16, stride, 1)[0]
+    operands = [numbers(i, runs, *v.shape, dtype=v.dtype) for i, v in enumerate(shapes)]
+    dh, dw = channel_offsets(32)
+    core = {"dh": dh, "dw": dw, "stride": stride}
+    dout = numbers(4, runs, 2, 4 // stride, 12 // stride, 16)
+
+    def both(*operands, interpret):
+        out = shift_block.forward(*operands[:4], **core, interpret=interpret)
+        return out, shift_block.backward(*operands, **core, interpret=interpret)
+
+    def stacked(*operands, interpret):
+        return jax.vmap(functools.partial(both, interpret=interpret))(*operands)
+
+    out, gradients = run(stacked, *operands, dout)
+    for i in range(runs):
+        x, w1, b1, w2 = exact(*(operand[i] for operand in operands))
+        y = shifted(rounded(np.maximum(x @ w1 + b1, 0)), dh, dw)[:, ::stride, ::stride]
+        np.testing.assert_allclose(exact(out[i])[0], y @ w2, rtol=2**-7, atol=2e-2)
+        mine = [operand[i] for operand in operands]
+        found = [gradient[i] for gradient in gradients]
+        assert_gradients(found, mine, shift_block_xla.forward, core, dout[i])
+
+
+@simulated
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_warpgroup")
 def test_shift_block_of_learned_offsets():

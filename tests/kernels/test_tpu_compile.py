@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.extend.core import jaxprs_in_params
 
 from shiftnet.kernels.shift import tpu as shift_tpu
 from shiftnet.kernels.shift.offsets import channel_offsets
 from shiftnet.kernels.shift_block import tpu as block_tpu
 from shiftnet.kernels.shift_pointwise import tpu as pointwise_tpu
-from shiftnet.planning import hlo
+from shiftnet.planning import grids, hlo
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -42,41 +41,11 @@ def tpu():
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
-def kernels(jaxpr):
-    """The Pallas calls in a program."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from kernels(inner)
-
-
-def fetched_and_written(kernel) -> int:
-    """Bytes of the blocks that a grid moves: one whenever a step has another than the last."""
-    mapping = kernel.params["grid_mapping"]
-    steps = np.indices(mapping.grid).reshape(len(mapping.grid), -1).astype(np.int32)
-    total = 0
-    for block in mapping.block_mappings:
-        index_map = block.index_map_jaxpr
-
-        def index(*step, index_map=index_map):
-            return jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *step)
-
-        indices = [np.broadcast_to(i, steps.shape[1:]) for i in jax.jit(jax.vmap(index))(*steps)]
-        moved = 1 + np.any(np.diff(indices), axis=0).sum()
-        shape = [getattr(size, "block_size", size) for size in block.block_shape]
-        total += moved * int(np.prod(shape)) * block.array_aval.dtype.itemsize
-    return int(total)
-
-
 def moved_bytes(f, *operands) -> int:
     """Compiles `f` for the TPU; what it moves to and from the device's memory."""
     traced = jax.jit(f).trace(*operands)
     moved = hlo.memory_traffic(traced.lower().compile().as_text())
-    for kernel in kernels(traced.jaxpr.jaxpr):
-        once = size(*(value.aval for value in (*kernel.invars, *kernel.outvars)))
-        moved += max(0, fetched_and_written(kernel) - once)
-    return moved
+    return moved + grids.beyond_operands(traced.jaxpr.jaxpr)
 
 
 class Shapes:

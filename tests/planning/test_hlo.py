@@ -100,6 +100,22 @@ SENT = {
 }
 
 
+TILED = """
+ENTRY %main (x: f32[4,32,32,16]) -> bf16[32,32,16,4] {
+  %x = f32[4,32,32,16]{3,2,1,0:T(8,128)} parameter(0)
+  %y = bf16[32,32,16,4]{3,2,1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %z = bf16[32,32,16,4]{2,3,1,0:T(8,128)(2,1)S(1)} copy(%y)
+}
+"""
+
+
+def test_padding_of_tiles_is_counted_where_it_is_asked_for():
+    values = 4 * 32 * 32 * 16
+    assert hlo.memory_traffic(TILED) == (4 + 2 + 2) * values
+    # 16 channels, and then 4 images, are 128 lanes; 32 and 16 are whole sublanes.
+    assert hlo.memory_traffic(TILED, padded=True) == 8 * 4 * values + 32 * (2 + 2) * values
+
+
 def test_every_kind_of_collective_is_found_with_its_bytes_and_trips():
     found = hlo.collectives(PROGRAM, 4)
     assert hlo.by_kind(found) == {

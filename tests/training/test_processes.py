@@ -44,8 +44,8 @@ def test_nothing_is_kept_without_a_home_directory(tmp_path, monkeypatch, unset, 
 
 FAULTS = """
 import resource
-from shiftnet.training.processes import _keep_freed_memory
-_keep_freed_memory()
+from shiftnet.data.workers import keep_freed_memory
+keep_freed_memory()
 b"x" * (64 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):

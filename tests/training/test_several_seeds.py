@@ -13,6 +13,8 @@ from shiftnet import checkpoint
 from shiftnet.checkpoint import AVERAGED, BEST, LATEST, CheckpointManager
 from shiftnet.data import Split
 from shiftnet.errors import UserError
+from shiftnet.kernels.implementations import lowered_for
+from shiftnet.kernels.operation import choices
 from shiftnet.training import deadline as deadline_module
 from shiftnet.training import engine, metrics
 from shiftnet.training.deadline import Deadline
@@ -113,6 +115,26 @@ def test_each_of_several_runs_takes_the_steps_that_it_takes_alone(digits):
             state,
         )
     assert not np.allclose(losses[0], losses[1], rtol=1e-2)
+
+
+def test_on_a_gpu_the_blocks_of_several_seeds_are_kernels(digits):
+    settings = recipe(batch_size=32, model__arch="shiftresnet8", model__dtype="bfloat16")
+    part = digits.train
+    program = Program(
+        settings,
+        num_classes=10,
+        mean=digits.mean,
+        std=digits.std,
+        steps_per_epoch=4,
+        mesh=one_device(),
+    )
+    stacked = StackedProgram(program, len(SEEDS))
+    seeds = np.asarray(SEEDS, np.uint32)
+    orders = jax.ShapeDtypeStruct((len(SEEDS), len(part)), np.int32)
+    states = jax.eval_shape(stacked.init, seeds)
+    with lowered_for("gpu"), choices() as seen:  # a kernel that could not be mapped would raise
+        stacked.train.trace(states, seeds, part.images, part.labels, orders, length=2)
+    assert [line for line in seen if line.startswith("shift_block")] == ["shift_block: gpu"]
 
 
 def test_sessions_add_up_to_the_run_that_was_never_stopped(digits, tmp_path):

@@ -142,7 +142,17 @@ OPERATION = Operation(
     images=(True, False, False, False),
     prepare=_prepare,
     cases=[
-        Case((x, (16, 144), (144,), (144, 16)), {"moves": Neighbourhood(3, 1), "stride": stride})
-        for x, stride in (((128, 4, 8, 16), 1), ((128, 4, 8, 16), 2), ((256, 32, 32, 16), 1))
+        Case(
+            (x, (16, 144), (144,), (144, 16)),
+            {"moves": Neighbourhood(3, 1), "stride": stride},
+            runs,
+        )
+        for x, stride, runs in (
+            ((128, 4, 8, 16), 1, 0),
+            ((128, 4, 8, 16), 2, 0),
+            ((256, 32, 32, 16), 1, 0),
+            ((128, 4, 8, 16), 1, 2),
+            ((128, 4, 8, 16), 2, 2),
+        )
     ],
 )
