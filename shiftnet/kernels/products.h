@@ -24,6 +24,7 @@ struct Epilogue {
   const float *scale = nullptr, *bias = nullptr, *residual = nullptr;
   int64_t relu = kNoRelu;
 
+  bool IsEmpty() const { return !scale && !bias && !residual && relu == kNoRelu; }
   // The epilogue of channels from `channel` and of pixels from `offset`, in floats.
   Epilogue At(int64_t channel, int64_t offset) const {
     return {scale ? scale + channel : nullptr, bias ? bias + channel : nullptr,
@@ -67,6 +68,14 @@ struct Finish {
 // Stores the sums of kPixels pixels and kVectors vectors of channels.
 template <int kPixels, int kVectors>
 inline void StoreTile(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
+  if (tile.epilogue.IsEmpty()) {
+    for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
+      for (int q = 0; q < kVectors; ++q) {
+        StorePart(out + q * kLanes, sums[p][q], tile.out_channels - q * kLanes);
+      }
+    }
+    return;
+  }
   for (int q = 0; q < kVectors; ++q) {
     const Finish finish(tile.epilogue, q * kLanes, tile.out_channels);
     for (int p = 0; p < kPixels; ++p) finish.Write(sums[p][q], out, p * tile.out_pixel);

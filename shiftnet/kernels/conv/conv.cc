@@ -384,6 +384,45 @@ void PackWinograd(const Correlation& c, int64_t first, const float* weights, flo
   }
 }
 
+// A tile of the target: its image, and its first row and column.
+struct Place {
+  int64_t image, row, column;
+
+  static Place Of(int64_t tile, int64_t across, int64_t down) {
+    return {tile / (across * down), tile / across % down * 2, tile % across * 2};
+  }
+  void Advance(int64_t height, int64_t width) {
+    if ((column += 2) < width) return;
+    column = 0;
+    if ((row += 2) < height) return;
+    row = 0;
+    ++image;
+  }
+};
+
+// B d B' of `count` tiles from `at` on, [16][count][channels], `plane` floats per place.
+void TransformTiles(const float* source, const Images& images, Place at, int64_t count,
+                    int64_t plane, float* out) {
+  const int64_t height = images.height, width = images.width, channels = images.channels;
+  Buffer zeros(channels);
+  std::memset(zeros.get(), 0, channels * sizeof(float));
+  for (int64_t tile = 0; tile < count; ++tile, at.Advance(height, width)) {
+    const float* pixels[kPlaces];
+    for (int64_t r = 0; r < 4; ++r) {
+      const int64_t y = at.row - 1 + r;
+      const int64_t line = ((at.image * height + y) * width + at.column - 1) * channels;
+      for (int64_t s = 0; s < 4; ++s) {
+        const int64_t x = at.column - 1 + s;
+        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+        pixels[4 * r + s] = inside ? source + line + s * channels : zeros.get();
+      }
+    }
+    for (int64_t i = 0; i < channels; i += kLanes) {
+      TransformSource(pixels, i, channels - i, plane, out + tile * channels);
+    }
+  }
+}
+
 void CorrelateWinograd(ffi::ThreadPool& pool, const Correlation& c, const float* source,
                        const Weights& weights, const Epilogue& epilogue, float* target) {
   const int64_t vectors = CeilDiv(c.out, kLanes), threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -400,45 +439,33 @@ void CorrelateWinograd(ffi::ThreadPool& pool, const Correlation& c, const float*
 
   const int64_t block = BestVectors(kLeastTiles, vectors), width = block * kLanes;
   const int64_t fitting = kTransforms / (kPlaces * (c.in + width));
-  int64_t most = std::clamp(fitting, kLeastTiles, kMostTiles);
-  most = std::min(most, std::max<int64_t>(CeilDiv(tiles, 2 * threads), 8));
-  const int64_t tasks = CeilDiv(tiles, most), of_task = CeilDiv(tiles, tasks);
+  // Few tiles are divided over the output channels first: each task reads its weights but once.
+  const int64_t wanted = 2 * threads, blocks = CeilDiv(vectors, block);
+  const int64_t slices = tiles < wanted * kLeastTiles ? std::min(blocks, threads) : 1;
+  const int64_t slice = CeilDiv(blocks, slices) * block;
+  const int64_t most = std::min(std::clamp(fitting, kLeastTiles, kMostTiles),
+                                std::max<int64_t>(CeilDiv(tiles * slices, wanted), 8 * slices));
+  const int64_t parts = CeilDiv(tiles, most), of_task = CeilDiv(tiles, parts);
 
-  Parallel(pool, tasks, [&](int64_t task) {
-    const int64_t begin = task * of_task, count = std::min(of_task, tiles - begin);
+  Parallel(pool, parts * slices, [&](int64_t task) {
+    const int64_t begin = task % parts * of_task, count = std::min(of_task, tiles - begin);
+    const int64_t first_vector = task / parts * slice;
+    const int64_t last_vector = std::min(first_vector + slice, vectors);
     if (count <= 0) return;
-    const int64_t plane = count * c.in, product_plane = count * width;
-    Buffer read(kPlaces * plane), products(kPlaces * product_plane), zeros(c.in);
-    std::memset(zeros.get(), 0, c.in * sizeof(float));
-    const auto place_of = [&](int64_t tile) {
-      return std::array<int64_t, 3>{tile / (across * down), tile / across % down * 2,
-                                    tile % across * 2};
-    };
-    for (int64_t t = 0; t < count; ++t) {
-      const auto [image, row, column] = place_of(begin + t);
-      const float* pixels[kPlaces];
-      for (int64_t r = 0; r < 4; ++r) {
-        const int64_t y = row - 1 + r;
-        for (int64_t s = 0; s < 4; ++s) {
-          const int64_t x = column - 1 + s;
-          const bool inside = y >= 0 && y < c.source.height && x >= 0 && x < c.source.width;
-          pixels[4 * r + s] =
-              inside ? source + ((image * c.source.height + y) * c.source.width + x) * c.in
-                     : zeros.get();
-        }
-      }
-      for (int64_t i = 0; i < c.in; i += kLanes) {
-        TransformSource(pixels, i, c.in - i, plane, read.get() + t * c.in);
-      }
-    }
+    // Distances between places, so that not all of them have the same address in a cache.
+    const int64_t plane = count * c.in + 16, product_plane = count * width + 16;
+    Buffer read(kPlaces * plane), products(kPlaces * product_plane);
+    const int64_t height = c.target.height, row_length = c.target.width;
+    const Place start = Place::Of(begin, across, down);
+    TransformTiles(source, c.source, start, count, plane, read.get());
     Tile tile{};
     tile.x_pixel = c.in;
     tile.rows = 1;
     tile.depth = c.in;
     tile.w_row = kLanes;
     tile.w_vector = transformed;
-    for (int64_t v = 0; v < vectors; v += block) {
-      const int64_t now = std::min(block, vectors - v), most = EvenPixels(count, now);
+    for (int64_t v = first_vector; v < last_vector; v += block) {
+      const int64_t now = std::min(block, last_vector - v), most = EvenPixels(count, now);
       tile.out_pixel = tile.out_channels = now * kLanes;
       for (int64_t place = 0; place < kPlaces; ++place) {
         const float* const w = packed + v * transformed + place * c.in * kLanes;
@@ -450,15 +477,15 @@ void CorrelateWinograd(ffi::ThreadPool& pool, const Correlation& c, const float*
       }
       for (int64_t q = 0; q < now; ++q) {
         const Finish finish(epilogue, (v + q) * kLanes, c.out);
-        for (int64_t t = 0; t < count; ++t) {
-          const auto [image, row, column] = place_of(begin + t);
+        Place at = start;
+        for (int64_t t = 0; t < count; ++t, at.Advance(height, row_length)) {
           Vector out[2][2];
           TransformTarget(products.get() + t * tile.out_pixel + q * kLanes, product_plane, out);
-          for (int64_t r = 0; r < std::min<int64_t>(2, c.target.height - row); ++r) {
-            for (int64_t s = 0; s < std::min<int64_t>(2, c.target.width - column); ++s) {
-              finish.Write(out[r][s], target,
-                           ((image * c.target.height + row + r) * c.target.width + column + s) *
-                               c.out);
+          const int64_t first = ((at.image * height + at.row) * row_length + at.column) * c.out;
+          for (int64_t r = 0; r < 2; ++r) {
+            for (int64_t s = 0; s < 2; ++s) {
+              if (at.row + r >= height || at.column + s >= row_length) continue;
+              finish.Write(out[r][s], target, first + (r * row_length + s) * c.out);
             }
           }
         }
@@ -745,6 +772,120 @@ void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const floa
   });
 }
 
+// Winograd's algorithm turned around: with u = sum over tiles of (B d B') (A' dy A), place by place a
+// product of matrices [in, tiles] and [tiles, out], the gradient is G' u G.
+
+// A' dy A for the vector of channels at `channel`, of which `left` exist: 2x2 pixels, or fewer at the
+// border, to 16 places.
+inline void TransformGradient(const float* dy, const Images& images, const Place& at,
+                              int64_t channel, int64_t left, int64_t plane, float* out) {
+  Vector half[4][2];
+  for (int t = 0; t < 2; ++t) {
+    Vector d[2] = {};
+    for (int r = 0; r < 2; ++r) {
+      if (at.row + r >= images.height || at.column + t >= images.width) continue;
+      const int64_t pixel = (at.image * images.height + at.row + r) * images.width + at.column + t;
+      d[r] = LoadPart(dy + pixel * images.channels + channel, left);
+    }
+    half[0][t] = d[0];
+    half[1][t] = d[0] + d[1];
+    half[2][t] = d[0] - d[1];
+    half[3][t] = -d[1];
+  }
+  for (int r = 0; r < 4; ++r) {
+    float* const to = out + 4 * r * plane;
+    Store(to, half[r][0]);
+    Store(to + plane, half[r][0] + half[r][1]);
+    Store(to + 2 * plane, half[r][0] - half[r][1]);
+    Store(to + 3 * plane, -half[r][1]);
+  }
+}
+
+bool IsWinogradGradient(const Convolution& c) {
+  const int64_t covered = RoundUp(c.x.height, 2) * RoundUp(c.x.width, 2);
+  return c.kernel == 3 && c.stride == 1 && c.groups == 1 && c.in >= 24 && c.out >= 24 &&
+         2 * covered <= 3 * c.x.height * c.x.width;
+}
+
+void WeightGradientWinograd(ffi::ThreadPool& pool, const Convolution& c, const float* x,
+                            const float* dy, float* dw) {
+  constexpr int64_t kSums = 512 * 1024, kTiles = 64;  // of a task, in floats; at a time
+  const int64_t vectors = CeilDiv(c.out, kLanes), block = BestVectors(c.in, vectors);
+  const int64_t size = kPlaces * c.in * kLanes;  // of one vector of channels
+  const int64_t slice = std::min(std::max<int64_t>(kSums / (size * block), 1) * block, vectors);
+  const int64_t slices = CeilDiv(vectors, slice), total = vectors * size;
+  const int64_t across = CeilDiv(c.y.width, 2), down = CeilDiv(c.y.height, 2);
+  const int64_t tiles = c.y.count * down * across;
+  const int64_t of_part = CeilDiv(tiles, std::min(CeilDiv(kParts, slices), CeilDiv(tiles, kTiles)));
+  const int64_t parts = CeilDiv(tiles, of_part);
+  Buffer sums(parts * total);
+
+  Parallel(pool, slices * parts, [&](int64_t task) {
+    const int64_t part = task % parts, first = task / parts * slice;
+    const int64_t last = std::min(first + slice, vectors), width = (last - first) * kLanes;
+    float* const own = sums.get() + part * total + first * size;
+    std::memset(own, 0, (last - first) * size * sizeof(float));
+    const int64_t plane = kTiles * c.in + 16, dy_plane = kTiles * width + 16;
+    Buffer read(kPlaces * plane), turned(kPlaces * dy_plane);
+    const int64_t end = std::min((part + 1) * of_part, tiles);
+    for (int64_t begin = part * of_part; begin < end; begin += kTiles) {
+      const int64_t count = std::min(kTiles, end - begin);
+      const Place start = Place::Of(begin, across, down);
+      TransformTiles(x, c.x, start, count, plane, read.get());
+      Place at = start;
+      for (int64_t t = 0; t < count; ++t, at.Advance(c.y.height, c.y.width)) {
+        for (int64_t v = first; v < last; ++v) {
+          TransformGradient(dy, c.y, at, v * kLanes, c.out - v * kLanes, dy_plane,
+                            turned.get() + t * width + (v - first) * kLanes);
+        }
+      }
+      const GradientTile tile = {c.in, 0, width, 0, 1, count, width};
+      for (int64_t v = first; v < last; v += block) {
+        const int64_t now = std::min(block, last - v), length = EvenPixels(c.in, now);
+        const int64_t column = (v - first) * kLanes;
+        for (int64_t place = 0; place < kPlaces; ++place) {
+          for (int64_t i = 0; i < c.in; i += length) {
+            kGradient[now - 1][std::min(length, c.in - i) - 1](
+                tile, read.get() + place * plane + i, turned.get() + place * dy_plane + column,
+                own + (place * c.in + i) * width + column);
+          }
+        }
+      }
+    }
+  });
+
+  constexpr int64_t kRows = 8;  // of a task
+  const int64_t chunks = CeilDiv(c.in, kRows);
+  Parallel(pool, slices * chunks, [&](int64_t task) {
+    const int64_t first = task / chunks * slice, last = std::min(first + slice, vectors);
+    const int64_t width = (last - first) * kLanes, row = task % chunks * kRows;
+    for (int64_t i = row; i < std::min(row + kRows, c.in); ++i) {
+      for (int64_t o = 0; o < width; o += kLanes) {
+        Vector half[3][4];
+        for (int t = 0; t < 4; ++t) {
+          Vector u[4];
+          for (int r = 0; r < 4; ++r) {
+            const float* from = sums.get() + first * size + ((4 * r + t) * c.in + i) * width + o;
+            u[r] = Load(from);
+            for (int64_t part = 1; part < parts; ++part) u[r] += Load(from + part * total);
+          }
+          half[0][t] = u[0] + 0.5f * (u[1] + u[2]);
+          half[1][t] = 0.5f * (u[1] - u[2]);
+          half[2][t] = u[3] + 0.5f * (u[1] + u[2]);
+        }
+        const int64_t channel = first * kLanes + o, left = c.out - channel;
+        for (int r = 0; r < 3; ++r) {
+          const Vector* u = half[r];
+          float* const to = dw + (3 * r * c.in + i) * c.out + channel;
+          StorePart(to, u[0] + 0.5f * (u[1] + u[2]), left);
+          StorePart(to + c.in * c.out, 0.5f * (u[1] - u[2]), left);
+          StorePart(to + 2 * c.in * c.out, u[3] + 0.5f * (u[1] + u[2]), left);
+        }
+      }
+    }
+  });
+}
+
 // sums[r, t, :] += sum over pixels of x[pixel + (r, t), :] * dy[pixel, :], for a vector of channels.
 // `x_row` is the distance between rows of x, of which there are `stride` per row of dy, `pitch` that
 // between its pixels, and `channels` the number of remaining channels of dy.
@@ -938,8 +1079,11 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Array x, Array dy, ffi::Result<A
   const auto c = Describe(x, *dw, dy, stride, groups);
   if (c.has_error()) return c.error();
   const bool depthwise = c->in == 1 && c->out == 1 && groups > 1;
+  const auto gradient = depthwise                ? WeightGradientDepthwise
+                        : IsWinogradGradient(*c) ? WeightGradientWinograd
+                                                 : WeightGradientDense;
   return Each(*c, x, dy, *dw, [&](const float* x, const float* dy, float* dw) {
-    (depthwise ? WeightGradientDepthwise : WeightGradientDense)(pool, *c, x, dy, dw);
+    gradient(pool, *c, x, dy, dw);
   });
 }
 
