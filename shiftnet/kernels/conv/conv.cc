@@ -3,14 +3,15 @@
 // Images are [N, H, W, C], weights [k, k, C / groups, K], float32. The kernel's side k is odd, the
 // padding k / 2 zeros on every side, the output [N, ceil(H / stride), ceil(W / stride), K].
 //
-// Every operation copies a band of an image's rows into a zero-padded buffer that stays in the
-// cache, so that no loop knows about borders. In such a buffer the k * C values under one row of
-// the kernel are contiguous, as are the weights they meet. Hence a dense convolution is, for each
-// row of the kernel, a product of a matrix [pixels, k * C] whose rows overlap, and one of
+// A dense convolution copies a band of an image's rows into a zero-padded buffer that stays in the
+// cache, so that no loop knows about borders; one of 1x1 needs no copy. In such a buffer the k * C
+// values under one row of the kernel are contiguous, as are the weights they meet. Hence it is, for
+// each row of the kernel, a product of a matrix [pixels, k * C] whose rows overlap, and one of
 // [k * C, K]: `MultiplyTile` computes it for a few pixels and a few vectors of output channels,
 // whose sums stay in registers. The gradient of the input is the same operation with the kernel
 // turned around; with a stride it is stride * stride of them, each with a part of the kernel. The
 // gradient of the weights keeps a tile of [k * C, K] in registers while it runs over the pixels.
+// Where all of this is 3x3 at stride 1, Winograd's algorithm, below, needs fewer multiplications.
 // Depthwise convolutions run over vectors of channels.
 //
 // Results do not depend on the number of threads: each value is summed by one thread in a fixed
