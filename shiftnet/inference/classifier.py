@@ -23,7 +23,7 @@ from shiftnet.errors import UserError
 from shiftnet.files import path_of
 from shiftnet.inference.preprocessing import ImageLike, Preprocessing, each, stacked
 from shiftnet.kernels.implementations import compiler_options
-from shiftnet.layers.folding import fix_weights
+from shiftnet.layers.folding import Packed, fix_weights, pack_weights
 from shiftnet.layers.learned_shift import fold_shifts
 
 # Networks of up to this size are embedded in their compiled programs as constants, once in each.
@@ -169,6 +169,7 @@ class Classifier:
         with jax.ensure_compile_time_eval():  # the first call may be traced
             network = self.network
             fix_weights(network)
+            pack_weights(network)
             return nnx.split(network)
 
     @functools.cached_property
@@ -204,7 +205,8 @@ class Classifier:
             return function(nnx.merge(graphdef, state), x)
 
         options = compiler_options(jax.default_backend())
-        if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > CONSTANT_BYTES:
+        weights = jax.tree.leaves(nnx.filter_state(state, nnx.Not(Packed)))
+        if sum(leaf.nbytes for leaf in weights) > CONSTANT_BYTES:
             return functools.partial(jax.jit(run, compiler_options=options), state)
         return jax.jit(functools.partial(run, state), compiler_options=options)
 

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -111,20 +111,27 @@ class Case(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """Optional steps after an operation: scale, bias, (ReLU,) and addition, in this order."""
+    """Optional steps after an operation: scale, bias, (ReLU,) and addition, in this order.
+
+    An operation may allow `out_relu="last"`: a ReLU after the addition instead.
+    """
 
     out_scale: jax.Array | None = None
     out_bias: jax.Array | None = None
     residual: jax.Array | None = None
 
 
-def finish(y: jax.Array, epilogue: Epilogue, relu: bool) -> jax.Array:
+Relu = bool | Literal["last"]
+
+
+def finish(y: jax.Array, epilogue: Epilogue, relu: Relu) -> jax.Array:
     """Applies the epilogue to `y`, `[..., K]`, in plain XLA; scale and bias in float32 or wider."""
     scale, bias, residual = epilogue
     if scale is not None or bias is not None:
         y = affine(y, scale, bias, "NHWC")
-    y = jax.nn.relu(y) if relu else y
-    return y if residual is None else y + residual
+    y = jax.nn.relu(y) if relu is True else y
+    y = y if residual is None else y + residual
+    return jax.nn.relu(y) if relu == "last" else y
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,7 +168,7 @@ class Operation:
         implementation: str | None = None,
         out_scale: jax.Array | None = None,
         out_bias: jax.Array | None = None,
-        out_relu: bool = False,
+        out_relu: Relu = False,
         residual: jax.Array | None = None,
         **settings: Any,
     ) -> jax.Array:
@@ -188,7 +195,7 @@ class _Call(NamedTuple):
 
     operation: Operation
     settings: tuple[tuple[str, Any], ...]
-    out_relu: bool
+    out_relu: Relu
     implementation: str | None
     platform: str
     division: Division | None
@@ -213,7 +220,7 @@ class _Call(NamedTuple):
         def by(kernel: Kernel, *arrays: Any) -> jax.Array:
             after: dict[str, Any] = Epilogue(*arrays[count:])._asdict()
             after = {name: array for name, array in after.items() if array is not None}
-            after |= {"out_relu": True} if self.out_relu else {}
+            after |= {"out_relu": self.out_relu} if self.out_relu else {}
             images = _changed(_into, kernel, arrays[:count], self.operation.images)
             if "residual" in after:
                 after["residual"] = _into(after["residual"], kernel.layout)

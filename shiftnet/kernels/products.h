@@ -16,36 +16,90 @@ namespace shiftnet {
 // Each part is summed separately, and parts are added in a fixed order, for any number of threads.
 constexpr int64_t kParts = 16;
 
-// The geometry of `MultiplyTile`: distances in x between pixels and between rows of the kernel, the
-// number of rows of the kernel and of values under each, the distance between rows of the weights,
-// the distance between pixels of the output, and its channels.
-struct Tile {
-  int64_t x_pixel, x_row, rows, depth, w_row, out_pixel, out_channels;
+// What is done to a sum before it is stored, each optional: scale, bias, (ReLU,) addition (, ReLU).
+// Pointers are those of the first channel and the first output pixel; pixels of `residual` are as
+// far apart as those of the output.
+enum Relu : int64_t { kNoRelu, kReluBeforeResidual, kReluLast };
+struct Epilogue {
+  const float *scale = nullptr, *bias = nullptr, *residual = nullptr;
+  int64_t relu = kNoRelu;
+
+  bool IsEmpty() const { return !scale && !bias && !residual && relu == kNoRelu; }
+  // The epilogue of channels from `channel` and of pixels from `offset`, in floats.
+  Epilogue At(int64_t channel, int64_t offset) const {
+    return {scale ? scale + channel : nullptr, bias ? bias + channel : nullptr,
+            residual ? residual + offset : nullptr, relu};
+  }
 };
+
+inline Vector Rectified(Vector value) { return value < 0 ? Vector{} : value; }  // preserves NaN
+
+// The geometry of `MultiplyTile`: distances in x between pixels and between rows of the kernel, the
+// number of rows of the kernel and of values under each, distances between rows and vectors of the
+// weights, the distance between pixels of the output, its channels, and what is done to it.
+struct Tile {
+  int64_t x_pixel, x_row, rows, depth, w_row, w_vector, out_pixel, out_channels;
+  Epilogue epilogue;
+};
+
+// The scale and bias of a vector of channels, of which `left` exist from `first`.
+struct Finish {
+  const Epilogue& after;
+  int64_t first, left;
+  Vector scale, bias;
+
+  Finish(const Epilogue& after, int64_t first, int64_t channels)
+      : after(after), first(first), left(channels - first),
+        scale(after.scale ? LoadPart(after.scale + first, left) : Vector{}),
+        bias(after.bias ? LoadPart(after.bias + first, left) : Vector{}) {}
+
+  // Stores the sums of the pixel at `offset`.
+  void Write(Vector value, float* out, int64_t offset) const {
+    const int64_t at = offset + first;
+    if (after.scale) value *= scale;
+    if (after.bias) value += bias;
+    if (after.relu == kReluBeforeResidual) value = Rectified(value);
+    if (after.residual) value += LoadPart(after.residual + at, left);
+    if (after.relu == kReluLast) value = Rectified(value);
+    StorePart(out + at, value, left);
+  }
+};
+
+// Stores the sums of kPixels pixels and kVectors vectors of channels.
+template <int kPixels, int kVectors>
+inline void StoreTile(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
+  if (tile.epilogue.IsEmpty()) {
+    for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
+      for (int q = 0; q < kVectors; ++q) {
+        StorePart(out + q * kLanes, sums[p][q], tile.out_channels - q * kLanes);
+      }
+    }
+    return;
+  }
+  for (int q = 0; q < kVectors; ++q) {
+    const Finish finish(tile.epilogue, q * kLanes, tile.out_channels);
+    for (int p = 0; p < kPixels; ++p) finish.Write(sums[p][q], out, p * tile.out_pixel);
+  }
+}
 
 // out[p, :] = sum over r, j of x[r * x_row + p * x_pixel + j] * w[r, j, :], for kPixels pixels and
 // kVectors vectors of channels.
 template <int kPixels, int kVectors>
 void MultiplyTile(const Tile& tile, const float* x, const float* w, float* out) {
   Vector sums[kPixels][kVectors] = {};
-  const int64_t pixel = tile.x_pixel, w_row = tile.w_row;
+  const int64_t pixel = tile.x_pixel, w_row = tile.w_row, w_vector = tile.w_vector;
   for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row) {
     const float* a = x;
     for (const float* const end = a + tile.depth; a != end; ++a, w += w_row) {
       Vector b[kVectors];
-      for (int q = 0; q < kVectors; ++q) b[q] = Load(w + q * kLanes);
+      for (int q = 0; q < kVectors; ++q) b[q] = Load(w + q * w_vector);
 #pragma GCC unroll 16
       for (int p = 0; p < kPixels; ++p) {
         for (int q = 0; q < kVectors; ++q) sums[p][q] += b[q] * a[p * pixel];
       }
     }
   }
-  for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
-    for (int q = 0; q < kVectors; ++q) {
-      const int64_t left = tile.out_channels - q * kLanes;
-      StorePart(out + q * kLanes, sums[p][q], left);
-    }
-  }
+  StoreTile<kPixels, kVectors>(tile, sums, out);
 }
 
 using MultiplyFunction = void (*)(const Tile&, const float*, const float*, float*);

@@ -5,7 +5,7 @@ All of them compute in the precision of their input: parameters are cast to it o
 
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
-from shiftnet.layers.folding import fold_batch_norm
+from shiftnet.layers.folding import convolve, fold_batch_norm
 from shiftnet.layers.learned_shift import LearnedShift
 from shiftnet.layers.linear import Linear
 from shiftnet.layers.rectifier import RPReLU, rectifier
@@ -18,6 +18,7 @@ __all__ = [
     "Linear",
     "RPReLU",
     "Shift",
+    "convolve",
     "fold_batch_norm",
     "make_shift",
     "rectifier",

@@ -1,5 +1,7 @@
 """Convolution without bias."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -29,10 +31,13 @@ class Conv(nnx.Module):
     Attributes:
       weight: `[kernel_size, kernel_size, in_features // groups, out_features]`.
       activation: what quantizes the input; None for `"float"`.
+      packed: of a network that only predicts, what `shiftnet.kernels.conv.pack` makes of the
+        weight, a variable; else None.
 
     Calling it on `[N, H, W, in_features]` returns
     `[N, ceil(H / stride), ceil(W / stride), out_features]` in the input's dtype; with `train` the
-    activation form updates its statistics.
+    activation form updates its statistics. `after` is what `shiftnet.kernels.conv` does to the
+    result: `out_scale`, `out_bias`, `out_relu` and `residual`.
 
     Raises:
       UserError: for a form, or a number of bits, that does not exist.
@@ -62,6 +67,7 @@ class Conv(nnx.Module):
         self.activation = nnx.data(quantizer)
         self.stride = stride
         self.groups = groups
+        self.packed: Any = nnx.data(None)
 
     @property
     def matrix(self) -> jax.Array:
@@ -72,9 +78,10 @@ class Conv(nnx.Module):
         """Returns the input as the layer computes with it, quantized where it has a form."""
         return x if self.activation is None else self.activation(x, train=train)
 
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False, **after: Any) -> jax.Array:
         kernel = self.weight().astype(x.dtype)
-        if kernel.shape[:2] == (1, 1) and self.groups == 1:
+        if kernel.shape[:2] == (1, 1) and self.groups == 1 and not after:
             return product(self.read(every(x, self.stride), train=train), kernel[0, 0])
         x = self.read(x, train=train)
-        return conv(x, kernel, stride=self.stride, groups=self.groups)
+        packed = None if self.packed is None else self.packed[...]
+        return conv(x, kernel, stride=self.stride, groups=self.groups, packed=packed, **after)

@@ -1,11 +1,14 @@
 """Batch norms folded into convolutions, and networks folded once they are trained."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from shiftnet.kernels.conv import pack
 from shiftnet.kernels.implementations import platform
 from shiftnet.kernels.layouts import wide_dtype
 from shiftnet.layers import moments
@@ -13,7 +16,12 @@ from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
 from shiftnet.layers.learned_shift import LearnedShift
 from shiftnet.layers.linear import Linear
+from shiftnet.layers.rectifier import relu
 from shiftnet.quantizers import Activation, Float, LowBitWeight, QuantizedWeight, Weight
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
 
 
 def fold_batch_norm(
@@ -61,6 +69,41 @@ def fold_batch_norm(
     return (kernel * scale).astype(x.dtype), bias
 
 
+def convolve(
+    conv: Conv,
+    norm: BatchNorm | None,
+    x: jax.Array,
+    rectify: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    residual: jax.Array | None = None,
+    train: bool,
+    drop: Callable[[jax.Array], jax.Array] = _identity,
+) -> jax.Array:
+    """Computes `rectify(norm(conv(x)) + residual)`, in evaluation as one operation.
+
+    Layers of a class of their own, such as those that record what they return, are called.
+
+    Args:
+      conv: any convolution.
+      norm: of its result; None for none.
+      x: `[N, H, W, in_features]`.
+      rectify: as `rectifier` returns it; None for none.
+      residual: in the shape of the result; None adds nothing.
+      train: as in calling the layers.
+      drop: in training, applied before the residual is added, such as `drop_path`.
+    """
+    own = type(conv) is not Conv or type(norm) not in (BatchNorm, type(None))
+    if train or own or rectify not in (None, relu):
+        y = conv(x, train=train)
+        y = y if norm is None else norm(y, train=train)
+        y = y if residual is None else drop(y) + residual
+        return y if rectify is None else rectify(y)
+    after: dict[str, Any] = {"residual": residual, "out_relu": "last" if rectify else False}
+    if norm is not None:
+        after["out_scale"], after["out_bias"] = norm.scale_and_bias(wide_dtype(x.dtype))
+    return conv(x, **after)
+
+
 def computed_once(x: jax.Array) -> jax.Array:
     """Returns `x`, which XLA's CPU backend then does not compute again for each of its readers."""
     return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
@@ -89,3 +132,24 @@ def fix_weights(
     for _, layer in list(nnx.iter_modules(network)):
         if isinstance(layer, Conv | Linear) and isinstance(layer.weight, LowBitWeight):
             layer.weight = nnx.data(fix(layer.weight))  # type: ignore[assignment]
+
+
+class Packed(nnx.Variable):
+    """Weights that `pack_weights` arranged."""
+
+
+def pack_weights(network: nnx.Module) -> None:
+    """Packs the float32 weights of convolutions, so that programs on a CPU need not do it again.
+
+    They are for predictions only: later changes of the weights have no effect on them. They take up
+    to 1.8 times as much memory as the weights, which stay for other dtypes and devices.
+    """
+    if platform() != "cpu":
+        return
+    for _, layer in nnx.iter_modules(network):
+        if not isinstance(layer, Conv) or not isinstance(layer.weight, Float):
+            continue
+        if layer.groups == 1 < layer.weight.shape[0]:  # there is little to pack in 1x1 ones
+            packed = pack(np.asarray(layer.weight()), stride=layer.stride)
+            if packed is not None:
+                layer.packed = nnx.data(Packed(jnp.asarray(packed)))

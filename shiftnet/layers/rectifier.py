@@ -50,13 +50,14 @@ def rectifier(
     """
     if activations == "sign":
         return _identity
-    return RPReLU(features) if activations == "rsign" else _relu
+    return RPReLU(features) if activations == "rsign" else relu
 
 
 # Functions of this module, so that networks can be pickled.
 
 
-def _relu(x: jax.Array) -> jax.Array:
+def relu(x: jax.Array) -> jax.Array:
+    """Returns the larger of `x` and 0."""
     return nnx.relu(x)
 
 

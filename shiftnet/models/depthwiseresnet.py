@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv, rectifier
+from shiftnet.layers import BatchNorm, Conv, convolve, rectifier
 from shiftnet.models import resnet
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.resnet import Shortcut
@@ -44,12 +44,12 @@ class DepthwiseBlock(nnx.Module):
         self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
-        y = self.bn2(self.depth(y, train=train), train=train)
-        y = self.bn3(self.conv3(y, train=train), train=train)
+        y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
+        y = convolve(self.depth, self.bn2, y, train=train)
+        last: dict[str, Any] = {}
         if self.shortcut is not None:
-            y = drop_path(y) + self.shortcut(x, train=train)
-        return self.relu2(y)
+            last = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        return convolve(self.conv3, self.bn3, y, self.relu2, train=train, **last)
 
 
 def build(depth: int, num_classes: int, *, depthwise_skip: bool, **options: Any) -> resnet.ResNet:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv, Linear, rectifier
+from shiftnet.layers import BatchNorm, Conv, Linear, convolve, rectifier
 from shiftnet.layers.pooling import max_pool
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
@@ -39,9 +39,9 @@ class BasicBlock(nnx.Module):
         self.relu2 = rectifier(features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
-        y = self.bn2(self.conv2(y, train=train), train=train)
-        return self.relu2(drop_path(y) + self.shortcut(x, train=train))
+        y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        return convolve(self.conv2, self.bn2, y, self.relu2, train=train, **last)
 
 
 class Bottleneck(nnx.Module):
@@ -66,10 +66,10 @@ class Bottleneck(nnx.Module):
         self.relu3 = rectifier(out, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
-        y = self.relu2(self.bn2(self.conv2(y, train=train), train=train))
-        y = self.bn3(self.conv3(y, train=train), train=train)
-        return self.relu3(drop_path(y) + self.shortcut(x, train=train))
+        y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
+        y = convolve(self.conv2, self.bn2, y, self.relu2, train=train)
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        return convolve(self.conv3, self.bn3, y, self.relu3, train=train, **last)
 
 
 # Depth -> block and blocks a stage.
@@ -132,8 +132,7 @@ class ImageNetResNet(Network):
         self.linear = Linear(inside, num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = self.conv1(x)
-        x = max_pool(self.relu(self.bn1(x, train=train)))
+        x = max_pool(convolve(self.conv1, self.bn1, x, self.relu, train=train))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = block(x, train=train)

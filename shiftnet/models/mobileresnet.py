@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv, rectifier
+from shiftnet.layers import BatchNorm, Conv, convolve, rectifier
 from shiftnet.models import resnet
 
 
@@ -49,10 +49,10 @@ class MobileBlock(nnx.Module):
         self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = self.depth_relu1(self.depth_bn1(self.depth1(x, train=train), train=train))
-        x = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
-        x = self.depth_relu2(self.depth_bn2(self.depth2(x, train=train), train=train))
-        return self.relu2(self.bn2(self.conv2(x, train=train), train=train))
+        x = convolve(self.depth1, self.depth_bn1, x, self.depth_relu1, train=train)
+        x = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
+        x = convolve(self.depth2, self.depth_bn2, x, self.depth_relu2, train=train)
+        return convolve(self.conv2, self.bn2, x, self.relu2, train=train)
 
 
 build = functools.partial(resnet.build, block_type=MobileBlock)

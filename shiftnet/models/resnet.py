@@ -16,7 +16,7 @@ from flax import nnx
 
 from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import affine, every, product
-from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm, rectifier
+from shiftnet.layers import BatchNorm, Conv, Linear, convolve, fold_batch_norm, rectifier
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
@@ -83,7 +83,7 @@ class ResNet(Network):
         self.linear = Linear(widths[2], num_classes, weights=ends, rngs=rngs)
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = self.relu(self.bn1(self.conv1(x), train=train))
+        x = convolve(self.conv1, self.bn1, x, self.relu, train=train)
         for block in itertools.chain(self.layer1, self.layer2, self.layer3):
             x = block(x, train=train)
         return self.linear(_pool(x))
@@ -126,8 +126,10 @@ class Shortcut(nnx.Module):
         if not self.projection:
             return x
         conv, bn = self.projection
-        x = conv.read(every(x, conv.stride), train=train)
-        kernel, bias = fold_batch_norm(conv, bn, x, train=train)
+        if not train:
+            return convolve(conv, bn, x, train=False)
+        x = conv.read(every(x, conv.stride), train=True)
+        kernel, bias = fold_batch_norm(conv, bn, x, train=True)
         return affine(product(x, kernel), None, bias)
 
 
@@ -154,9 +156,9 @@ class BasicBlock(nnx.Module):
         self.relu2 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
-        y = self.bn2(self.conv2(y, train=train), train=train)
-        return self.relu2(drop_path(y) + self.shortcut(x, train=train))
+        y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        return convolve(self.conv2, self.bn2, y, self.relu2, train=train, **last)
 
 
 def reduced_widths(reduction: float, reduction_mode: str) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from shiftnet.errors import UserError
-from shiftnet.layers import BatchNorm, Conv, rectifier
+from shiftnet.layers import BatchNorm, Conv, convolve, rectifier
 from shiftnet.models import resnet
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.resnet import Shortcut
@@ -62,11 +62,11 @@ class ShuffleBlock(nnx.Module):
         self.relu3 = rectifier(out_features, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu1(self.bn1(self.conv1(x, train=train), train=train))
+        y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
         y = channel_shuffle(y, GROUPS)
-        y = self.relu2(self.bn2(self.depth(y, train=train), train=train))
-        y = self.bn3(self.conv3(y, train=train), train=train)
-        return self.relu3(drop_path(y) + self.shortcut(x, train=train))
+        y = convolve(self.depth, self.bn2, y, self.relu2, train=train)
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        return convolve(self.conv3, self.bn3, y, self.relu3, train=train, **last)
 
 
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shiftnet.layers import BatchNorm, Conv, rectifier
+from shiftnet.layers import BatchNorm, Conv, convolve, rectifier
 from shiftnet.layers.pooling import average_pool
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
@@ -41,12 +41,12 @@ class WideBlock(nnx.Module):
         self.conv1 = Conv(out_features, out_features, 3, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.conv0(self.relu0(self.bn0(x, train=train)), train=train)
-        y = self.conv1(self.relu1(self.bn1(y, train=train)), train=train)
-        if x.shape != y.shape:
+        y = self.relu0(self.bn0(x, train=train))
+        y = convolve(self.conv0, self.bn1, y, self.relu1, train=train)
+        if self.conv0.stride != 1:  # then the shape changes
             x = average_pool(x)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
-        return drop_path(y) + x
+        return convolve(self.conv1, None, y, residual=x, drop=drop_path, train=train)
 
 
 class WideResNet(Network):
@@ -104,7 +104,7 @@ class WideResNet(Network):
             for block in group:
                 x = block(x, train=train)
         x = nnx.relu(self.bn(x, train=train))
-        return self.bn_last(self.conv_last(x), train=train).mean((1, 2))
+        return convolve(self.conv_last, self.bn_last, x, train=train).mean((1, 2))
 
 
 build = WideResNet

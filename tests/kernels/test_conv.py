@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from shiftnet.kernels import implementations, native
-from shiftnet.kernels.conv import conv
+from shiftnet.kernels.conv import conv, pack
 from tests.kernels import test_shift_block
 
 needs_library = pytest.mark.skipif(
@@ -88,6 +88,11 @@ CASES = [
     (3, 8, 8, 64, 64, 3, 1, 1),
     (1, 7, 7, 320, 260, 3, 1, 1),  # weights in slices
     (1, 9, 7, 130, 96, 3, 2, 1),
+    (2, 7, 9, 17, 35, 3, 1, 1),  # tiles of 2x2 pixels beyond the image, vectors of channels in part
+    (2, 4, 6, 40, 16, 3, 1, 1),
+    (3, 9, 8, 37, 45, 3, 1, 1),
+    (3, 14, 14, 256, 256, 3, 1, 1),  # several parts and slices
+    (2, 2, 3, 16, 16, 3, 1, 1),
     (2, 1, 1, 5, 3, 3, 1, 1),
     (2, 1, 1, 5, 3, 3, 2, 1),
     (1, 3, 2, 1, 1, 7, 1, 1),
@@ -127,6 +132,89 @@ def test_any_shape_is_right(images, inside, outside, kernel, stride, groups, see
     check((*images, inside * groups, outside * groups, kernel, stride, groups), seed)
 
 
+AFTER = [  # channels in and out, window, stride, groups
+    (16, 20, 3, 1, 1),
+    (3, 20, 3, 2, 1),
+    (20, 35, 1, 2, 1),
+    (20, 20, 3, 1, 20),
+    (8, 12, 3, 1, 2),
+]
+
+
+@needs_library
+@pytest.mark.parametrize("case", AFTER, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    ("relu", "left_out"), [(False, "out_scale"), (True, "out_bias"), ("last", None)]
+)
+def test_what_follows_a_convolution_is_computed_with_it(case, relu, left_out):
+    _, outside, _, stride, groups = case
+    x, w, dy = arrays(2, 7, 6, *case)
+    rng = np.random.default_rng(1)
+    after = {
+        "out_scale": rng.standard_normal(outside, np.float32),
+        "out_bias": rng.standard_normal(outside, np.float32),
+        "residual": rng.standard_normal(dy.shape, np.float32),
+    }
+    after.pop(left_out, None)
+    expected = by_taps(x, w, stride, groups, dy)[0]
+    expected = expected * after.get("out_scale", 1) + after.get("out_bias", 0)
+    expected = np.maximum(expected, 0) if relu is True else expected
+    expected = expected + after.get("residual", 0)
+    expected = np.maximum(expected, 0) if relu == "last" else expected
+    ours = conv(x, w, stride=stride, groups=groups, out_relu=relu, implementation="cpu", **after)
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
+    plain = conv(x, w, stride=stride, groups=groups, out_relu=relu, implementation="xla", **after)
+    np.testing.assert_allclose(plain, expected, rtol=2e-5, atol=2e-5)
+
+
+@needs_library
+def test_gradients_pass_through_what_follows_a_convolution():
+    x, w, residual = arrays(1, 5, 4, 16, 16, 3, 1, 1)
+    scale, bias = w[0, 0, 0], w[1, 1, 1]
+
+    def gradients(implementation):
+        def loss(x, w, scale, bias, residual):
+            after = {"out_scale": scale, "out_bias": bias, "residual": residual}
+            y = conv(x, w, **after, out_relu="last", implementation=implementation)
+            return jnp.sin(y).sum()
+
+        return jax.grad(loss, tuple(range(5)))(x, w, scale, bias, residual)
+
+    jax.tree.map(
+        lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4),
+        gradients("cpu"),
+        gradients("xla"),
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_values_that_are_not_numbers_are_not_rectified_away(implementation):
+    x, w, _ = arrays(1, 4, 4, 16, 16, 3, 1, 1)
+    x[0, 0, 0, 0] = np.nan
+    y = conv(x, w, out_relu="last", implementation=implementation)
+    assert np.isnan(y[0, 0, 0]).all()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, 8, 6, 16, 35, 3, 1, 1),
+        (2, 8, 6, 5, 35, 3, 1, 1),
+        (2, 8, 6, 16, 16, 3, 2, 1),
+        (2, 1, 1, 16, 16, 3, 1, 1),  # too small for the algorithm that the weights are packed for
+    ],
+)
+def test_packed_weights_give_the_same_bits(case):
+    x, w, _ = arrays(*case)
+    packed = pack(w, stride=case[-2])
+    np.testing.assert_array_equal(
+        conv(x, np.zeros_like(w) if x.shape[1] > 1 else w, packed=packed, stride=case[-2]),
+        conv(x, w, stride=case[-2]),
+    )
+
+
 @needs_library
 def test_the_same_bits_for_any_number_of_threads():
     program = "from tests.kernels.test_conv import print_digest; print_digest()"
@@ -152,6 +240,7 @@ def print_digest():
         (20, 32, 32, 16, 16, 3, 1, 1),
         (9, 16, 16, 32, 64, 3, 2, 1),
         (3, 16, 16, 84, 84, 3, 1, 84),
+        (9, 9, 7, 64, 80, 3, 1, 1),
     ]
     for case in shapes:
         x, w, dy = arrays(*case)
@@ -289,6 +378,8 @@ def test_processes_that_start_together_compile_once(fresh, tmp_path):
         ((1, 4, 4, 3), (2, 2, 3, 2), {}, "odd k"),
         ((1, 4, 4, 4), (3, 3, 2, 3), {"groups": 2}, "divide K"),
         ((1, 4, 4, 3), (3, 3, 3, 2), {"stride": 0}, "whole stride"),
+        ((1, 4, 4, 3), (3, 3, 3, 2), {"out_bias": jnp.ones(3)}, "out_bias"),
+        ((1, 4, 4, 3), (3, 3, 3, 2), {"residual": jnp.ones((1, 4, 4, 3))}, "residual"),
     ],
 )
 def test_what_does_not_fit_is_refused(x, w, settings, message):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from shiftnet.kernels import native
+from shiftnet.kernels.implementations import only_xla
 from shiftnet.kernels.shift import plain as plain_shift
 from shiftnet.layers import BatchNorm, Conv, fold_batch_norm
-from shiftnet.layers.folding import fix_weights, fold_batch_norms
+from shiftnet.layers.folding import Packed, fix_weights, fold_batch_norms, pack_weights
 from shiftnet.quantizers import Float, LowBitWeight, of_layers
 from tests import networks
 from tests.models.test_build import config
@@ -41,6 +43,25 @@ def test_fixing_weights_changes_no_logits(form, fix):
     fix_weights(model, fix)
     assert {type(weight) for weight in of_layers(model).values()} == {Float}  # the ends otherwise
     np.testing.assert_allclose(networks.evaluate(model, x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet8", "depthwiseresnet8", "mobileresnet8", "shuffleresnet8", "wrn8"]
+)
+def test_packed_weights_and_joint_operations_change_no_logits(arch):
+    """In a network for predictions on a CPU, against layers that run one by one in plain XLA."""
+    model = networks.random(config(arch), 10)
+    x = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    apart = nnx.clone(model)
+    for _, layer in list(nnx.iter_modules(apart)):
+        if isinstance(layer, Conv):
+            object.__setattr__(layer, "__class__", type("Own", (Conv,), {}))
+    with only_xla():
+        before = networks.evaluate(apart, x)
+    pack_weights(model)
+    if native.load().library is not None:
+        assert nnx.to_flat_state(nnx.state(model, Packed))
+    np.testing.assert_allclose(networks.evaluate(model, x), before, rtol=1e-4, atol=1e-4)
 
 
 def of(kernel: jax.Array) -> Conv:

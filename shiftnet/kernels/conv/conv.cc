@@ -3,14 +3,15 @@
 // Images are [N, H, W, C], weights [k, k, C / groups, K], float32. The kernel's side k is odd, the
 // padding k / 2 zeros on every side, the output [N, ceil(H / stride), ceil(W / stride), K].
 //
-// Every operation copies a band of an image's rows into a zero-padded buffer that stays in the
-// cache, so that no loop knows about borders. In such a buffer the k * C values under one row of
-// the kernel are contiguous, as are the weights they meet. Hence a dense convolution is, for each
-// row of the kernel, a product of a matrix [pixels, k * C] whose rows overlap, and one of
+// A dense convolution copies a band of an image's rows into a zero-padded buffer that stays in the
+// cache, so that no loop knows about borders; one of 1x1 needs no copy. In such a buffer the k * C
+// values under one row of the kernel are contiguous, as are the weights they meet. Hence it is, for
+// each row of the kernel, a product of a matrix [pixels, k * C] whose rows overlap, and one of
 // [k * C, K]: `MultiplyTile` computes it for a few pixels and a few vectors of output channels,
 // whose sums stay in registers. The gradient of the input is the same operation with the kernel
 // turned around; with a stride it is stride * stride of them, each with a part of the kernel. The
 // gradient of the weights keeps a tile of [k * C, K] in registers while it runs over the pixels.
+// Where all of this is 3x3 at stride 1, Winograd's algorithm, below, needs fewer multiplications.
 // Depthwise convolutions run over vectors of channels.
 //
 // Results do not depend on the number of threads: each value is summed by one thread in a fixed
@@ -107,6 +108,14 @@ struct Correlation {
   int64_t kernel, groups, in, out;
   bool transposed;  // whether the weights are [k, k, out, in]
 
+  // Whether a target pixel is the sum over the 3x3 source pixels around it.
+  bool IsSame3x3() const {
+    const auto fits = [](const Axis& axis) {
+      return axis.taps == 3 && axis.first == -1 && axis.stride == 1 && axis.step == 1;
+    };
+    return phases.size() == 1 && fits(phases[0].rows) && fits(phases[0].columns);
+  }
+
   // Offset of the weight for kernel row and column 0 and for a group's first channels.
   int64_t WeightOffset(int64_t group) const { return group * (transposed ? in : out); }
   int64_t WeightStride() const { return transposed ? groups * in : groups * out; }
@@ -133,39 +142,46 @@ Window WindowOf(const Phase& phase, int64_t row, int64_t rows, int64_t first, in
           pitch};
 }
 
-// Weights of one phase and group, [taps of rows][taps of columns * in][vectors * kLanes] for each
-// block of `vectors` vectors of output channels from vector `begin`.
-void PackBlock(const Correlation& c, const Phase& phase, int64_t group, int64_t begin,
-               int64_t vectors, const float* weights, float* packed) {
+// A correlation's weights, and the same as its function packs them, or null.
+struct Weights {
+  const float *values, *packed;
+};
+
+constexpr int64_t kVectorsOfTask = 4;  // that are packed at a time
+
+// Writes the weights of one phase and group for `vectors` vectors of output channels from vector
+// `begin`, [taps of rows][taps of columns][in][kLanes] each, to `packed`, which are `size` floats.
+void PackVectors(const Correlation& c, const Phase& phase, int64_t group, int64_t begin,
+                 int64_t vectors, int64_t size, const float* weights, float* packed) {
   const int64_t row_stride = c.WeightStride(), tap = (c.transposed ? c.out : c.in) * row_stride;
-  const int64_t in_stride = c.transposed ? 1 : row_stride, out_stride = c.transposed ? row_stride : 1;
-  const int64_t width = vectors * kLanes, first = begin * kLanes;
-  const int64_t channels = std::min(width, c.out - first);
+  const int64_t first = begin * kLanes, channels = std::min(vectors * kLanes, c.out - first);
   for (int64_t r = 0; r < phase.rows.taps; ++r) {
-    for (int64_t t = 0; t < phase.columns.taps; ++t) {
+    for (int64_t t = 0; t < phase.columns.taps; ++t, packed += c.in * kLanes) {
       const int64_t row = phase.rows.tap_start + r * phase.rows.tap_step;
       const int64_t column = phase.columns.tap_start + t * phase.columns.tap_step;
       const float* from = weights + c.WeightOffset(group) + (row * c.kernel + column) * tap +
-                          first * out_stride;
-      if (c.transposed) {
-        // Reads are contiguous; the block that is written stays in the cache.
-        if (channels < width) std::memset(packed, 0, c.in * width * sizeof(float));
-        for (int64_t o = 0; o < channels; ++o) {
-          for (int64_t i = 0; i < c.in; ++i) packed[i * width + o] = from[o * out_stride + i];
+                          first * (c.transposed ? row_stride : 1);
+      if (c.transposed) {  // reads are contiguous; what is written stays in the cache
+        for (int64_t o = 0; o < vectors * kLanes; ++o) {
+          float* const to = packed + o / kLanes * size + o % kLanes;
+          for (int64_t i = 0; i < c.in; ++i) {
+            to[i * kLanes] = o < channels ? from[o * row_stride + i] : 0;
+          }
         }
       } else {
         for (int64_t i = 0; i < c.in; ++i) {
-          std::memcpy(packed + i * width, from + i * in_stride, channels * sizeof(float));
-          std::fill(packed + i * width + channels, packed + (i + 1) * width, 0.0f);
+          for (int64_t v = 0; v < vectors; ++v) {
+            Store(packed + v * size + i * kLanes,
+                  LoadPart(from + i * row_stride + v * kLanes, channels - v * kLanes));
+          }
         }
       }
-      packed += c.in * width;
     }
   }
 }
 
 void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* source,
-                    const float* weights, float* target) {
+                    const Weights& weights, const Epilogue& epilogue, float* target) {
   const int64_t vectors = CeilDiv(c.out, kLanes), threads = std::max<int64_t>(pool.num_threads(), 1);
   struct Plan {
     int64_t depth, size, block, slice, slices, rows, bands, packed, tasks;
@@ -192,27 +208,25 @@ void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* so
     plans.push_back(plan);
   }
 
-  Buffer packed(packed_size);
+  Buffer packed(weights.packed ? 0 : packed_size);
+  const float* const all_packed = weights.packed ? weights.packed : packed.get();
   auto packed_from = [&](int64_t phase, int64_t group, int64_t vector) {
-    return packed.get() + plans[phase].packed + (group * vectors + vector) * plans[phase].size;
+    return plans[phase].packed + (group * vectors + vector) * plans[phase].size;
   };
-  struct Block {
+  struct Vectors {
     int64_t phase, group, begin;
   };
-  std::vector<Block> blocks;
-  for (int64_t phase = 0; phase < int64_t(plans.size()); ++phase) {
+  std::vector<Vectors> to_pack;
+  for (int64_t phase = 0; !weights.packed && phase < int64_t(plans.size()); ++phase) {
     for (int64_t group = 0; group < c.groups; ++group) {
-      for (int64_t v = 0; v < vectors; v += plans[phase].block) blocks.push_back({phase, group, v});
+      for (int64_t v = 0; v < vectors; v += kVectorsOfTask) to_pack.push_back({phase, group, v});
     }
   }
-  constexpr int64_t kBlocksOfTask = 4;
-  Parallel(pool, CeilDiv(blocks.size(), kBlocksOfTask), [&](int64_t task) {
-    const int64_t end = std::min<int64_t>((task + 1) * kBlocksOfTask, blocks.size());
-    for (int64_t i = task * kBlocksOfTask; i < end; ++i) {
-      const auto [phase, group, begin] = blocks[i];
-      PackBlock(c, c.phases[phase], group, begin, std::min(plans[phase].block, vectors - begin),
-                weights, packed_from(phase, group, begin));
-    }
+  Parallel(pool, to_pack.size(), [&](int64_t task) {
+    const auto [phase, group, begin] = to_pack[task];
+    PackVectors(c, c.phases[phase], group, begin, std::min(kVectorsOfTask, vectors - begin),
+                plans[phase].size, weights.values,
+                packed.get() + packed_from(phase, group, begin));
   });
 
   Parallel(pool, tasks, [&](int64_t task) {
@@ -225,52 +239,279 @@ void CorrelateDense(ffi::ThreadPool& pool, const Correlation& c, const float* so
     const int64_t group = task / plan.bands / c.source.count / plan.slices;
     const int64_t row = band_index * plan.rows, rows = std::min(plan.rows, phase.rows.count - row);
     const Window window = WindowOf(phase, row, rows, group * c.in, c.in, c.in);
-    Buffer band(band_size);
-    CopyWindow(source + image * c.source.height * c.source.width * c.source.channels, c.source,
-               window, band.get());
-
-    Tile tile;
-    tile.x_pixel = phase.columns.stride * c.in;
-    tile.x_row = window.columns * c.in;
+    const float* x = source + image * c.source.height * c.source.width * c.source.channels;
+    const bool copied = c.kernel != 1 || phase.rows.taps * phase.columns.taps != 1;  // or no border
+    Buffer band(copied ? band_size : 0);
+    Tile tile{};
+    if (copied) {
+      CopyWindow(x, c.source, window, band.get());
+      x = band.get();
+      tile.x_pixel = phase.columns.stride * c.in;
+      tile.x_row = window.columns * c.in;
+    } else {
+      tile.x_pixel = phase.columns.stride * c.source.channels;
+      tile.x_row = c.source.width * c.source.channels;
+      x += window.top * tile.x_row + window.left * c.source.channels + window.first;
+    }
     tile.rows = phase.rows.taps;
     tile.depth = plan.depth;
+    tile.w_row = kLanes;
+    tile.w_vector = plan.size;
     tile.out_pixel = phase.columns.step * c.target.channels;
     const int64_t out_row = phase.rows.step * c.target.width * c.target.channels;
-    float* const out = target + group * c.out +
-                       ((image * c.target.height + phase.rows.start + row * phase.rows.step) *
-                            c.target.width + phase.columns.start) * c.target.channels;
+    const int64_t out = group * c.out +
+                        ((image * c.target.height + phase.rows.start + row * phase.rows.step) *
+                             c.target.width + phase.columns.start) * c.target.channels;
     const int64_t last = std::min((slice + 1) * plan.slice, vectors);
     for (int64_t v = slice * plan.slice; v < last; v += plan.block) {
       const int64_t block = std::min(plan.block, last - v);
-      tile.w_row = block * kLanes;
       tile.out_channels = std::min(block * kLanes, c.out - v * kLanes);
       const int64_t pixels = EvenPixels(phase.columns.count, block);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t p = 0; p < phase.columns.count; p += pixels) {
           const int64_t count = std::min(pixels, phase.columns.count - p);
+          const int64_t at = out + r * out_row + p * tile.out_pixel + v * kLanes;
+          tile.epilogue = epilogue.At(group * c.out + v * kLanes, at);
           kMultiply[block - 1][count - 1](
-              tile, band.get() + r * phase.rows.stride * tile.x_row + p * tile.x_pixel,
-              packed_from(index, group, v), out + r * out_row + p * tile.out_pixel + v * kLanes);
+              tile, x + r * phase.rows.stride * tile.x_row + p * tile.x_pixel,
+              all_packed + packed_from(index, group, v), target + at);
         }
       }
     }
   });
 }
 
-// The same for one channel a group: x, w and out are vectors of channels.
+// ------------------------------------------------------------------------------------------------
+// Winograd's F(2x2, 3x3), Lavin and Gray, arXiv:1509.09308: 3x3 windows at stride 1
+//
+// A tile is 2x2 pixels of the target, which read 4x4 of the source. With
+//       1  0 -1  0          1    0    0
+//   B = 0  1  1  0      G = 1/2  1/2  1/2      A = 1  1  1  0
+//       0 -1  1  0          1/2 -1/2  1/2          0  1 -1 -1
+//       0  1  0 -1          0    0    1
+// the tile is A [(G g G') * (B d B')] A', g being the kernel's 3x3 values and d the source's 4x4: for
+// each of the 16 places a product of matrices [tiles, in] and [in, out], 4 multiplications per pixel
+// instead of 9. All tiles of a few rows are computed at a time, so that both transforms of them stay
+// in the cache.
+
+constexpr int64_t kPlaces = 16;
+// Size in floats of the transforms of a task's tiles, and its least and greatest number of tiles.
+constexpr int64_t kTransforms = 192 * 1024, kLeastTiles = 48, kMostTiles = 256;
+
+// Whether the correlation is computed in this way. Small images would mostly be padding.
+bool IsWinograd(const Correlation& c) {
+  if (!c.IsSame3x3()) return false;
+  const Phase& phase = c.phases[0];
+  const int64_t pixels = phase.rows.count * phase.columns.count;
+  const int64_t covered = RoundUp(phase.rows.count, 2) * RoundUp(phase.columns.count, 2);
+  return c.groups == 1 && c.in >= 16 && c.out >= 16 && 2 * covered <= 3 * pixels;
+}
+
+// G g G' of a kernel packed by `PackVectors`, [9][in][kLanes], to [16][in][kLanes].
+void TransformKernel(int64_t in, const float* g, float* transformed) {
+  const int64_t size = in * kLanes;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    Vector half[4][3];
+    for (int t = 0; t < 3; ++t) {
+      const Vector a = Load(g + t * size + i), b = Load(g + (3 + t) * size + i),
+                   c = Load(g + (6 + t) * size + i);
+      half[0][t] = a;
+      half[1][t] = 0.5f * ((a + c) + b);
+      half[2][t] = 0.5f * ((a + c) - b);
+      half[3][t] = c;
+    }
+    for (int r = 0; r < 4; ++r) {
+      const Vector a = half[r][0], b = half[r][1], c = half[r][2];
+      float* const to = transformed + 4 * r * size + i;
+      Store(to, a);
+      Store(to + size, 0.5f * ((a + c) + b));
+      Store(to + 2 * size, 0.5f * ((a + c) - b));
+      Store(to + 3 * size, c);
+    }
+  }
+}
+
+// B d B' for a vector of channels; `pixels` are the 16 of the source, `plane` is the distance
+// between places in `out`.
+inline void TransformSource(const float* const* pixels, int64_t channel, int64_t left,
+                            int64_t plane, float* out) {
+  Vector half[4][4];
+  for (int t = 0; t < 4; ++t) {
+    Vector d[4];
+    for (int r = 0; r < 4; ++r) d[r] = LoadPart(pixels[4 * r + t] + channel, left);
+    half[0][t] = d[0] - d[2];
+    half[1][t] = d[1] + d[2];
+    half[2][t] = d[2] - d[1];
+    half[3][t] = d[1] - d[3];
+  }
+  for (int r = 0; r < 4; ++r) {
+    const Vector* d = half[r];
+    float* const to = out + 4 * r * plane + channel;
+    StorePart(to, d[0] - d[2], left);
+    StorePart(to + plane, d[1] + d[2], left);
+    StorePart(to + 2 * plane, d[2] - d[1], left);
+    StorePart(to + 3 * plane, d[1] - d[3], left);
+  }
+}
+
+// A m A' for a vector of channels.
+inline void TransformTarget(const float* m, int64_t plane, Vector (&out)[2][2]) {
+  Vector half[2][4];
+  for (int t = 0; t < 4; ++t) {
+    Vector v[4];
+    for (int r = 0; r < 4; ++r) v[r] = Load(m + (4 * r + t) * plane);
+    half[0][t] = v[0] + v[1] + v[2];
+    half[1][t] = v[1] - v[2] - v[3];
+  }
+  for (int r = 0; r < 2; ++r) {
+    const Vector* v = half[r];
+    out[r][0] = v[0] + v[1] + v[2];
+    out[r][1] = v[1] - v[2] - v[3];
+  }
+}
+
+int64_t WinogradSize(const Correlation& c) {  // of a vector of output channels
+  return kPlaces * c.in * kLanes;
+}
+
+// Packs a few vectors of output channels from vector `first`, [16][in][kLanes] each.
+void PackWinograd(const Correlation& c, int64_t first, const float* weights, float* packed) {
+  const int64_t size = 9 * c.in * kLanes;
+  const int64_t count = std::min(kVectorsOfTask, CeilDiv(c.out, kLanes) - first);
+  Buffer kernel(count * size);
+  PackVectors(c, c.phases[0], 0, first, count, size, weights, kernel.get());
+  for (int64_t v = 0; v < count; ++v) {
+    TransformKernel(c.in, kernel.get() + v * size, packed + (first + v) * WinogradSize(c));
+  }
+}
+
+// A tile of the target: its image, and its first row and column.
+struct Place {
+  int64_t image, row, column;
+
+  static Place Of(int64_t tile, int64_t across, int64_t down) {
+    return {tile / (across * down), tile / across % down * 2, tile % across * 2};
+  }
+  void Advance(int64_t height, int64_t width) {
+    if ((column += 2) < width) return;
+    column = 0;
+    if ((row += 2) < height) return;
+    row = 0;
+    ++image;
+  }
+};
+
+// B d B' of `count` tiles from `at` on, [16][count][channels], `plane` floats per place.
+void TransformTiles(const float* source, const Images& images, Place at, int64_t count,
+                    int64_t plane, float* out) {
+  const int64_t height = images.height, width = images.width, channels = images.channels;
+  Buffer zeros(channels);
+  std::memset(zeros.get(), 0, channels * sizeof(float));
+  for (int64_t tile = 0; tile < count; ++tile, at.Advance(height, width)) {
+    const float* pixels[kPlaces];
+    for (int64_t r = 0; r < 4; ++r) {
+      const int64_t y = at.row - 1 + r;
+      const int64_t line = ((at.image * height + y) * width + at.column - 1) * channels;
+      for (int64_t s = 0; s < 4; ++s) {
+        const int64_t x = at.column - 1 + s;
+        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+        pixels[4 * r + s] = inside ? source + line + s * channels : zeros.get();
+      }
+    }
+    for (int64_t i = 0; i < channels; i += kLanes) {
+      TransformSource(pixels, i, channels - i, plane, out + tile * channels);
+    }
+  }
+}
+
+void CorrelateWinograd(ffi::ThreadPool& pool, const Correlation& c, const float* source,
+                       const Weights& weights, const Epilogue& epilogue, float* target) {
+  const int64_t vectors = CeilDiv(c.out, kLanes), threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t across = CeilDiv(c.target.width, 2), down = CeilDiv(c.target.height, 2);
+  const int64_t tiles = c.target.count * down * across, transformed = WinogradSize(c);
+
+  Buffer own(weights.packed ? 0 : vectors * transformed);
+  if (!weights.packed) {
+    Parallel(pool, CeilDiv(vectors, kVectorsOfTask), [&](int64_t task) {
+      PackWinograd(c, task * kVectorsOfTask, weights.values, own.get());
+    });
+  }
+  const float* const packed = weights.packed ? weights.packed : own.get();
+
+  const int64_t block = BestVectors(kLeastTiles, vectors), width = block * kLanes;
+  const int64_t fitting = kTransforms / (kPlaces * (c.in + width));
+  // Few tiles are divided over the output channels first: each task reads its weights but once.
+  const int64_t wanted = 2 * threads, blocks = CeilDiv(vectors, block);
+  const int64_t slices = tiles < wanted * kLeastTiles ? std::min(blocks, threads) : 1;
+  const int64_t slice = CeilDiv(blocks, slices) * block;
+  const int64_t most = std::min(std::clamp(fitting, kLeastTiles, kMostTiles),
+                                std::max<int64_t>(CeilDiv(tiles * slices, wanted), 8 * slices));
+  const int64_t parts = CeilDiv(tiles, most), of_task = CeilDiv(tiles, parts);
+
+  Parallel(pool, parts * slices, [&](int64_t task) {
+    const int64_t begin = task % parts * of_task, count = std::min(of_task, tiles - begin);
+    const int64_t first_vector = task / parts * slice;
+    const int64_t last_vector = std::min(first_vector + slice, vectors);
+    if (count <= 0) return;
+    // Distances between places, so that not all of them have the same address in a cache.
+    const int64_t plane = count * c.in + 16, product_plane = count * width + 16;
+    Buffer read(kPlaces * plane), products(kPlaces * product_plane);
+    const int64_t height = c.target.height, row_length = c.target.width;
+    const Place start = Place::Of(begin, across, down);
+    TransformTiles(source, c.source, start, count, plane, read.get());
+    Tile tile{};
+    tile.x_pixel = c.in;
+    tile.rows = 1;
+    tile.depth = c.in;
+    tile.w_row = kLanes;
+    tile.w_vector = transformed;
+    for (int64_t v = first_vector; v < last_vector; v += block) {
+      const int64_t now = std::min(block, last_vector - v), most = EvenPixels(count, now);
+      tile.out_pixel = tile.out_channels = now * kLanes;
+      for (int64_t place = 0; place < kPlaces; ++place) {
+        const float* const w = packed + v * transformed + place * c.in * kLanes;
+        for (int64_t t = 0; t < count; t += most) {
+          const int64_t pixels = std::min(most, count - t);
+          kMultiply[now - 1][pixels - 1](tile, read.get() + place * plane + t * c.in, w,
+                                         products.get() + place * product_plane + t * tile.out_pixel);
+        }
+      }
+      for (int64_t q = 0; q < now; ++q) {
+        const Finish finish(epilogue, (v + q) * kLanes, c.out);
+        Place at = start;
+        for (int64_t t = 0; t < count; ++t, at.Advance(height, row_length)) {
+          Vector out[2][2];
+          TransformTarget(products.get() + t * tile.out_pixel + q * kLanes, product_plane, out);
+          const int64_t first = ((at.image * height + at.row) * row_length + at.column) * c.out;
+          for (int64_t r = 0; r < 2; ++r) {
+            for (int64_t s = 0; s < 2; ++s) {
+              if (at.row + r >= height || at.column + s >= row_length) continue;
+              finish.Write(out[r][s], target, first + (r * row_length + s) * c.out);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------
+// One channel per group
+
+// As `MultiplyTile`; x, w and out are vectors of channels.
 template <int kPixels>
 void DepthwiseTile(const Tile& tile, const float* x, const float* w, float* out) {
-  Vector sums[kPixels] = {};
+  Vector sums[kPixels][1] = {};
   const int64_t pixel = tile.x_pixel;
   for (int64_t r = 0; r < tile.rows; ++r, x += tile.x_row) {
     const float* a = x;
     for (int64_t t = 0; t < tile.depth; ++t, a += tile.w_row, w += tile.w_row) {
       const Vector b = Load(w);
 #pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) sums[p] += b * Load(a + p * pixel);
+      for (int p = 0; p < kPixels; ++p) sums[p][0] += b * Load(a + p * pixel);
     }
   }
-  for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) StorePart(out, sums[p], tile.out_channels);
+  StoreTile<kPixels, 1>(tile, sums, out);
 }
 
 constexpr int kDepthwisePixels = 8;
@@ -280,8 +521,69 @@ constexpr std::array<MultiplyFunction, kDepthwisePixels> DepthwiseRow(std::index
 }
 constexpr auto kDepthwise = DepthwiseRow(std::make_index_sequence<kDepthwisePixels>());
 
+// kRows rows of the target of a 3x3 window at stride 1, for a vector of channels. A column of the
+// source is loaded once, for the three columns of the target that read it; there are `channels`
+// channels, the weights are [3][3][pitch], and `out` is the offset of the first pixel.
+template <int kRows>
+void DepthwiseRows(const std::array<const float*, kRows + 2>& rows, int64_t columns,
+                   int64_t channels, const float* weights, int64_t pitch, const Finish& finish,
+                   float* target, int64_t out) {
+  Vector w[3][3], before[kRows] = {}, here[kRows] = {};
+  for (int r = 0; r < 3; ++r) {
+    for (int t = 0; t < 3; ++t) w[r][t] = Load(weights + (3 * r + t) * pitch);
+  }
+  for (int64_t x = 0; x <= columns; ++x) {  // the last one completes the last column
+    Vector d[kRows + 2] = {}, after[kRows];
+    if (x < columns) {
+      for (int r = 0; r < kRows + 2; ++r) {
+        d[r] = LoadPart(rows[r] + x * channels + finish.first, finish.left);
+      }
+    }
+    for (int o = 0; o < kRows; ++o) {
+      const Vector complete = before[o] + w[0][2] * d[o] + w[1][2] * d[o + 1] + w[2][2] * d[o + 2];
+      if (x > 0) finish.Write(complete, target, out + (o * columns + x - 1) * channels);
+      before[o] = here[o] + w[0][1] * d[o] + w[1][1] * d[o + 1] + w[2][1] * d[o + 2];
+      after[o] = w[0][0] * d[o] + w[1][0] * d[o + 1] + w[2][0] * d[o + 2];
+    }
+    for (int o = 0; o < kRows; ++o) here[o] = after[o];
+  }
+}
+
+void CorrelateDepthwise3x3(ffi::ThreadPool& pool, const Correlation& c, const float* source,
+                           const float* packed, const Epilogue& epilogue, float* target) {
+  const int64_t channels = c.groups, height = c.source.height, width = c.source.width;
+  const int64_t line = width * channels, threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t pairs = CeilDiv(height, 2);  // of rows
+  const int64_t of_task = std::clamp<int64_t>(c.source.count * pairs / (4 * threads), 1, pairs);
+  const int64_t tasks = CeilDiv(pairs, of_task);
+  Buffer zeros(line);
+  std::memset(zeros.get(), 0, line * sizeof(float));
+  Parallel(pool, c.source.count * tasks, [&](int64_t task) {
+    const float* const image = source + task / tasks * height * line;
+    const int64_t begin = task % tasks * of_task * 2, end = std::min(begin + 2 * of_task, height);
+    const auto row_at = [&](int64_t row) {
+      return row >= 0 && row < height ? image + row * line : zeros.get();
+    };
+    for (int64_t row = begin; row < end; row += 2) {
+      const int64_t out = (task / tasks * height + row) * line;
+      const std::array<const float*, 4> rows = {row_at(row - 1), row_at(row), row_at(row + 1),
+                                                row_at(row + 2)};
+      for (int64_t first = 0; first < channels; first += kLanes) {
+        const Finish finish(epilogue, first, channels);
+        if (row + 1 < end) {
+          DepthwiseRows<2>(rows, width, channels, packed + first, RoundUp(channels, kLanes),
+                           finish, target, out);
+        } else {
+          DepthwiseRows<1>({rows[0], rows[1], rows[2]}, width, channels, packed + first,
+                           RoundUp(channels, kLanes), finish, target, out);
+        }
+      }
+    }
+  });
+}
+
 void CorrelateDepthwise(ffi::ThreadPool& pool, const Correlation& c, const float* source,
-                        const float* weights, float* target) {
+                        const Weights& weights, const Epilogue& epilogue, float* target) {
   const int64_t channels = c.groups, pitch = RoundUp(channels, kLanes);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   struct Plan {
@@ -308,13 +610,16 @@ void CorrelateDepthwise(ffi::ThreadPool& pool, const Correlation& c, const float
       for (int64_t t = 0; t < phase.columns.taps; ++t, to += pitch) {
         const int64_t row = phase.rows.tap_start + r * phase.rows.tap_step;
         const int64_t column = phase.columns.tap_start + t * phase.columns.tap_step;
-        const float* from = weights + (row * c.kernel + column) * channels;
+        const float* from = weights.values + (row * c.kernel + column) * channels;
         std::copy(from, from + channels, to);
         std::fill(to + channels, to + pitch, 0.0f);
       }
     }
   }
 
+  if (c.IsSame3x3()) {
+    return CorrelateDepthwise3x3(pool, c, source, packed.get(), epilogue, target);
+  }
   Parallel(pool, tasks, [&](int64_t task) {
     int64_t index = 0;
     while (task >= plans[index].tasks) task -= plans[index++].tasks;
@@ -326,7 +631,7 @@ void CorrelateDepthwise(ffi::ThreadPool& pool, const Correlation& c, const float
     Buffer band(band_size);
     CopyWindow(source + image * c.source.height * c.source.width * channels, c.source, window,
                band.get());
-    Tile tile;
+    Tile tile{};
     tile.x_pixel = phase.columns.stride * pitch;
     tile.x_row = window.columns * pitch;
     tile.rows = phase.rows.taps;
@@ -335,17 +640,18 @@ void CorrelateDepthwise(ffi::ThreadPool& pool, const Correlation& c, const float
     tile.out_pixel = phase.columns.step * channels;
     const int64_t pixels = CeilDiv(phase.columns.count, CeilDiv(phase.columns.count, kDepthwisePixels));
     for (int64_t r = 0; r < rows; ++r) {
-      float* const out = target + ((image * c.target.height + phase.rows.start +
-                                    (row + r) * phase.rows.step) *
-                                       c.target.width + phase.columns.start) * channels;
+      const int64_t out = ((image * c.target.height + phase.rows.start +
+                            (row + r) * phase.rows.step) *
+                               c.target.width + phase.columns.start) * channels;
       const float* const x = band.get() + r * phase.rows.stride * tile.x_row;
       for (int64_t p = 0; p < phase.columns.count; p += pixels) {
         const int64_t count = std::min(pixels, phase.columns.count - p);
         for (int64_t first = 0; first < channels; first += kLanes) {
+          const int64_t at = out + p * tile.out_pixel + first;
           tile.out_channels = channels - first;
+          tile.epilogue = epilogue.At(first, at);
           kDepthwise[count - 1](tile, x + p * tile.x_pixel + first,
-                                packed.get() + plan.packed + first,
-                                out + p * tile.out_pixel + first);
+                                packed.get() + plan.packed + first, target + at);
         }
       }
     }
@@ -353,12 +659,12 @@ void CorrelateDepthwise(ffi::ThreadPool& pool, const Correlation& c, const float
 }
 
 void Correlate(ffi::ThreadPool& pool, const Correlation& c, const float* source,
-               const float* weights, float* target) {
-  if (c.in == 1 && c.out == 1 && c.groups > 1) {
-    CorrelateDepthwise(pool, c, source, weights, target);
-  } else {
-    CorrelateDense(pool, c, source, weights, target);
-  }
+               const Weights& weights, const Epilogue& epilogue, float* target) {
+  const bool depthwise = c.in == 1 && c.out == 1 && c.groups > 1;
+  const auto correlate = depthwise        ? CorrelateDepthwise
+                         : IsWinograd(c) ? CorrelateWinograd
+                                         : CorrelateDense;
+  correlate(pool, c, source, weights, epilogue, target);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -462,6 +768,120 @@ void WeightGradientDense(ffi::ThreadPool& pool, const Convolution& c, const floa
         Vector sum = Load(from + o);
         for (int64_t part = 1; part < d.parts; ++part) sum += Load(from + part * total + o);
         StorePart(to + o, sum, channels - o);
+      }
+    }
+  });
+}
+
+// Winograd's algorithm turned around: with u = sum over tiles of (B d B') (A' dy A), place by place a
+// product of matrices [in, tiles] and [tiles, out], the gradient is G' u G.
+
+// A' dy A for the vector of channels at `channel`, of which `left` exist: 2x2 pixels, or fewer at the
+// border, to 16 places.
+inline void TransformGradient(const float* dy, const Images& images, const Place& at,
+                              int64_t channel, int64_t left, int64_t plane, float* out) {
+  Vector half[4][2];
+  for (int t = 0; t < 2; ++t) {
+    Vector d[2] = {};
+    for (int r = 0; r < 2; ++r) {
+      if (at.row + r >= images.height || at.column + t >= images.width) continue;
+      const int64_t pixel = (at.image * images.height + at.row + r) * images.width + at.column + t;
+      d[r] = LoadPart(dy + pixel * images.channels + channel, left);
+    }
+    half[0][t] = d[0];
+    half[1][t] = d[0] + d[1];
+    half[2][t] = d[0] - d[1];
+    half[3][t] = -d[1];
+  }
+  for (int r = 0; r < 4; ++r) {
+    float* const to = out + 4 * r * plane;
+    Store(to, half[r][0]);
+    Store(to + plane, half[r][0] + half[r][1]);
+    Store(to + 2 * plane, half[r][0] - half[r][1]);
+    Store(to + 3 * plane, -half[r][1]);
+  }
+}
+
+bool IsWinogradGradient(const Convolution& c) {
+  const int64_t covered = RoundUp(c.x.height, 2) * RoundUp(c.x.width, 2);
+  return c.kernel == 3 && c.stride == 1 && c.groups == 1 && c.in >= 24 && c.out >= 24 &&
+         2 * covered <= 3 * c.x.height * c.x.width;
+}
+
+void WeightGradientWinograd(ffi::ThreadPool& pool, const Convolution& c, const float* x,
+                            const float* dy, float* dw) {
+  constexpr int64_t kSums = 512 * 1024, kTiles = 64;  // of a task, in floats; at a time
+  const int64_t vectors = CeilDiv(c.out, kLanes), block = BestVectors(c.in, vectors);
+  const int64_t size = kPlaces * c.in * kLanes;  // of one vector of channels
+  const int64_t slice = std::min(std::max<int64_t>(kSums / (size * block), 1) * block, vectors);
+  const int64_t slices = CeilDiv(vectors, slice), total = vectors * size;
+  const int64_t across = CeilDiv(c.y.width, 2), down = CeilDiv(c.y.height, 2);
+  const int64_t tiles = c.y.count * down * across;
+  const int64_t of_part = CeilDiv(tiles, std::min(CeilDiv(kParts, slices), CeilDiv(tiles, kTiles)));
+  const int64_t parts = CeilDiv(tiles, of_part);
+  Buffer sums(parts * total);
+
+  Parallel(pool, slices * parts, [&](int64_t task) {
+    const int64_t part = task % parts, first = task / parts * slice;
+    const int64_t last = std::min(first + slice, vectors), width = (last - first) * kLanes;
+    float* const own = sums.get() + part * total + first * size;
+    std::memset(own, 0, (last - first) * size * sizeof(float));
+    const int64_t plane = kTiles * c.in + 16, dy_plane = kTiles * width + 16;
+    Buffer read(kPlaces * plane), turned(kPlaces * dy_plane);
+    const int64_t end = std::min((part + 1) * of_part, tiles);
+    for (int64_t begin = part * of_part; begin < end; begin += kTiles) {
+      const int64_t count = std::min(kTiles, end - begin);
+      const Place start = Place::Of(begin, across, down);
+      TransformTiles(x, c.x, start, count, plane, read.get());
+      Place at = start;
+      for (int64_t t = 0; t < count; ++t, at.Advance(c.y.height, c.y.width)) {
+        for (int64_t v = first; v < last; ++v) {
+          TransformGradient(dy, c.y, at, v * kLanes, c.out - v * kLanes, dy_plane,
+                            turned.get() + t * width + (v - first) * kLanes);
+        }
+      }
+      const GradientTile tile = {c.in, 0, width, 0, 1, count, width};
+      for (int64_t v = first; v < last; v += block) {
+        const int64_t now = std::min(block, last - v), length = EvenPixels(c.in, now);
+        const int64_t column = (v - first) * kLanes;
+        for (int64_t place = 0; place < kPlaces; ++place) {
+          for (int64_t i = 0; i < c.in; i += length) {
+            kGradient[now - 1][std::min(length, c.in - i) - 1](
+                tile, read.get() + place * plane + i, turned.get() + place * dy_plane + column,
+                own + (place * c.in + i) * width + column);
+          }
+        }
+      }
+    }
+  });
+
+  constexpr int64_t kRows = 8;  // of a task
+  const int64_t chunks = CeilDiv(c.in, kRows);
+  Parallel(pool, slices * chunks, [&](int64_t task) {
+    const int64_t first = task / chunks * slice, last = std::min(first + slice, vectors);
+    const int64_t width = (last - first) * kLanes, row = task % chunks * kRows;
+    for (int64_t i = row; i < std::min(row + kRows, c.in); ++i) {
+      for (int64_t o = 0; o < width; o += kLanes) {
+        Vector half[3][4];
+        for (int t = 0; t < 4; ++t) {
+          Vector u[4];
+          for (int r = 0; r < 4; ++r) {
+            const float* from = sums.get() + first * size + ((4 * r + t) * c.in + i) * width + o;
+            u[r] = Load(from);
+            for (int64_t part = 1; part < parts; ++part) u[r] += Load(from + part * total);
+          }
+          half[0][t] = u[0] + 0.5f * (u[1] + u[2]);
+          half[1][t] = 0.5f * (u[1] - u[2]);
+          half[2][t] = u[3] + 0.5f * (u[1] + u[2]);
+        }
+        const int64_t channel = first * kLanes + o, left = c.out - channel;
+        for (int r = 0; r < 3; ++r) {
+          const Vector* u = half[r];
+          float* const to = dw + (3 * r * c.in + i) * c.out + channel;
+          StorePart(to, u[0] + 0.5f * (u[1] + u[2]), left);
+          StorePart(to + c.in * c.out, 0.5f * (u[1] - u[2]), left);
+          StorePart(to + 2 * c.in * c.out, u[3] + 0.5f * (u[1] + u[2]), left);
+        }
       }
     }
   });
@@ -578,6 +998,13 @@ ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& 
   return c;
 }
 
+// The part of an array that belongs to index `i` of the leading axes; null if the array is empty.
+template <typename T>
+auto PartOf(T& array, int64_t i, int64_t repetitions) -> decltype(array.typed_data()) {
+  const int64_t size = array.element_count() / repetitions;
+  return size == 0 ? nullptr : array.typed_data() + i * size;
+}
+
 // Calls compute(a, b, result) for each index of the leading axes; an empty sum is zero.
 template <typename Compute>
 ffi::Error Each(const Convolution& c, const Array& a, const Array& b, Array& result,
@@ -587,24 +1014,48 @@ ffi::Error Each(const Convolution& c, const Array& a, const Array& b, Array& res
     return ffi::Error::Success();
   }
   for (int64_t i = 0; i < c.repetitions; ++i) {
-    const auto part = [&](const Array& array) {
-      return array.typed_data() + i * (array.element_count() / c.repetitions);
-    };
-    compute(part(a), part(b), part(result));
+    compute(PartOf(a, i, c.repetitions), PartOf(b, i, c.repetitions),
+            PartOf(result, i, c.repetitions));
   }
   return ffi::Error::Success();
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, Array x, Array w, ffi::Result<Array> y, int64_t stride,
-                   int64_t groups) {
+Correlation ForwardOf(const Convolution& c) {
+  const Phase phase = {ForwardAxis(c.y.height, c.kernel, c.stride),
+                       ForwardAxis(c.y.width, c.kernel, c.stride)};
+  return {c.x, c.y, {phase}, c.kernel, c.groups, c.in, c.out, false};
+}
+
+// The size in floats of the packed weights of a convolution.
+int64_t PackedSize(const Correlation& forward) {
+  const int64_t places = IsWinograd(forward) ? kPlaces : forward.kernel * forward.kernel;
+  return forward.groups * RoundUp(forward.out, kLanes) * places * forward.in;
+}
+
+// Arrays of the epilogue may be empty, if that part of it is left out, and so may `packed`. Packed
+// weights for larger images, where the other algorithm is used, are ignored.
+ffi::Error Forward(ffi::ThreadPool pool, Array x, Array w, Array packed, Array scale, Array bias,
+                   Array residual, ffi::Result<Array> y, int64_t stride, int64_t groups,
+                   int64_t relu) {
   const auto c = Describe(x, w, *y, stride, groups);
   if (c.has_error()) return c.error();
-  const Phase phase = {ForwardAxis(c->y.height, c->kernel, stride),
-                       ForwardAxis(c->y.width, c->kernel, stride)};
-  const Correlation forward = {c->x, c->y, {phase}, c->kernel, groups, c->in, c->out, false};
-  return Each(*c, x, w, *y, [&](const float* x, const float* w, float* y) {
-    Correlate(pool, forward, x, w, y);
-  });
+  const auto fits = [](const Array& array, int64_t size) {
+    return array.element_count() == 0 || int64_t(array.element_count()) == size;
+  };
+  const int64_t channels = c->repetitions * c->y.channels;
+  if (!fits(scale, channels) || !fits(bias, channels) || !fits(residual, y->element_count())) {
+    return ffi::Error::InvalidArgument("an epilogue of a convolution that does not fit");
+  }
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const Correlation forward = ForwardOf(*c);
+  const int64_t size = c->repetitions * PackedSize(forward);
+  const bool is_packed = size > 0 && int64_t(packed.element_count()) == size;
+  for (int64_t i = 0; i < c->repetitions; ++i) {
+    const auto part = [&](auto& array) { return PartOf(array, i, c->repetitions); };
+    Correlate(pool, forward, part(x), {part(w), is_packed ? part(packed) : nullptr},
+              {part(scale), part(bias), part(residual), relu}, part(*y));
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error InputGradient(ffi::ThreadPool pool, Array dy, Array w, ffi::Result<Array> dx,
@@ -620,7 +1071,7 @@ ffi::Error InputGradient(ffi::ThreadPool pool, Array dy, Array w, ffi::Result<Ar
   }
   const Correlation gradient = {c->y, c->x, phases, c->kernel, groups, c->out, c->in, true};
   return Each(*c, dy, w, *dx, [&](const float* dy, const float* w, float* dx) {
-    Correlate(pool, gradient, dy, w, dx);
+    Correlate(pool, gradient, dy, {w, nullptr}, {}, dx);
   });
 }
 
@@ -629,12 +1080,15 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Array x, Array dy, ffi::Result<A
   const auto c = Describe(x, *dw, dy, stride, groups);
   if (c.has_error()) return c.error();
   const bool depthwise = c->in == 1 && c->out == 1 && groups > 1;
+  const auto gradient = depthwise                ? WeightGradientDepthwise
+                        : IsWinogradGradient(*c) ? WeightGradientWinograd
+                                                 : WeightGradientDense;
   return Each(*c, x, dy, *dw, [&](const float* x, const float* dy, float* dw) {
-    (depthwise ? WeightGradientDepthwise : WeightGradientDense)(pool, *c, x, dy, dw);
+    gradient(pool, *c, x, dy, dw);
   });
 }
 
-auto Binding() {
+auto Gradient() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<Array>()
@@ -646,8 +1100,39 @@ auto Binding() {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv, Forward, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_input_gradient, InputGradient, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_weight_gradient, WeightGradient, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv, Forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("relu"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_input_gradient, InputGradient, Gradient());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_weight_gradient, WeightGradient, Gradient());
+
+
+// Packs the weights of a convolution of images that are not small, for `Forward`, and returns their
+// number; with null it returns the number alone.
+extern "C" int64_t shiftnet_conv_pack(const float* w, int64_t kernel, int64_t in, int64_t out,
+                                      int64_t stride, float* packed) {
+  const Images x = {1, 64 * stride, 64 * stride, in}, y = {1, 64, 64, out};
+  const Correlation c = ForwardOf({x, y, kernel, stride, 1, in, out, 1});
+  const int64_t vectors = CeilDiv(out, kLanes), size = PackedSize(c) / std::max<int64_t>(vectors, 1);
+  for (int64_t v = 0; packed && v < vectors; v += kVectorsOfTask) {
+    if (IsWinograd(c)) {
+      PackWinograd(c, v, w, packed);
+    } else {
+      PackVectors(c, c.phases[0], 0, v, std::min(kVectorsOfTask, vectors - v), size, w,
+                  packed + v * size);
+    }
+  }
+  return vectors * size;
+}
 
 }  // namespace shiftnet

@@ -1,17 +1,26 @@
 """Convolutions on a CPU in float32, computed by `conv.cc`."""
 
+import ctypes
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from shiftnet.kernels import native
+from shiftnet.kernels.operation import Relu
 
 
 def unsupported(
-    x: jax.Array, w: jax.Array, *, backward: bool, stride: int, groups: int
+    x: jax.Array,
+    w: jax.Array,
+    packed: jax.Array | None,
+    *,
+    backward: bool,
+    stride: int,
+    groups: int,
 ) -> str | None:
     """Returns why these arguments are not supported, in one clause, or None."""
-    del backward, stride, groups
+    del packed, backward, stride, groups
     if x.dtype != jnp.float32:
         return f"the kernel needs float32, not {x.dtype}"
     if w.shape[0] != w.shape[1] or w.shape[0] % 2 == 0:
@@ -19,28 +28,69 @@ def unsupported(
     return native.load().reason
 
 
-def forward(x: jax.Array, w: jax.Array, *, stride: int, groups: int) -> jax.Array:
-    """Computes what `xla.forward` does."""
+def pack(w: np.ndarray, stride: int) -> np.ndarray | None:
+    """Does what `forward` does to the weights of a convolution with one group, float32 `[P]`.
+
+    It returns None where there is nothing to gain. The result is of use to this machine alone.
+    """
+    library = native.load().library
+    if library is None or w.dtype != np.float32 or w.size == 0:
+        return None
+    w = np.ascontiguousarray(w)
+    function = library.shiftnet_conv_pack
+    function.restype, (kernel, _, inside, outside) = ctypes.c_int64, w.shape
+    sizes = [ctypes.c_int64(size) for size in (kernel, inside, outside, stride)]
+    packed = np.empty(function(None, *sizes, None), np.float32)
+    function(ctypes.c_void_p(w.ctypes.data), *sizes, ctypes.c_void_p(packed.ctypes.data))
+    return packed
+
+
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    packed: jax.Array | None,
+    *,
+    stride: int,
+    groups: int,
+    out_scale: jax.Array | None = None,
+    out_bias: jax.Array | None = None,
+    out_relu: Relu = False,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """Computes what `xla.forward` does, and the epilogue."""
     n, height, width, _ = x.shape
     shape = (n, -(-height // stride), -(-width // stride), w.shape[3])
-    return _call("shiftnet_conv", shape, x, w, stride, groups)
+    nothing = jnp.zeros(0, jnp.float32)
+    rest = (packed, out_scale, out_bias, residual)
+    filled = (nothing if array is None else array for array in rest)
+    relu = {False: 0, True: 1, "last": 2}[out_relu]  # the order of `Relu` in products.h
+    return _call("shiftnet_conv", shape, x, w, *filled, stride=stride, groups=groups, relu=relu)
 
 
 def backward(
-    x: jax.Array, w: jax.Array, dout: jax.Array, *, stride: int, groups: int
-) -> tuple[jax.Array, jax.Array]:
+    x: jax.Array,
+    w: jax.Array,
+    packed: jax.Array | None,
+    dout: jax.Array,
+    *,
+    stride: int,
+    groups: int,
+) -> tuple[jax.Array | None, ...]:
     """Returns the gradients of `x` and `w`. XLA removes the one that is not used."""
+    sizes = {"stride": stride, "groups": groups}
     return (
-        _call("shiftnet_conv_input_gradient", x.shape, dout, w, stride, groups),
-        _call("shiftnet_conv_weight_gradient", w.shape, x, dout, stride, groups),
+        _call("shiftnet_conv_input_gradient", x.shape, dout, w, **sizes),
+        _call("shiftnet_conv_weight_gradient", w.shape, x, dout, **sizes),
+        None if packed is None else jnp.zeros_like(packed),
     )
 
 
 def _call(
-    name: str, shape: tuple[int, ...], a: jax.Array, b: jax.Array, stride: int, groups: int
+    name: str, shape: tuple[int, ...], *arrays: jax.Array, **settings: np.int64 | int
 ) -> jax.Array:
     # The C++ loops over the leading axes that `jax.vmap` adds.
     call = jax.ffi.ffi_call(
         name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="broadcast_all"
     )
-    return call(a, b, stride=np.int64(stride), groups=np.int64(groups))
+    numbers = {name: np.int64(value) for name, value in settings.items()}
+    return call(*(array.astype(jnp.float32) for array in arrays), **numbers)

@@ -56,10 +56,10 @@ class Matrix {
     });
   }
 
-  // out[p] = x[p] @ matrix for a line of pixels at the given distances. Writes the columns that the
-  // matrix has, or whole vectors if `padded`.
+  // out[p] = x[p] @ matrix for a line of pixels at the given distances, and the epilogue. Writes the
+  // columns that the matrix has, or whole vectors if `padded`.
   void Multiply(const float* x, int64_t x_pixel, int64_t pixels, float* out, int64_t out_pixel,
-                bool padded) const {
+                bool padded, const Epilogue& epilogue = {}) const {
     if (pixels == 0) return;  // if a stride is larger than the image
     Tile tile{};
     tile.x_pixel = x_pixel;
@@ -69,11 +69,13 @@ class Matrix {
     for (int64_t v = 0; v < vectors_; v += block_) {
       const int64_t block = std::min(block_, vectors_ - v), most = EvenPixels(pixels, block);
       tile.w_row = block * kLanes;
+      tile.w_vector = kLanes;
       tile.out_channels = padded ? tile.w_row : std::min(tile.w_row, columns_ - v * kLanes);
       for (int64_t p = 0; p < pixels; p += most) {
-        const int64_t count = std::min(most, pixels - p);
+        const int64_t count = std::min(most, pixels - p), at = p * out_pixel + v * kLanes;
+        tile.epilogue = epilogue.At(v * kLanes, at);
         kMultiply[block - 1][count - 1](tile, x + p * x_pixel, values_.get() + v * kLanes * depth_,
-                                        out + p * out_pixel + v * kLanes);
+                                        out + at);
       }
     }
   }
@@ -281,26 +283,6 @@ void Expand(const Block& b, size_t index, const First& first, const float* image
   }
 }
 
-// The epilogue: bias, ReLU and addition, each optional.
-struct Epilogue {
-  const float *bias, *residual;
-  bool relu;
-
-  void Apply(float* out, int64_t first, int64_t pixels, int64_t channels) const {
-    if (!bias && !residual && !relu) return;
-    for (int64_t p = 0; p < pixels; ++p, out += channels) {
-      for (int64_t k = 0; k < channels; k += kLanes) {
-        const int64_t left = channels - k;
-        Vector value = LoadPart(out + k, left);
-        if (bias) value += LoadPart(bias + k, left);
-        if (relu) value = value < 0 ? Vector{} : value;
-        if (residual) value += LoadPart(residual + (first + p) * channels + k, left);
-        StorePart(out + k, value, left);
-      }
-    }
-  }
-};
-
 constexpr int64_t kExpanded = 256 * 1024;  // floats of the expanded tensor per task
 
 void Forward(ffi::ThreadPool& pool, const Block& b, const float* x, const float* w1,
@@ -341,8 +323,8 @@ void Forward(ffi::ThreadPool& pool, const Block& b, const float* x, const float*
       }
       const int64_t pixel = (image * b.y.height + row + r) * b.y.width;
       float* const out = y + pixel * b.y.channels;
-      second.Multiply(line.get(), b.depth, b.y.width, out, b.y.channels, false);
-      epilogue.Apply(out, pixel, b.y.width, b.y.channels);
+      second.Multiply(line.get(), b.depth, b.y.width, out, b.y.channels, false,
+                      epilogue.At(0, pixel * b.y.channels));
     }
   });
 }
@@ -530,8 +512,9 @@ ffi::Error CallForward(ffi::ThreadPool pool, Array x, Array w1, Array b1, Array 
   if (y->element_count() == 0) return ffi::Error::Success();
   for (int64_t i = 0; i < b->repetitions; ++i) {
     const auto part = [&](auto& array) { return PartOf(array, i, b->repetitions); };
-    const Epilogue epilogue = {bias.element_count() ? part(bias) : nullptr,
-                               residual.element_count() ? part(residual) : nullptr, relu};
+    const Epilogue epilogue = {nullptr, bias.element_count() ? part(bias) : nullptr,
+                               residual.element_count() ? part(residual) : nullptr,
+                               relu ? kReluBeforeResidual : kNoRelu};
     Forward(pool, *b, part(x), part(w1), part(b1), part(w2), epilogue, part(*y));
   }
   return ffi::Error::Success();
