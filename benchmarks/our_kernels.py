@@ -23,7 +23,7 @@ from benchmarks.kernel_rows import ImageRow, MatrixRow, Row
 from benchmarks.packed_matmul import PackedMatrix, expand, pack, packed_matmul
 from benchmarks.protocol import serve
 from shiftnet.kernels.implementations import compiler_options
-from shiftnet.kernels.layouts import LANES, Layout, every, from_nhwc, product, to_nhwc
+from shiftnet.kernels.layouts import LANES, Layout, from_nhwc, pointwise_conv, subsample, to_nhwc
 from shiftnet.kernels.shift import shift
 from shiftnet.kernels.shift.offsets import ChannelOrder
 from shiftnet.kernels.shift_block import shift_block
@@ -122,7 +122,9 @@ def programs(row: Row) -> dict[str, Operation]:
     elif row.key.startswith("shift_pointwise/alone"):
         assert isinstance(row, ImageRow)
         layout, stride = layout_of(row), row.stride
-        found["1x1 product"] = lambda x, w2: product(every(x, stride, layout), w2, layout)
+        found["1x1 product"] = lambda x, w2: pointwise_conv(
+            subsample(x, stride, layout), w2, layout
+        )
         found["1x1 convolution"] = functools.partial(_convolution, layout, stride)
     return {**found, "xla": operation(row, "xla"), "ours": operation(row, PLATFORM)}
 

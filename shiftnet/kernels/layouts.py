@@ -35,7 +35,7 @@ def per_channel(values: jax.Array, layout: Layout = "NHWC") -> jax.Array:
     return values if layout == "NHWC" else values[:, None]
 
 
-def every(x: jax.Array, stride: int, layout: Layout = "NHWC") -> jax.Array:
+def subsample(x: jax.Array, stride: int, layout: Layout = "NHWC") -> jax.Array:
     """Subsamples: keeps every `stride`-th row and column, starting with the first."""
     rows = ROWS[layout]
     for axis in (rows, rows + 1):
@@ -48,7 +48,7 @@ def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def product(x: jax.Array, w: jax.Array, layout: Layout = "NHWC") -> jax.Array:
+def pointwise_conv(x: jax.Array, w: jax.Array, layout: Layout = "NHWC") -> jax.Array:
     """Returns the pointwise (1x1) convolution of images of C channels with `w`, `[C, K]`.
 
     In NHWC it is one matrix multiplication: XLA's CPU backend then computes the gradient of the

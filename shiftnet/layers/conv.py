@@ -7,7 +7,7 @@ from flax import nnx
 
 from shiftnet import quantizers
 from shiftnet.kernels.conv import conv
-from shiftnet.kernels.layouts import every, product
+from shiftnet.kernels.layouts import pointwise_conv, subsample
 from shiftnet.quantizers.form import Form, Init
 from shiftnet.quantizers.initializers import torch_uniform
 
@@ -81,7 +81,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False, **after: Any) -> jax.Array:
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1 and not after:
-            return product(self.read(every(x, self.stride), train=train), kernel[0, 0])
+            return pointwise_conv(self.read(subsample(x, self.stride), train=train), kernel[0, 0])
         x = self.read(x, train=train)
         packed = None if self.packed is None else self.packed[...]
         return conv(x, kernel, stride=self.stride, groups=self.groups, packed=packed, **after)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shiftnet.kernels.layouts import product, wide_dtype
+from shiftnet.kernels.layouts import pointwise_conv, wide_dtype
 
 # Factors that GPUs and TPUs round by default would show in variances much smaller than the largest.
 EXACT = jax.lax.Precision.HIGHEST
@@ -182,7 +182,7 @@ def _sums_backward(kept, residuals, cotangents):
     rest = (dtotal - centre @ kernel).astype(x.dtype)
     kernel = kernel.astype(x.dtype)
     if not kept:
-        return product(x, kernel) + rest, dcentre
+        return pointwise_conv(x, kernel) + rest, dcentre
     dx = jnp.einsum(f"nhwc,{kept}ck->nhwk", x, kernel)
     return dx + jnp.expand_dims(
         rest, [i for i, axis in enumerate("hw") if axis not in kept]

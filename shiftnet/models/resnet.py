@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.errors import UserError
-from shiftnet.kernels.layouts import affine, every, product
+from shiftnet.kernels.layouts import affine, pointwise_conv, subsample
 from shiftnet.layers import BatchNorm, Conv, Linear, convolve, fold_batch_norm, rectifier
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
@@ -128,9 +128,9 @@ class Shortcut(nnx.Module):
         conv, bn = self.projection
         if not train:
             return convolve(conv, bn, x, train=False)
-        x = conv.read(every(x, conv.stride), train=True)
+        x = conv.read(subsample(x, conv.stride), train=True)
         kernel, bias = fold_batch_norm(conv, bn, x, train=True)
-        return affine(product(x, kernel), None, bias)
+        return affine(pointwise_conv(x, kernel), None, bias)
 
 
 class BasicBlock(nnx.Module):

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from shiftnet.errors import UserError
-from shiftnet.kernels.layouts import every, product
+from shiftnet.kernels.layouts import pointwise_conv, subsample
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
 from shiftnet.layers import BatchNorm, Conv, LearnedShift, fold_batch_norm, make_shift, rectifier
@@ -81,7 +81,7 @@ class ShiftConvBlock(nnx.Module):
             w2, stride = self.conv2.matrix.astype(y.dtype), self.conv2.stride
             offsets = constants(self.shift)
             if offsets is None:
-                y = product(every(self.shift(y, train=train), stride), w2)
+                y = pointwise_conv(subsample(self.shift(y, train=train), stride), w2)
             else:
                 y = shift_pointwise(y, w2, stride=stride, **offsets)
         y = drop_path(self.relu2(self.bn2(y, train=train)))

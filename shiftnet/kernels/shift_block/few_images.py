@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shiftnet.kernels.layouts import affine, product, wide_dtype
+from shiftnet.kernels.layouts import affine, pointwise_conv, wide_dtype
 from shiftnet.kernels.operation import Epilogue, finish
 from shiftnet.kernels.shift.xla import Stretches, inside
 
@@ -54,7 +54,9 @@ def forward(
 
     def some(images: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         x, residual = images
-        products = [product(phase.shifted(phase.expanded(x)), phase.w2, "NHWC") for phase in phases]
+        products = [
+            pointwise_conv(phase.shifted(phase.expanded(x)), phase.w2, "NHWC") for phase in phases
+        ]
         y = functools.reduce(jnp.add, products)
         return finish(y, Epilogue(None, out_bias, residual), out_relu)
 
@@ -82,13 +84,13 @@ def backward(
         weights, dx = [], []
         for phase in phases:
             expanded = phase.expanded(x)
-            dshifted = product(phase.back.line(dout), phase.w2.T, "NHWC")
+            dshifted = pointwise_conv(phase.back.line(dout), phase.w2.T, "NHWC")
             dexpanded = phase.shifted_back(dshifted, expanded)
             db1 = dexpanded.sum((0, 1, 2), dtype=wide_dtype(x.dtype))
             # XLA's library computes a wide result in half the time of a tall one.
             transposed_dw2 = _outer(dout, phase.shifted(expanded))
             weights.append((_outer(phase.pixels(x), dexpanded), db1, transposed_dw2))
-            dx.append(phase.spread(product(dexpanded, phase.w1.T, "NHWC"), x.shape))
+            dx.append(phase.spread(pointwise_conv(dexpanded, phase.w1.T, "NHWC"), x.shape))
         return weights, functools.reduce(jnp.add, dx)
 
     count = _images(x, w1, BACKWARD_BYTES)
@@ -169,7 +171,7 @@ class _Phase(NamedTuple):
 
     def expanded(self, x: jax.Array) -> jax.Array:
         """Returns the first product, in a line, before bias and ReLU."""
-        return product(self.shift.line(self.pixels(x)), self.w1, "NHWC")
+        return pointwise_conv(self.shift.line(self.pixels(x)), self.w1, "NHWC")
 
     def shifted(self, expanded: jax.Array) -> jax.Array:
         y = jax.nn.relu(affine(self.shift.moved(expanded), None, self.b1, "NHWC"))

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from shiftnet.kernels.layouts import affine, every, product
+from shiftnet.kernels.layouts import affine, pointwise_conv, subsample
 from shiftnet.kernels.shift import plain
 
 
@@ -18,5 +18,5 @@ def forward(
     stride: int,
 ) -> jax.Array:
     """Computes `shift_block` without an epilogue."""
-    y = jax.nn.relu(affine(product(x, w1, "NHWC"), None, b1, "NHWC"))
-    return product(every(plain(y, dh, dw), stride, "NHWC"), w2, "NHWC")
+    y = jax.nn.relu(affine(pointwise_conv(x, w1, "NHWC"), None, b1, "NHWC"))
+    return pointwise_conv(subsample(plain(y, dh, dw), stride, "NHWC"), w2, "NHWC")

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from shiftnet.kernels.layouts import affine, every, product
+from shiftnet.kernels.layouts import affine, pointwise_conv, subsample
 from shiftnet.kernels.shift import plain
 
 
@@ -21,4 +21,4 @@ def forward(
     """Computes `shift_pointwise` without an epilogue."""
     y = affine(x, scale, bias, "NHWC")
     y = jax.nn.relu(y) if relu else y
-    return product(every(plain(y, dh, dw), stride, "NHWC"), w, "NHWC")
+    return pointwise_conv(subsample(plain(y, dh, dw), stride, "NHWC"), w, "NHWC")
