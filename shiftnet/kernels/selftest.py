@@ -263,7 +263,7 @@ def compare(platform: str, operation: Testable) -> Outcome:
                 a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
                 difference = np.abs(a - b).max() / np.abs(a).max()
                 if not difference <= TOLERANCE:
-                    about = f"with x {operands[0].shape} and {dict(settings)}"
+                    about = f"with x {(*stack, *(shapes[0] or ()))} and {dict(settings)}"
                     reason = f"{about} they are off by {difference:.1e} of the largest value"
                     return Outcome(reason, lasting=True)
     except Exception as error:  # from a compiler, an unsupported device, anything

@@ -5,6 +5,7 @@ may be fetched several times, or not at all.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ def beyond_operands(program: Jaxpr) -> int:
     """Returns the bytes that kernels move beyond each of their operands and results once."""
     total = 0
     for kernel in kernels(program):
-        arrays = (value.aval for value in (*kernel.invars, *kernel.outvars))
+        arrays: Iterator[Any] = (value.aval for value in (*kernel.invars, *kernel.outvars))
         once = sum(array.size * array.dtype.itemsize for array in arrays)
         total += max(0, fetched_and_written(kernel) - once)
     return total
