@@ -67,13 +67,12 @@ class Activation(nnx.Module):
 
 
 def some(x: jax.Array) -> jax.Array:
-    """Returns every eighth row of the images, `[N, H, W, features]`: enough for the running shares.
+    """Returns every eighth row of images, `[N, H, W, features]`: enough for the running shares.
 
     Counting in all of them took as long as quantizing them. Rows and not images, as devices divide
-    images among themselves.
+    images among themselves. Of other arrays it returns all.
     """
-    first = x.shape[1] // 2 % EVERY
-    return x[:, first::EVERY]
+    return x[:, x.shape[1] // 2 % EVERY :: EVERY] if x.ndim == 4 else x
 
 
 def _average(old: jax.Array, new: jax.Array) -> jax.Array:
