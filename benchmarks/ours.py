@@ -99,6 +99,17 @@ class _Setting:
         self.params = nnx.state(model, nnx.Param)
         self.stats = nnx.state(model, nnx.BatchStat)
 
+    def program(self, steps_per_epoch: int) -> Program:
+        """Returns the recipe's program on one device."""
+        return Program(
+            self.config,
+            num_classes=len(self.class_names),
+            mean=MEAN,
+            std=STD,
+            steps_per_epoch=steps_per_epoch,
+            mesh=Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)),
+        )
+
 
 class Training:
     """Our training step, `Program.update`, on one batch and one device, as our loop calls it."""
@@ -107,14 +118,7 @@ class Training:
         setting = _Setting(**arguments)
         self._batch = (setting.images, setting.labels)
         steps_per_epoch = CIFAR_TRAINING_IMAGES // setting.config.batch_size
-        self._program = Program(
-            setting.config,
-            num_classes=len(setting.class_names),
-            mean=MEAN,
-            std=STD,
-            steps_per_epoch=steps_per_epoch,
-            mesh=Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)),
-        )
+        self._program = setting.program(steps_per_epoch)
         everywhere = replicated(self._program.mesh)
         self._state = dataclasses.replace(
             self._program.init(np.int32(0)),
@@ -164,14 +168,7 @@ class Stacked:
         platform = jax.default_backend()
         count = CIFAR_TRAINING_IMAGES if platform != "cpu" else 2 * batch_size
         steps_per_epoch = count // batch_size
-        program = Program(
-            setting.config,
-            num_classes=len(setting.class_names),
-            mean=MEAN,
-            std=STD,
-            steps_per_epoch=steps_per_epoch,
-            mesh=Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)),
-        )
+        program = setting.program(steps_per_epoch)
         self._program = StackedProgram(program, runs)
         self._seeds = np.arange(runs, dtype=np.uint32)
         rng = np.random.default_rng(0)

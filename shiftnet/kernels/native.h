@@ -165,6 +165,23 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 using Array = ffi::Buffer<ffi::F32>;
 
+template <int kArguments, int kResults, typename Binding>
+auto BindArrays(Binding&& binding) {
+  if constexpr (kArguments > 0) {
+    return BindArrays<kArguments - 1, kResults>(std::move(binding).template Arg<Array>());
+  } else if constexpr (kResults > 1) {
+    return BindArrays<0, kResults - 1>(std::move(binding).template Ret<Array>());
+  } else {  // bindings cannot be moved, so the last step makes what is returned
+    return std::move(binding).template Ret<Array>();
+  }
+}
+
+// The binding of a function of XLA's threads, so many arrays and so many results.
+template <int kArguments, int kResults>
+auto BindArrays() {
+  return BindArrays<kArguments, kResults>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>());
+}
+
 struct Images {
   int64_t count, height, width, channels;
 };

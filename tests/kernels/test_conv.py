@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,6 +24,15 @@ from tests.kernels import test_shift_block
 needs_library = pytest.mark.skipif(
     native.load().library is None, reason=str(native.load().reason or "")
 )
+
+
+@pytest.mark.skipif(
+    os.environ.get("SHIFTNET_NATIVE") == "0" or not any(map(shutil.which, native.COMPILERS)),
+    reason="no C++ compiler",
+)
+def test_where_there_is_a_compiler_it_builds_the_library():
+    """Or C++ that does not compile would only skip the tests of what it computes."""
+    assert native.load().library is not None, native.load().reason
 
 
 def by_taps(x, w, stride, groups, dy):

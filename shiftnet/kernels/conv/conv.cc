@@ -1088,34 +1088,17 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Array x, Array dy, ffi::Result<A
   });
 }
 
-auto Gradient() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Array>()
-      .Arg<Array>()
-      .Ret<Array>()
-      .Attr<int64_t>("stride")
-      .Attr<int64_t>("groups");
-}
+auto Gradient() { return BindArrays<2, 1>().Attr<int64_t>("stride").Attr<int64_t>("groups"); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv, Forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Attr<int64_t>("stride")
-                                  .Attr<int64_t>("groups")
-                                  .Attr<int64_t>("relu"));
+                              (BindArrays<6, 1>()
+                               .Attr<int64_t>("stride")
+                               .Attr<int64_t>("groups")
+                               .Attr<int64_t>("relu")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_input_gradient, InputGradient, Gradient());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_conv_weight_gradient, WeightGradient, Gradient());
-
 
 // Packs the weights of a convolution of images that are not small, for `Forward`, and returns their
 // number; with null it returns the number alone.

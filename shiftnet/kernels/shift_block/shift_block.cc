@@ -546,33 +546,15 @@ ffi::Error CallBackward(ffi::ThreadPool pool, Array x, Array w1, Array b1, Array
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_shift_block, CallForward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Attr<Offsets>("dh")
-                                  .Attr<Offsets>("dw")
-                                  .Attr<int64_t>("stride")
-                                  .Attr<bool>("relu"));
+                              (BindArrays<6, 1>()
+                               .Attr<Offsets>("dh")
+                               .Attr<Offsets>("dw")
+                               .Attr<int64_t>("stride")
+                               .Attr<bool>("relu")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(shiftnet_shift_block_gradients, CallBackward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Attr<Offsets>("dh")
-                                  .Attr<Offsets>("dw")
-                                  .Attr<int64_t>("stride"));
+                              (BindArrays<5, 4>()
+                               .Attr<Offsets>("dh")
+                               .Attr<Offsets>("dw")
+                               .Attr<int64_t>("stride")));
 
 }  // namespace shiftnet
