@@ -68,8 +68,8 @@ def _reduced(arch: str, reduction: float) -> Network:
     return _small(arch=arch, reduction=reduction, reduction_mode="block")
 
 
-# The reductions are some of the page's: with them mobile and shuffle blocks have the parameters of a
-# ShiftResNet20 at expansion 1, depthwise ones those at expansion 3.
+# The reductions are some of the page's: with them mobile and shuffle blocks have the parameters of
+# a ShiftResNet20 at expansion 1, depthwise ones those at expansion 3.
 NETWORKS = {
     "shiftresnet20-e1": _small(arch="shiftresnet20", expansion=1.0),
     "shiftresnet20-e9": _small(arch="shiftresnet20", expansion=9.0),
