@@ -151,9 +151,11 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
         of_weights = set(filter(is_latent, step.variables))
         layer = owner(of_weights or step.variables)
         multiply_adds[layer] += step.multiply_adds
-        # Of a batch norm after a convolution, in the same operation, too.
+        # Of a batch norm after a convolution, in the same operation, too. A layer that quantizes
+        # its input first has the product's shape, which is why that one replaces another.
         for name in {layer, *(owner([variable]) for variable in step.variables)}:
-            outputs.setdefault(name, step.writes[0].shape[1:])
+            if step.multiply_adds or name not in outputs:
+                outputs[name] = step.writes[0].shape[1:]
         if step.multiply_adds:
             weight = forms.get(layer)
             kinds[layer] = arithmetic(
