@@ -75,12 +75,13 @@ def test_one_file_is_as_good_as_a_directory(tmp_path, monkeypatch):
             np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_a_head_for_other_classes_starts_fresh_and_is_named(tmp_path, monkeypatch, capsys):
+def test_a_head_for_other_classes_starts_fresh_and_is_named(tmp_path):
     given = saved(tmp_path / "ckpt", classes=100)
-    found = first_state(monkeypatch, recipe(), tmp_path / "run", tmp_path / "ckpt")
+    _, state, message = started(recipe(), tmp_path / "ckpt", data.load("digits"))
+    found = arrays_of(state)
     np.testing.assert_array_equal(found["conv1.weight.value"], given["conv1.weight.value"])
     assert found["linear.bias"].shape == (10,)
-    assert "; fresh: linear.bias, linear.weight.value\n" in capsys.readouterr().out
+    assert message.endswith("; fresh: linear.bias, linear.weight.value")
 
 
 @pytest.mark.parametrize(
@@ -113,36 +114,34 @@ def test_low_bit_weights_start_at_the_nearest_levels_of_the_float_ones(tmp_path,
     assert "fresh" not in message
 
 
-def test_rounded_weights_start_from_the_float_ones_with_a_step_of_their_own(
-    tmp_path, monkeypatch, capsys
-):
+def test_rounded_weights_start_from_the_float_ones_with_a_step_of_their_own(tmp_path):
     given = saved(tmp_path / "ckpt")
     settings = recipe(model__weights="int", model__weight_bits=4, model__weights_first_last="int")
-    found = first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
+    _, state, message = started(settings, tmp_path / "ckpt", data.load("digits"))
+    found = arrays_of(state)
     for layer in ("conv1", "layer2.0.conv1", "linear"):
         value = given[f"{layer}.weight.value"]
         np.testing.assert_array_equal(found[f"{layer}.weight.unrounded"], value, err_msg=layer)
         reach = 127 if layer in ("conv1", "linear") else 7
         assert 0.3 < found[f"{layer}.weight.step"] * reach / np.abs(value).max() < 1.01
-    printed = capsys.readouterr().out
     assert "the weights of 10 layers became the nearest float -> int 8-bit, float -> int 4-bit" in (
-        printed
+        message
     )
-    assert "is lost" not in printed
+    assert "is lost" not in message
 
 
-def test_fewer_bits_start_at_the_nearest_levels_of_more(tmp_path, monkeypatch, capsys):
+def test_fewer_bits_start_at_the_nearest_levels_of_more(tmp_path):
     saved(tmp_path / "ckpt", weights="s3", weight_bits=4)
     settings = recipe(model__weights="s3", model__weight_bits=2)
-    first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
-    assert "became the nearest s3 4-bit -> s3 2-bit ones" in capsys.readouterr().out
+    _, _, message = started(settings, tmp_path / "ckpt", data.load("digits"))
+    assert "became the nearest s3 4-bit -> s3 2-bit ones" in message
 
 
-def test_a_factor_that_no_batch_norm_takes_up_is_said(tmp_path, monkeypatch, capsys):
+def test_a_factor_that_no_batch_norm_takes_up_is_said(tmp_path):
     saved(tmp_path / "ckpt", arch="wrn8", width=0.5)
     settings = recipe(model__arch="wrn8", model__width=0.5, model__weights="sign")
-    first_state(monkeypatch, settings, tmp_path / "run", tmp_path / "ckpt")
-    assert "no batch norm takes up the factor of group0.0.conv1 (" in capsys.readouterr().out
+    _, _, message = started(settings, tmp_path / "ckpt", data.load("digits"))
+    assert "no batch norm takes up the factor of group0.0.conv1 (" in message
 
 
 @pytest.mark.parametrize(
