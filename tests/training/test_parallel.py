@@ -72,7 +72,7 @@ def test_two_processes_learn_what_one_process_of_as_many_devices_learns(tmp_path
     _assert_same(two, single)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.usefixtures("float64")
 def test_batch_norm_per_device_is_a_step_on_each_devices_images_averaged(fsdp, monkeypatch):
     monkeypatch.setattr("shiftnet.training.mesh.FSDP_SIZE", 64)  # the network is small
