@@ -1,9 +1,9 @@
-"""Writes the table of accuracy and cost by the form of weights and activations.
+"""Prints the table of accuracy and cost by the form of weights and activations.
 
-    python -m benchmarks.combinations [--sweeps results/combinations] [--out FILE]
+    python -m benchmarks.combinations [--sweeps results/combinations]
 
 Reads `NETWORK/trials.json` for every network of `NETWORKS`: what `shiftnet sweep` writes when it
-tries each form of weights with each of activations. Parameters' bytes, bit operations and energy
+tries each form of weights with each of activations. The weights' bytes, bit operations and energy
 are `shiftnet count`'s.
 """
 
@@ -17,7 +17,7 @@ from flax import nnx
 
 from shiftnet import config as config_lib
 from shiftnet.errors import UserError, reported
-from shiftnet.files import path_of, write_atomically
+from shiftnet.files import path_of
 from shiftnet.models import build
 from shiftnet.models.counting import Counts, count
 
@@ -36,14 +36,13 @@ CLASSES = 100
 
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the tables; returns the exit code."""
+    """Prints the tables; returns the exit code."""
     parser = config_lib.Parser(
         prog="python -m benchmarks.combinations",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sweeps", metavar="DIR", default="results/combinations")
-    parser.add_argument("--out", metavar="FILE", help="default: print them")
     arguments = parser.parse_args(argv)
     sweeps = path_of(arguments.sweeps, "--sweeps")
     parts = []
@@ -53,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts.append(f"## {title}\n\n{table(recipe, trials(file))}\n")
     if not parts:
         raise UserError(f"--sweeps {sweeps}: found no trials.json in {', '.join(NETWORKS)}")
-    text = "\n".join(parts)
-    if arguments.out:
-        write_atomically(path_of(arguments.out, "--out"), text)
-    else:
-        print(text, end="")
+    print("\n".join(parts), end="")
     return 0
 
 

@@ -335,7 +335,7 @@ def test_a_nan_reaches_the_pixels_that_read_it_and_no_other(monkeypatch):
     assert np.isfinite(exact(out)[0][0][~expected]).all()
 
 
-@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("stride", [1, 2])
 def test_kernels_lower_for_a_gpu_without_one(stride):
     """What a device runs differs from what the interpreter runs, and lowers with every JAX."""
     dh, dw = channel_offsets(144)

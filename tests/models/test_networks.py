@@ -16,13 +16,11 @@ MOBILE_RTOL = 1e-9  # its gradients grow from block to block, and the rounding e
     slow=[
         "cifar_d20_c10",
         "depthwise_noskip20_r0.38_c10",
-        "depthwiseresnet20_r1.12_c10",
         "d20_w1_c10_bin",
         "d8_w2_c100_bin",
         "mobile20_r1.12_c10",
         "optional_resnet20_net2.8_c10_in40x36",
         "recipe_d14_c10",
-        "resnet20_block2.8_c100",
         "resnet20_c10",
         "resnet20_net2.8_c10",
         "shiftresnet20_e1_c10",

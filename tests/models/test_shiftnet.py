@@ -68,7 +68,6 @@ def test_a_block_is_its_layers(train, stride, kernel_size, size):
     assert_close(found, expected)
 
 
-@pytest.mark.slow
 def test_a_folded_network_runs_its_blocks_too():
     net = randomized(ShiftNet(3, width=0.125, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 45, 32, 3)))

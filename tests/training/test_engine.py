@@ -286,7 +286,6 @@ def test_a_run_is_not_continued_on_other_data(uninterrupted, change, message):
     assert _files(place) == before
 
 
-@pytest.mark.slow
 def test_a_lengthened_run_keeps_its_own_best_network_not_one_left_behind(tmp_path):
     steady = {"optimizer__lr": 0.03, "schedule__boundaries": (9,)}  # better with every epoch
     first = engine.train(recipe(epochs=1, **steady), tmp_path)

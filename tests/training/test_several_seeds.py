@@ -64,7 +64,6 @@ def on_one_device(monkeypatch):
     monkeypatch.setattr(engine, "make_mesh", one_device)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("on_one_device")
 def test_one_seed_is_the_run_that_train_gives(few, tmp_path):
     alone = train(settings_of(seed=5), tmp_path / "alone", dataset=few)

@@ -52,7 +52,7 @@ def train(case: oracle.Case) -> tuple[list[float], nnx.Module]:
     return losses, nnx.merge(program.graphdef, params, stats)
 
 
-# Each of them takes up to half a minute to compile; one of each kind of low-bit network is left.
+# Each of them takes up to half a minute to compile; one of each group is left.
 SLOW = [
     "cifar_d20_c10",
     "d20_w1_c10_bin",
@@ -66,7 +66,6 @@ SLOW = [
     "resnet20_c10",
     "resnet20_net2.8_c10",
     "shiftresnet20_e1_c10",
-    "shiftresnet20_e3_c100",
     "shuffle20_r0.38_c100",
 ]
 
