@@ -855,7 +855,8 @@ NAMES = "names.toml"
 RECIPES = os.path.join(os.path.dirname(__file__), "configs")
 # Recipes for any network on a CIFAR, which `recipe=NAME` in an argument takes in place of the
 # family's own. short: a fifth of the original's epochs, by Muon; the rates, the smaller decay and
-# the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100.
+# the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100; the
+# wider ones decay more, see `SHORT_DECAY` in the family's file.
 # finetune: for low-bit weights that start from a float network; results/README.md has its search.
 CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
     "short": {
@@ -1034,7 +1035,7 @@ def apply_argument(
     argument: str,
     fields: Mapping[str, str],
     recipes: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
+) -> str | None:
     """Sets fields from a recipe's argument, `"expansion=3"` or `"reduction=2.8,dtype=bfloat16"`.
 
     Args:
@@ -1044,6 +1045,9 @@ def apply_argument(
       fields: the names that the recipe knows, with the field each stands for, for example
         `{"expansion": "model.expansion"}`.
       recipes: for a family on the CIFARs `CIFAR_RECIPES`, which `recipe=NAME` takes one of.
+
+    Returns:
+      The name of the recipe that was taken, if one was.
 
     Raises:
       UserError: if it is not of that form, or for an unknown name or a value of the wrong type.
@@ -1062,13 +1066,14 @@ def apply_argument(
         else:
             raise unknown("argument", name, [*fields, *(["recipe"] if recipes else [])])
     if chosen is None or recipes is None:
-        return
+        return None
     if not CIFAR.holds(config):
         raise UserError(f"recipe={chosen} is for {CIFAR.words}, found data.name={config.data.name}")
     config.optimizer, config.schedule = OptimizerConfig(), ScheduleConfig()
     for path, value in recipes[chosen].items():
         group, _, name = path.rpartition(".")
         (config[group] if group else config)[name] = value
+    return chosen
 
 
 def override(config: Config, path: str, text: str) -> None:

@@ -52,12 +52,17 @@ MODEL = (
     *("arch", "expansion", "reduction", "reduction_mode", "depthwise_skip"),
     *("weights", "weight_bits", "weights_first_last", "activations", "quantize_first_last"),
 )
+# Of Muon's kernels in the short recipe, above expansion 1: with it ShiftResNet20 3c has 66.28 % of
+# CIFAR-100's test images after 30 epochs, without 64.38 %; 1c does not overfit.
+SHORT_DECAY = 0.015
 
 
 def get_config(argument: str = "") -> Config:
     config = default_config()
     fields = {name: f"model.{name}" for name in MODEL}
-    apply_argument(config, argument, fields | {"data": "data.name"}, CIFAR_RECIPES)
+    recipe = apply_argument(config, argument, fields | {"data": "data.name"}, CIFAR_RECIPES)
+    if recipe == "short" and config.model.expansion > 1:
+        config.optimizer.muon_weight_decay = SHORT_DECAY
     if FAMILIES[parse_arch(config.model.arch)[0]].reduction_mode == "block":
         config.model.reduction_mode = "block"  # the only mode that the original has for it
     return config
