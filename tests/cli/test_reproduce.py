@@ -32,6 +32,7 @@ from shiftnet.results import reproduce
 from shiftnet.training import environment
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import Outcome
+from tests.training import small
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ from shiftnet.config import apply_argument, default_config
 def get_config(argument=""):
     config = default_config()
     config.epochs = 2
-    config.model.arch, config.model.expansion = "shiftresnet8", 1.0
+    config.model.arch, config.model.expansion = "small", 1.0
     config.data.name = "digits"
     config.data.flip = False
     config.schedule.boundaries = (1,)
@@ -73,6 +74,12 @@ multiply_adds = 1000
 bytes = 4
 reported = 50.0
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_network():
+    with small.known():
+        yield
 
 
 def furnished(place):
@@ -112,7 +119,7 @@ def test_a_finished_row_is_a_file_with_all_there_is_to_know(trained):
     result = results.read(trained / "results", "cheap")
     assert [one["seed"] for one in result["runs"]] == [0, 1]
     assert result["epochs"] == result["full_epochs"] == 2
-    assert result["config"]["model"]["arch"] == "shiftresnet8"
+    assert result["config"]["model"]["arch"] == "small"
     assert result["config"]["data"]["dir"] == ""
     for one in result["runs"]:
         accuracies = [line["test_accuracy"] for line in one["epochs"]]

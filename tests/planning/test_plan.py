@@ -94,7 +94,7 @@ def test_the_command_plans_for_a_tpu_that_is_not_here(tmp_path, monkeypatch, cap
     assert cells["all-reduce: operands"] == f"{REDUCED / 1000:.4g} kB"
     assert cells["FLOPs of products"] == f"{6 * 180 * MULTIPLY_ADDS / 1e9:.4g} GFLOP"
     assert cells["largest batch that fits"] == "1,440"
-    assert "the best case" in printed
+    assert "best-case estimates" in printed
 
 
 def step_of(batch: int, total: int, **fields) -> plan.Step:

@@ -21,7 +21,7 @@ from shiftnet.training.evaluation import make_evaluator
 from shiftnet.training.mesh import make_mesh, replicate, replicated
 from shiftnet.training.processes import join
 from shiftnet.training.step import Program
-from tests.training.small import recipe
+from tests.training.small import known, recipe
 
 
 def main(out: str, state_is: str, *job: str) -> None:
@@ -84,4 +84,5 @@ def main(out: str, state_is: str, *job: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with known():
+        main(*sys.argv[1:])

@@ -99,7 +99,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert engine.train(recipe(), tmp_path) == reference_summary
     want, got = _everything(reference), _everything(tmp_path)
     assert want.keys() == got.keys()
-    assert len(want) > 50
+    assert len(want) > 30
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     assert epochs(tmp_path) == epochs(reference)
@@ -287,17 +287,18 @@ def test_a_run_is_not_continued_on_other_data(uninterrupted, change, message):
 
 
 def test_a_lengthened_run_keeps_its_own_best_network_not_one_left_behind(tmp_path):
-    steady = {"optimizer__lr": 0.03, "schedule__boundaries": (9,)}  # better with every epoch
+    # Better with every epoch.
+    steady = {"batch_size": 32, "optimizer__lr": 0.03, "schedule__boundaries": (9,)}
     first = engine.train(recipe(epochs=1, **steady), tmp_path)
     best = tmp_path / checkpoint.BEST
     # A run of other epochs was killed after it had found a better network and before it saved.
-    shutil.move(best / "11", best / "22")
+    shutil.move(best / "45", best / "90")
     summary = engine.train(recipe(epochs=2, **steady), tmp_path)
     assert summary.best[0]["epoch"] == 2
     assert summary.best[0]["accuracy"] > first.best[0]["accuracy"]
     kept, newest = checkpoint.read(best), checkpoint.read(tmp_path)
-    assert kept.path.name == newest.path.name == "22"
-    assert len(kept.arrays) > 30
+    assert kept.path.name == newest.path.name == "90"
+    assert len(kept.arrays) > 15
     for name, array in newest.arrays.items():
         np.testing.assert_array_equal(kept.arrays[name], array, err_msg=name)
 
