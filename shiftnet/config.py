@@ -335,6 +335,10 @@ class DataConfig(Settings, group="data"):
         "",
         "folder of prepared data sets, or of image files; empty: $TFDS_DATA_DIR or "
         "~/tensorflow_datasets",
+        scope=Scope(
+            lambda config: config.data.name != "digits" or config.data.source == "folder",
+            "data that is read from a folder, which the digits are not",
+        ),
     )
     url: str = setting(
         "", "where to download the data set from; empty: its official address", scope=CIFAR
