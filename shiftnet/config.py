@@ -860,7 +860,7 @@ RECIPES = os.path.join(os.path.dirname(__file__), "configs")
 # Recipes for any network on a CIFAR, which `recipe=NAME` in an argument takes in place of the
 # family's own. short: a fifth of the original's epochs, by Muon; the rates, the smaller decay and
 # the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100; the
-# wider ones decay more, see `SHORT_DECAY` in the family's file.
+# wider ones decay more, see `SHORT_DECAY` in configs/shift_family.py.
 # finetune: for low-bit weights that start from a float network; results/README.md has its search.
 CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
     "short": {

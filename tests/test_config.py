@@ -226,6 +226,7 @@ def test_settings_read_and_change_as_mappings_too():
             "data.source=folder data.size=64 data.resize=63",
             "data.resize must be at least data.size, 64, or 0; found 63",
         ),
+        ("data.name=digits data.dir=x", "data.dir=x would be ignored: it applies to data that is"),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(
@@ -247,6 +248,7 @@ def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(
         "schedule.name=cosine schedule.lr_min=0.001",
         "schedule.factor=0.5 data.pad=2 data.url=x",
         "data.source=folder data.workers=-1",
+        "data.name=digits data.source=folder data.dir=x",
     ],
 )
 def test_a_setting_where_it_applies_is_taken(recipe, given):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from shiftnet import config, models, results
+from shiftnet.configs import shift_family
 from shiftnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,6 +333,19 @@ def test_recipes_take_weight_forms(recipe, argument, form, bits):
     model = load(recipe, argument).model
     assert (model.weights, model.weight_bits) == (form, bits)
     models.check(model)
+
+
+@pytest.mark.parametrize(
+    ("argument", "decay"),
+    [
+        ("recipe=short", 0),
+        ("expansion=3,recipe=short", shift_family.SHORT_DECAY),
+        ("expansion=3,recipe=finetune", 0),
+        ("expansion=3", 0),
+    ],
+)
+def test_wide_networks_decay_more_in_the_short_recipe(argument, decay):
+    assert load("shiftresnet20_c100", argument).optimizer.muon_weight_decay == decay
 
 
 @pytest.mark.parametrize("recipe", [*TABLE_RECIPES, *LOW_BIT_RECIPES])

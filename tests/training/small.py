@@ -29,22 +29,20 @@ class Small(Network):
         depth: None,
         num_classes: int,
         *,
-        weights: Form,
         ends: Form,
-        activations: str,
         dtype: Any,
         rngs: nnx.Rngs,
         expansion: float,
         shift: str,
+        **layer: Any,
     ):
         del depth  # it has no other
         super().__init__(dtype)
-        layer = {"weights": weights, "activations": activations, "rngs": rngs}
-        middle = int(16 * expansion)
         self.conv1 = Conv(3, 16, 3, weights=ends, rngs=rngs)
         self.bn1 = BatchNorm(16)
-        self.relu = rectifier(16, activations=activations)
-        block = ShiftConvBlock(16, 32, 2, middle_features=middle, shift=shift, **layer)
+        self.relu = rectifier(16, activations=layer["activations"])
+        middle = {"middle_features": int(16 * expansion), "shift": shift}
+        block = ShiftConvBlock(16, 32, 2, **middle, rngs=rngs, **layer)
         self.layer1 = nnx.List([block])
         self.linear = Linear(32, num_classes, weights=ends, rngs=rngs)
 
