@@ -69,15 +69,19 @@ struct Finish {
 template <int kPixels, int kVectors>
 inline void StoreTile(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
   if (tile.epilogue.IsEmpty()) {
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
+#pragma GCC unroll 4
       for (int q = 0; q < kVectors; ++q) {
         StorePart(out + q * kLanes, sums[p][q], tile.out_channels - q * kLanes);
       }
     }
     return;
   }
+#pragma GCC unroll 4
   for (int q = 0; q < kVectors; ++q) {
     const Finish finish(tile.epilogue, q * kLanes, tile.out_channels);
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) finish.Write(sums[p][q], out, p * tile.out_pixel);
   }
 }
