@@ -44,6 +44,19 @@ typedef float UnalignedVector __attribute__((vector_size(4 * kLanes), aligned(4)
 inline Vector Load(const float* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
 inline void Store(float* to, Vector value) { *reinterpret_cast<UnalignedVector*>(to) = value; }
 
+// Keeps the compiler from loading `value` again for each of its uses, where loads are what is scarce.
+inline void KeepInRegister(Vector& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  (void)value;
+#endif
+}
+
 // The first `count` lanes; `count` may exceed the size of a vector. Memory beyond them is not
 // accessed, and lanes beyond them are read as zeros.
 #if defined(__AVX512F__)

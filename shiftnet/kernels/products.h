@@ -96,7 +96,10 @@ void MultiplyTile(const Tile& tile, const float* x, const float* w, float* out) 
     const float* a = x;
     for (const float* const end = a + tile.depth; a != end; ++a, w += w_row) {
       Vector b[kVectors];
-      for (int q = 0; q < kVectors; ++q) b[q] = Load(w + q * w_vector);
+      for (int q = 0; q < kVectors; ++q) {
+        b[q] = Load(w + q * w_vector);
+        KeepInRegister(b[q]);
+      }
 #pragma GCC unroll 16
       for (int p = 0; p < kPixels; ++p) {
         for (int q = 0; q < kVectors; ++q) sums[p][q] += b[q] * a[p * pixel];
@@ -164,7 +167,10 @@ void GradientOfTile(const GradientTile& tile, const float* x, const float* dy, f
     const float *a = x, *b = dy;
     for (int64_t i = 0; i < tile.columns; ++i, a += tile.x_pixel, b += tile.dy_pixel) {
       Vector v[kVectors];
-      for (int q = 0; q < kVectors; ++q) v[q] = Load(b + q * kLanes);
+      for (int q = 0; q < kVectors; ++q) {
+        v[q] = Load(b + q * kLanes);
+        KeepInRegister(v[q]);
+      }
 #pragma GCC unroll 16
       for (int j = 0; j < kDepth; ++j) {
         for (int q = 0; q < kVectors; ++q) total[j][q] += v[q] * a[j];
