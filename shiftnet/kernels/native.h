@@ -77,9 +77,24 @@ inline Vector LoadPart(const float* from, int64_t count) {
   if (count >= kLanes) return Load(from);
   return (Vector)_mm256_maskload_ps(from, Mask(count));
 }
+// Not a masked store, which takes AMD's processors a dozen cycles; apart, to keep callers small.
+__attribute__((noinline)) inline void StoreFew(float* to, Vector value, int64_t count) {
+  __m128 rest = _mm256_castps256_ps128((__m256)value);
+  if (count & 4) {
+    _mm_storeu_ps(to, rest);
+    rest = _mm256_extractf128_ps((__m256)value, 1);
+    to += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    to += 2;
+  }
+  if (count & 1) _mm_store_ss(to, rest);
+}
 inline void StorePart(float* to, Vector value, int64_t count) {
-  if (count >= kLanes) return Store(to, value);  // a masked store takes some AMD processors 12 cycles
-  _mm256_maskstore_ps(to, Mask(count), (__m256)value);
+  if (count >= kLanes) return Store(to, value);
+  StoreFew(to, value, count);
 }
 #else
 inline Vector LoadPart(const float* from, int64_t count) {

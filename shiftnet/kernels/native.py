@@ -3,7 +3,7 @@
 The library is kept in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that
 depends on the source, jaxlib, the compiler and the processor's instruction set, so that it is never
 out of date. Compilation needs a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is
-found, and takes about twenty seconds, once; the headers are part of JAX. Without a compiler, or
+found, and takes about half a minute, once; the headers are part of JAX. Without a compiler, or
 with SHIFTNET_NATIVE=0, these operations run in plain XLA.
 """
 
@@ -94,7 +94,7 @@ def _built(compiler: list[str]) -> Path:
     with _lock(path.with_suffix(".lock")):
         if path.exists():
             return path
-        log.info("compiling the CPU's operations, once on this machine: about twenty seconds")
+        log.info("compiling the CPU's operations, once on this machine: about half a minute")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
             include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")

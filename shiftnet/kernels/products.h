@@ -53,27 +53,28 @@ struct Finish {
         scale(after.scale ? LoadPart(after.scale + first, left) : Vector{}),
         bias(after.bias ? LoadPart(after.bias + first, left) : Vector{}) {}
 
-  // Stores the sums of the pixel at `offset`.
+  // Stores the sums of the pixel at `offset`; kWhole says that it has as many channels as a vector.
+  template <bool kWhole = false>
   void Write(Vector value, float* out, int64_t offset) const {
-    const int64_t at = offset + first;
+    const int64_t at = offset + first, count = kWhole ? kLanes : left;
     if (after.scale) value *= scale;
     if (after.bias) value += bias;
     if (after.relu == kReluBeforeResidual) value = Rectified(value);
-    if (after.residual) value += LoadPart(after.residual + at, left);
+    if (after.residual) value += LoadPart(after.residual + at, count);
     if (after.relu == kReluLast) value = Rectified(value);
-    StorePart(out + at, value, left);
+    StorePart(out + at, value, count);
   }
 };
 
-// Stores the sums of kPixels pixels and kVectors vectors of channels.
-template <int kPixels, int kVectors>
-inline void StoreTile(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
+template <bool kWhole, int kPixels, int kVectors>
+inline void StoreVectors(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
   if (tile.epilogue.IsEmpty()) {
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p, out += tile.out_pixel) {
 #pragma GCC unroll 4
       for (int q = 0; q < kVectors; ++q) {
-        StorePart(out + q * kLanes, sums[p][q], tile.out_channels - q * kLanes);
+        const int64_t left = kWhole ? kLanes : tile.out_channels - q * kLanes;
+        StorePart(out + q * kLanes, sums[p][q], left);
       }
     }
     return;
@@ -82,7 +83,19 @@ inline void StoreTile(const Tile& tile, const Vector (&sums)[kPixels][kVectors],
   for (int q = 0; q < kVectors; ++q) {
     const Finish finish(tile.epilogue, q * kLanes, tile.out_channels);
 #pragma GCC unroll 16
-    for (int p = 0; p < kPixels; ++p) finish.Write(sums[p][q], out, p * tile.out_pixel);
+    for (int p = 0; p < kPixels; ++p) {
+      finish.template Write<kWhole>(sums[p][q], out, p * tile.out_pixel);
+    }
+  }
+}
+
+// Stores the sums of kPixels pixels and kVectors vectors of channels.
+template <int kPixels, int kVectors>
+inline void StoreTile(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
+  if (tile.out_channels >= kVectors * kLanes) {
+    StoreVectors<true>(tile, sums, out);
+  } else {
+    StoreVectors<false>(tile, sums, out);
   }
 }
 

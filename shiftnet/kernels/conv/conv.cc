@@ -331,14 +331,15 @@ void TransformKernel(int64_t in, const float* g, float* transformed) {
   }
 }
 
-// B d B' for a vector of channels; `pixels` are the 16 of the source, `plane` is the distance
-// between places in `out`.
+// B d B' for a vector of channels, or `left` of them; `pixels` are the 16 of the source, `plane` is
+// the distance between places in `out`.
+template <bool kWhole>
 inline void TransformSource(const float* const* pixels, int64_t channel, int64_t left,
                             int64_t plane, float* out) {
   Vector half[4][4];
   for (int t = 0; t < 4; ++t) {
     Vector d[4];
-    for (int r = 0; r < 4; ++r) d[r] = LoadPart(pixels[4 * r + t] + channel, left);
+    for (int r = 0; r < 4; ++r) d[r] = LoadPart(pixels[4 * r + t] + channel, kWhole ? kLanes : left);
     half[0][t] = d[0] - d[2];
     half[1][t] = d[1] + d[2];
     half[2][t] = d[2] - d[1];
@@ -347,10 +348,11 @@ inline void TransformSource(const float* const* pixels, int64_t channel, int64_t
   for (int r = 0; r < 4; ++r) {
     const Vector* d = half[r];
     float* const to = out + 4 * r * plane + channel;
-    StorePart(to, d[0] - d[2], left);
-    StorePart(to + plane, d[1] + d[2], left);
-    StorePart(to + 2 * plane, d[2] - d[1], left);
-    StorePart(to + 3 * plane, d[1] - d[3], left);
+    const int64_t count = kWhole ? kLanes : left;
+    StorePart(to, d[0] - d[2], count);
+    StorePart(to + plane, d[1] + d[2], count);
+    StorePart(to + 2 * plane, d[2] - d[1], count);
+    StorePart(to + 3 * plane, d[1] - d[3], count);
   }
 }
 
@@ -418,9 +420,10 @@ void TransformTiles(const float* source, const Images& images, Place at, int64_t
         pixels[4 * r + s] = inside ? source + line + s * channels : zeros.get();
       }
     }
-    for (int64_t i = 0; i < channels; i += kLanes) {
-      TransformSource(pixels, i, channels - i, plane, out + tile * channels);
-    }
+    float* const to = out + tile * channels;
+    int64_t i = 0;
+    for (; i + kLanes <= channels; i += kLanes) TransformSource<true>(pixels, i, 0, plane, to);
+    if (i < channels) TransformSource<false>(pixels, i, channels - i, plane, to);
   }
 }
 
@@ -521,13 +524,16 @@ constexpr std::array<MultiplyFunction, kDepthwisePixels> DepthwiseRow(std::index
 }
 constexpr auto kDepthwise = DepthwiseRow(std::make_index_sequence<kDepthwisePixels>());
 
+constexpr int64_t kLine = 16;  // floats of a cache line
+
 // kRows rows of the target of a 3x3 window at stride 1, for a vector of channels. A column of the
 // source is loaded once, for the three columns of the target that read it; there are `channels`
-// channels, the weights are [3][3][pitch], and `out` is the offset of the first pixel.
+// channels, the weights are [3][3][pitch], and `out` is the offset of the first pixel. Meanwhile
+// what follows from `ahead` on, a cache line per column, is fetched.
 template <int kRows>
-void DepthwiseRows(const std::array<const float*, kRows + 2>& rows, int64_t columns,
-                   int64_t channels, const float* weights, int64_t pitch, const Finish& finish,
-                   float* target, int64_t out) {
+void DepthwiseRows(const std::array<const float*, kRows + 2>& rows, const float* ahead,
+                   int64_t columns, int64_t channels, const float* weights, int64_t pitch,
+                   Finish finish, float* target, int64_t out) {
   Vector w[3][3], before[kRows] = {}, here[kRows] = {};
   for (int r = 0; r < 3; ++r) {
     for (int t = 0; t < 3; ++t) w[r][t] = Load(weights + (3 * r + t) * pitch);
@@ -535,6 +541,7 @@ void DepthwiseRows(const std::array<const float*, kRows + 2>& rows, int64_t colu
   for (int64_t x = 0; x <= columns; ++x) {  // the last one completes the last column
     Vector d[kRows + 2] = {}, after[kRows];
     if (x < columns) {
+      __builtin_prefetch(ahead + x * kLine);
       for (int r = 0; r < kRows + 2; ++r) {
         d[r] = LoadPart(rows[r] + x * channels + finish.first, finish.left);
       }
@@ -568,13 +575,14 @@ void CorrelateDepthwise3x3(ffi::ThreadPool& pool, const Correlation& c, const fl
       const int64_t out = (task / tasks * height + row) * line;
       const std::array<const float*, 4> rows = {row_at(row - 1), row_at(row), row_at(row + 1),
                                                 row_at(row + 2)};
+      const float* const next = row_at(row + 3);
       for (int64_t first = 0; first < channels; first += kLanes) {
         const Finish finish(epilogue, first, channels);
         if (row + 1 < end) {
-          DepthwiseRows<2>(rows, width, channels, packed + first, RoundUp(channels, kLanes),
-                           finish, target, out);
+          DepthwiseRows<2>(rows, next + first / kLanes * width * kLine, width, channels,
+                           packed + first, RoundUp(channels, kLanes), finish, target, out);
         } else {
-          DepthwiseRows<1>({rows[0], rows[1], rows[2]}, width, channels, packed + first,
+          DepthwiseRows<1>({rows[0], rows[1], rows[2]}, next, width, channels, packed + first,
                            RoundUp(channels, kLanes), finish, target, out);
         }
       }
