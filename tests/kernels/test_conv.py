@@ -148,6 +148,7 @@ AFTER = [  # channels in and out, window, stride, groups
     (20, 35, 1, 2, 1),
     (20, 20, 3, 1, 20),
     (8, 12, 3, 1, 2),
+    (16, 12, 1, 2, 4),
 ]
 
 

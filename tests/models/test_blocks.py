@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from shiftnet.interchange import torch_names
+from shiftnet.kernels.implementations import lowered_for
 from shiftnet.models.depthwiseresnet import DepthwiseBlock
 from shiftnet.models.mobileresnet import MobileBlock
 from shiftnet.models.resnet import BasicBlock
@@ -127,6 +128,12 @@ GOLDEN = {
 @pytest.mark.covering
 def test_a_block_computes_and_learns_as_the_original_in_a_clone(name, mode):
     check_golden(name, np.float64, mode, RTOL)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_shuffle_block_is_the_original_where_its_shuffle_is_the_order_of_a_matrix():
+    with lowered_for("tpu"):
+        check_golden("block_shuffle_i12_o20_s2_r0.9_9x7", np.float64, "eval", RTOL)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
