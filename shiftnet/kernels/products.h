@@ -66,6 +66,7 @@ struct Finish {
   }
 };
 
+// As `StoreTile`; kWhole says that all vectors are whole, so that stores need no test.
 template <bool kWhole, int kPixels, int kVectors>
 inline void StoreVectors(const Tile& tile, const Vector (&sums)[kPixels][kVectors], float* out) {
   if (tile.epilogue.IsEmpty()) {
