@@ -3,8 +3,8 @@
 The library is kept in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that
 depends on the source, jaxlib, the compiler and the processor's instruction set, so that it is never
 out of date. Compilation needs a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is
-found, and takes about half a minute, once; the headers are part of JAX. Without a compiler, or
-with SHIFTNET_NATIVE=0, these operations run in plain XLA.
+found, and takes about 20 seconds on two cores, once; the headers are part of JAX. Without a
+compiler, or with SHIFTNET_NATIVE=0, these operations run in plain XLA.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ HANDLERS = (
     "shiftnet_shift_block",
     "shiftnet_shift_block_gradients",
 )
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 
 log = logging.getLogger(__name__)
@@ -94,11 +95,19 @@ def _built(compiler: list[str]) -> Path:
     with _lock(path.with_suffix(".lock")):
         if path.exists():
             return path
-        log.info("compiling the CPU's operations, once on this machine: about half a minute")
+        log.info("compiling the CPU's operations, once on this machine: about 20 seconds")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
             include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")
-            _output([*compiler, *FLAGS, *include, *map(str, SOURCES), "-o", str(made)])
+
+            def compile_source(source: Path) -> str:
+                made = str(Path(place) / f"{source.stem}.o")
+                _output([*compiler, *FLAGS, *include, "-c", str(source), "-o", made])
+                return made
+
+            with ThreadPoolExecutor() as pool:  # one after the other takes twice as long
+                objects = list(pool.map(compile_source, SOURCES))
+            _output([*compiler, *FLAGS, "-shared", *objects, "-o", str(made)])
             made.replace(path)  # atomic
     return path
 

@@ -154,6 +154,7 @@ int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -CeilDiv(-a, b)
 
 void FindPhases(Block& b, ffi::Span<const int64_t> dh, ffi::Span<const int64_t> dw) {
   b.depth = 0;
+  std::vector<std::pair<int64_t, int64_t>> offsets(b.expanded);  // of each channel, in its phase
   for (int64_t row = 0; row < b.stride; ++row) {
     for (int64_t column = 0; column < b.stride; ++column) {
       Phase phase{};
@@ -162,25 +163,21 @@ void FindPhases(Block& b, ffi::Span<const int64_t> dh, ffi::Span<const int64_t> 
       phase.height = row < b.x.height ? CeilDiv(b.x.height - row, b.stride) : 0;
       phase.width = column < b.x.width ? CeilDiv(b.x.width - column, b.stride) : 0;
       phase.first = b.depth;
-      // Offsets beyond the image are all the same.
-      const auto offset = [&](int64_t c) {
-        return std::make_tuple(
-            std::clamp(FloorDiv(dh[c] - row, b.stride), -b.y.height, b.y.height),
-            std::clamp(FloorDiv(dw[c] - column, b.stride), -b.y.width, b.y.width));
-      };
       for (int64_t c = 0; c < b.expanded; ++c) {
-        if ((dh[c] - row) % b.stride == 0 && (dw[c] - column) % b.stride == 0) {
-          phase.channels.push_back(c);
-        }
+        if ((dh[c] - row) % b.stride != 0 || (dw[c] - column) % b.stride != 0) continue;
+        phase.channels.push_back(c);
+        // Offsets beyond the image are all the same.
+        offsets[c] = {std::clamp(FloorDiv(dh[c] - row, b.stride), -b.y.height, b.y.height),
+                      std::clamp(FloorDiv(dw[c] - column, b.stride), -b.y.width, b.y.width)};
       }
       if (phase.channels.empty()) continue;
       std::stable_sort(phase.channels.begin(), phase.channels.end(),
-                       [&](int64_t c, int64_t d) { return offset(c) < offset(d); });
+                       [&](int64_t c, int64_t d) { return offsets[c] < offsets[d]; });
       phase.vectors.resize(CeilDiv(phase.channels.size(), kLanes));
-      std::tie(phase.top, phase.left) = offset(phase.channels[0]);
+      std::tie(phase.top, phase.left) = offsets[phase.channels[0]];
       phase.bottom = phase.top, phase.right = phase.left;
       for (size_t i = 0; i < phase.channels.size(); ++i) {
-        const auto [h, w] = offset(phase.channels[i]);
+        const auto [h, w] = offsets[phase.channels[i]];
         std::vector<Part>& parts = phase.vectors[i / kLanes];
         if (parts.empty() || parts.back().dh != h || parts.back().dw != w) parts.push_back(Part{h, w, Lanes{}});
         parts.back().mask[i % kLanes] = -1;
