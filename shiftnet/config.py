@@ -571,7 +571,7 @@ class OptimizerConfig(Settings, group="optimizer"):
     accumulate: int = setting(
         1,
         "batches whose gradients are averaged for one update; batch norm's statistics are still "
-        "those of each batch",
+        "those of each batch, and batches at the end of the run that are fewer update nothing",
         AT_LEAST_1,
     )
     groups: str = setting(

@@ -55,6 +55,10 @@ class Activation(nnx.Module):
         """Keeps only what evaluation needs; the network can no longer be trained."""
         self.clipped = self.nonzero = None
 
+    def unfold(self) -> None:
+        """Makes what was folded trainable again; it computes the same as before."""
+        Activation.__init__(self, self.features)
+
     def dead(self) -> jax.Array:
         """Returns which channels hardly ever change their code, bool `[features]`."""
         return self.nonzero[...] < ALIVE

@@ -81,6 +81,12 @@ class LearnedStep(Activation):
             self.step.set_value(self._step(jnp.dtype(jnp.float32)))
             self.unit = None
 
+    def unfold(self) -> None:
+        super().unfold()
+        if self.unit is None:
+            self.unit = nnx.data(nnx.BatchStat(self.step[...]))
+            self.step.set_value(jnp.ones((), jnp.float32))
+
     def _first(self, magnitude: Any) -> Any:
         return 2 * magnitude / math.sqrt(self.high)
 

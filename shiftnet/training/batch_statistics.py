@@ -15,7 +15,9 @@ from shiftnet.data.workers import num_workers
 from shiftnet.kernels.layouts import affine, wide_dtype
 from shiftnet.layers.batch_norm import EPSILON, MOMENTUM, BatchNorm
 from shiftnet.layers.moments import other_axes, pixels
+from shiftnet.quantizers import Activation
 from shiftnet.training.mesh import batch_sharded, compiled, replicated, shard_batch
+from shiftnet.training.optimizer import is_unit
 
 # Batches that the statistics of a packed file's network are estimated on.
 BATCHES = 20
@@ -38,6 +40,7 @@ def make_estimator(
 
     They are the means of the batches' own, as PyTorch's `update_bn` takes them with a momentum of
     None, over training images that are chosen once and for all, prepared as for evaluation.
+    A `LearnedStep.unit`, which is no mean, stays.
 
     Args:
       graphdef: the network, from `nnx.graphdef`.
@@ -55,25 +58,33 @@ def make_estimator(
     def step(params: nnx.State, average: nnx.State, number: jax.Array, images: jax.Array):
         images = jax.lax.with_sharding_constraint(images, batch_sharded(mesh))
         # From 0, a running statistic becomes the batch's own times the momentum.
-        zeros = jax.tree.map(jnp.zeros_like, average)
-        network = nnx.merge(graphdef, params, zeros, copy=True)
+        start = _means_replaced(average, jax.tree.map(jnp.zeros_like, average))
+        network = nnx.merge(graphdef, params, start, copy=True)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             network(augment.normalize(images, mean, std), train=True)
         found = nnx.state(network, nnx.BatchStat)
-        return jax.tree.map(
+        means = jax.tree.map(
             lambda old, new: old + (new / MOMENTUM - old) / number.astype(old.dtype), average, found
         )
+        return _means_replaced(average, means)
 
     run = compiled(step, mesh)
 
     def estimate(params: nnx.State, stats: nnx.State) -> nnx.State:
-        stats = jax.tree.map(jnp.zeros_like, stats)
+        stats = _means_replaced(stats, jax.tree.map(jnp.zeros_like, stats))
         params, stats = jax.device_put((params, stats), replicated(mesh))
         for number, images in enumerate(_batches(part, chosen, data, batch_size), 1):
             stats = run(params, stats, np.float32(number), shard_batch(images, mesh))
         return stats
 
     return estimate
+
+
+def _means_replaced(stats: nnx.State, means: nnx.State) -> nnx.State:
+    """Takes the running means of the second, and what is none of the first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, old, new: old if is_unit(path) else new, stats, means
+    )
 
 
 def _batches(
@@ -103,7 +114,7 @@ def _batches(
 
 
 def unfold(network: nnx.Module, like: nnx.Module, make: Callable[..., Estimator]) -> None:
-    """Gives a network whose batch norms are folded running statistics again.
+    """Gives a network whose batch norms and activations are folded running statistics again.
 
     It computes the same with them as before, but for rounding, and can be trained. Batch norms with
     `scale` and `bias` get the statistics of what they see on training images; the numbers of those
@@ -114,6 +125,9 @@ def unfold(network: nnx.Module, like: nnx.Module, make: Callable[..., Estimator]
       like: the same network with batch norms that are not folded; its numbers are not used.
       make: `make_estimator` but for the graphdef.
     """
+    for _, module in nnx.iter_modules(network):
+        if isinstance(module, Activation):
+            module.unfold()
     measured = nnx.clone(network)
     _replace(measured, _Measured)
     graphdef, *states = nnx.split(measured, nnx.Param, nnx.BatchStat)

@@ -33,6 +33,7 @@ from shiftnet.training.losses import balanced_weights
 from shiftnet.training.low_bit import LevelWatch
 from shiftnet.training.mesh import make_mesh
 from shiftnet.training.metrics import MetricAccumulator, MetricsLog, StepsLog
+from shiftnet.training.optimizer import keep_frozen
 from shiftnet.training.profile import Profile
 from shiftnet.training.progress import Progress
 from shiftnet.training.restore import Init, Record, check_same_data, facts, restore, start_from
@@ -244,6 +245,8 @@ def train(
             progress.message(f"already finished, after step {step}")
         elif newest is not None:
             progress.message(f"continuing after step {step}, from {source}")
+        if newest is not None and start is not None:
+            progress.message(f"{start.path} is not used: this run has started before")
         if not is_over():
             record.final = [None] * runs  # of a run that was shorter
         if session is not None:
@@ -281,7 +284,8 @@ def train(
             if estimate is not None:
                 if run not in estimated or estimated[run][0] != step:
                     with times.on("evaluation"):
-                        estimated[run] = step, estimate(params, stats)
+                        found = estimate(params, stats)
+                        estimated[run] = step, keep_frozen(stats, found, config.optimizer.freeze)
                 stats = estimated[run][1]
             return params, stats
 

@@ -38,10 +38,16 @@ def make_optimizer(
 
     Raises:
       UserError: for a pattern of `optimizer.groups` or `optimizer.freeze` that no parameter's path
-        matches (when the state is made), or a schedule that does not fit the run.
+        matches (when the state is made), or a schedule or `optimizer.accumulate` that does not fit
+        the run.
     """
     settings = config.optimizer
     steps = settings.accumulate
+    if steps > config.epochs * steps_per_epoch:
+        raise UserError(
+            f"optimizer.accumulate must be at most the run's {config.epochs * steps_per_epoch} "
+            f"steps, or nothing is ever updated; found {steps}"
+        )
     rate = learning_rate(config, steps_per_epoch)
     groups = parse_groups(settings.groups)
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
@@ -129,10 +135,15 @@ def keep_frozen(old: Params, new: Params, freeze: str) -> Params:
 
     def chosen(path: Sequence[Any], before: jax.Array, after: jax.Array) -> jax.Array:
         name = _dotted(path)
-        is_frozen = any(matches(name, p) for p in patterns) and not name.endswith(".unit")
+        is_frozen = any(matches(name, p) for p in patterns) and not is_unit(path)
         return before if is_frozen else after
 
     return jax.tree_util.tree_map_with_path(chosen, old, new)
+
+
+def is_unit(path: Sequence[Any]) -> bool:
+    """Whether a running statistic is a `LearnedStep.unit`, by its path in the tree."""
+    return _dotted(path).endswith(".unit")
 
 
 def takes_muon(params: Params, first_and_last: Sequence[str]) -> Params:
@@ -175,7 +186,7 @@ def parse_groups(text: str) -> dict[str, float]:
     Raises:
       UserError: for another form, or a multiplier that is not at least 0.
     """
-    groups = {}
+    groups: dict[str, float] = {}
     for entry in split_patterns(text):
         pattern, _, number = entry.rpartition(":")
         try:
@@ -187,6 +198,7 @@ def parse_groups(text: str) -> dict[str, float]:
                 "optimizer.groups must be PATTERN:MULTIPLIER pairs with commas between them, such "
                 f"as 'layer1.*:0.1,linear:10', found {entry!r}"
             )
+        groups.pop(pattern, None)  # its place is that of the last one
         groups[pattern] = multiplier
     return groups
 

@@ -70,7 +70,8 @@ def _schedule(config: Config, steps_per_epoch: int) -> Callable[[Any], jax.Array
         )
     if schedule.name == "onecycle":
         rise = warmup / total if warmup else ONE_CYCLE_RISE
-        return optax.cosine_onecycle_schedule(total, top, rise, ONE_CYCLE_START, ONE_CYCLE_END)
+        cycle = optax.cosine_onecycle_schedule(total, top, rise, ONE_CYCLE_START, ONE_CYCLE_END)
+        return jnp.vectorize(cycle)  # optax's takes one step at a time
     boundaries = [epoch * steps_per_epoch for epoch in schedule.boundaries]
     lowest, left = schedule.lr_min, total - warmup
     if schedule.name == "step":
@@ -96,7 +97,8 @@ def _schedule(config: Config, steps_per_epoch: int) -> Callable[[Any], jax.Array
     unit = 1 if schedule.by == "step" else steps_per_epoch
 
     def warmed(step: Any) -> jax.Array:
-        return jnp.where(step < warmup, top * (step + unit) / warmup, after(step - warmup))
+        rising = jnp.where(step + unit > warmup, top, top * (step + unit) / warmup)
+        return jnp.where(step < warmup, rising, after(step - warmup))
 
     return warmed
 

@@ -155,7 +155,26 @@ def check(options: Options) -> None:
         if values.field in ("seed", "data.validation") or values.field.startswith("data.dir"):
             raise UserError(f"--over {values.field} would compare accuracies of different images")
         for text in values.texts or (repr(values.low), repr(values.high)):
-            configured(options.config, {values.field: text})
+            own = configured(options.config, {values.field: text})
+            _check_effect(own, values.field, [one for one in options.space if one is not values])
+
+
+def _check_effect(config: Config, field: str, others: Sequence[Values]) -> None:
+    """Checks that a field's value is not ignored, with some value of another field at least.
+
+    Raises:
+      UserError: where it is.
+    """
+    rest = config_lib.FIELDS.keys() - {field}
+    found = None
+    for values in [{}, *({other.field: text} for other in others for text in other.texts)]:
+        try:
+            config_lib.check_effects(configured(config, values), allowed=rest)
+            return
+        except UserError as error:
+            found = found or error
+    assert found
+    raise found
 
 
 def configured(config: Config, values: Mapping[str, str]) -> Config:

@@ -83,9 +83,43 @@ def test_estimated_statistics_are_those_of_pytorchs_update_bn():
         np.testing.assert_allclose(norm.var[...], var, rtol=2e-5)
 
 
-@pytest.mark.parametrize("arch", ["shiftresnet8", "wrn8"])
-def test_a_packed_networks_batch_norms_get_their_statistics_back(arch, tmp_path):
-    settings = recipe(model__arch=arch, model__width=0.5 if arch == "wrn8" else 1.0)
+def test_the_first_batchs_unit_of_a_learned_step_is_not_estimated():
+    settings = recipe(model__arch="shiftresnet8", model__activations="int8")
+    network, digits = networks.random(settings.model, 10), data.load("digits")
+    graphdef, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    estimate = estimator_of(settings, digits)(graphdef)
+    before = checkpoint.to_arrays(params, stats)
+    found = checkpoint.to_arrays(params, estimate(params, stats))
+    units = [name for name in found if name.endswith(".unit")]
+    assert units
+    assert all(before[name] == found[name] > 0 for name in units)
+    assert not np.allclose(before["bn1.mean"], found["bn1.mean"])
+
+
+def estimator_of(settings, digits):
+    """`make_estimator` but for the graphdef."""
+    return lambda graphdef: make_estimator(
+        graphdef,
+        digits.train,
+        settings.data,
+        mean=digits.mean,
+        std=digits.std,
+        batch_size=128,
+        batches=1,
+        mesh=make_mesh(128),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "activations"),
+    [("shiftresnet8", "float"), ("shiftresnet8", "int8"), ("wrn8", "float")],
+)
+def test_a_packed_networks_batch_norms_get_their_statistics_back(arch, activations, tmp_path):
+    settings = recipe(
+        model__arch=arch,
+        model__width=0.5 if arch == "wrn8" else 1.0,
+        model__activations=activations,
+    )
     network, digits = networks.random(settings.model, 10), data.load("digits")
     trained = checkpoint.to_arrays(*nnx.split(network, nnx.Param, nnx.BatchStat)[1:])
     packing.write(tmp_path / "net.safetensors", network, note(settings))
@@ -93,19 +127,7 @@ def test_a_packed_networks_batch_norms_get_their_statistics_back(arch, tmp_path)
     x = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
     before = networks.evaluate(packed, x)
 
-    def make(graphdef):
-        return make_estimator(
-            graphdef,
-            digits.train,
-            settings.data,
-            mean=digits.mean,
-            std=digits.std,
-            batch_size=128,
-            batches=1,
-            mesh=make_mesh(128),
-        )
-
-    unfold(packed, networks.abstract(settings.model, 10), make)
+    unfold(packed, networks.abstract(settings.model, 10), estimator_of(settings, digits))
     np.testing.assert_allclose(networks.evaluate(packed, x), before, rtol=1e-3, atol=1e-4)
     found = checkpoint.to_arrays(*nnx.split(packed, nnx.Param, nnx.BatchStat)[1:])
     assert found.keys() == trained.keys()

@@ -165,6 +165,8 @@ def test_all_that_is_newer_than_the_originals_continues_bit_for_bit(tmp_path, mo
     ours, averaged = (checkpoint.read(tmp_path / run) for run in ("stopped", "whole/ema"))
     assert ours.path == tmp_path / "stopped/ema/11", "the network of a run is the averaged one"
     assert_same(ours.arrays, averaged.arrays)
+    kept = averaged.arrays["layer1.0.bn1.mean"]
+    assert not kept.any(), "a frozen batch norm was estimated"
     line = epochs(tmp_path / "whole")[-1]
     assert line["test_accuracy"] == reference.final[0]
     assert line["test_loss"] != line["raw_test_loss"]

@@ -12,8 +12,8 @@ from flax import nnx
 
 from shiftnet.config import default_config
 from shiftnet.errors import UserError
-from shiftnet.training.optimizer import make_optimizer, takes_muon
-from shiftnet.training.schedules import learning_rate, learning_rates
+from shiftnet.training.optimizer import make_optimizer, parse_groups, takes_muon
+from shiftnet.training.schedules import learning_rate, learning_rates, rates_of_steps
 from tests import networks, oracle
 
 pytestmark = pytest.mark.core
@@ -217,6 +217,9 @@ def test_schedules_by_step_are_pytorchs(name, settings):
     with jax.numpy_dtype_promotion("standard"):  # as outside of these tests
         rates = [float(rate(jnp.float64(step))) for step in range(40)]
     np.testing.assert_allclose(rates, NUMBERS["schedules"][name][:40], rtol=1e-9)
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(rates_of_steps(config, 5), rates, rtol=1e-9)
+        np.testing.assert_allclose(learning_rates(config, 5), rates[::5], rtol=1e-9)
 
 
 def test_a_stable_rate_decays_over_the_share_at_the_end():
@@ -225,6 +228,24 @@ def test_a_stable_rate_decays_over_the_share_at_the_end():
     config.schedule.warmup = 2.0
     expected = [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025]
     np.testing.assert_allclose(learning_rates(config, 7), expected, rtol=1e-6)
+
+
+def test_a_warm_up_of_a_part_of_an_epoch_never_exceeds_the_rate():
+    config = default_config()
+    config.epochs, config.schedule.name, config.schedule.warmup = 4, "linear", 1.5
+    expected = [0.1 / 1.5, 0.1, 0.08, 0.04]
+    np.testing.assert_allclose(learning_rates(config, 10), expected, rtol=1e-6)
+
+
+def test_more_batches_an_update_than_the_run_has_are_refused():
+    config = default_config()
+    config.epochs, config.optimizer.accumulate = 2, 21
+    with pytest.raises(UserError, match=r"at most the run's 20 steps.*found 21"):
+        make_optimizer(config, 10)
+
+
+def test_of_a_repeated_pattern_the_last_counts_and_has_the_last_place():
+    assert list(parse_groups("linear:10,*:0.1,linear:5").items()) == [("*", 0.1), ("linear", 5.0)]
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():

@@ -160,6 +160,14 @@ def test_nothing_is_ever_chosen_on_the_test_set(place, training, capsys):
     assert not (place / "sweep").exists()
 
 
+def test_a_setting_that_no_trial_would_use_is_refused(place, training, capsys):
+    assert run(place, "--over", "optimizer.muon_lr=0.02,0.3") == 2
+    assert "optimizer.muon_lr=0.02 would be ignored" in capsys.readouterr().err
+    assert not training.trained
+    names = ("--over", "optimizer.name=sgd,muon")
+    assert run(place, "--over", "optimizer.muon_lr=0.02,0.3", *names) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
