@@ -13,6 +13,7 @@ Such a file holds, by the names that the arrays have in the network,
 """
 
 import json
+import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -70,6 +71,12 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
         kinds = [(note["class_names"], str), (note["mean"], float), (note["std"], float)]
         if not all(values and all(isinstance(v, kind) for v in values) for values, kind in kinds):
             raise TypeError("class_names, mean or std is not a list of what it should be")
+        if {len(note["mean"]), len(note["std"])} != {3} or not all(
+            math.isfinite(value) and (value > 0 or values is note["mean"])
+            for values in (note["mean"], note["std"])
+            for value in values
+        ):
+            raise ValueError(f"mean {note['mean']} and std {note['std']} cannot normalize colours")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} has metadata that cannot be read: {error}") from error
     recipe = config.from_json(note["config"])

@@ -65,6 +65,17 @@ PROGRAMS = (".stablehlo", ".onnx")
 INTEGERS = (".c", ".json")
 ENDINGS = (*PROGRAMS, *INTEGERS, *originals.ENDINGS)
 
+# What applies to some kinds of OUT alone, and its value where it is not given.
+CALIBRATION_IMAGES = 256
+INTEGER_OPTIONS = {"calibrate_on": None, "requantize": "shift", "report": False}
+OPTIONS = {
+    "image_size": None,
+    "packed": False,
+    "integers": False,
+    "calibration_images": CALIBRATION_IMAGES,
+    **INTEGER_OPTIONS,
+}
+
 
 @reported
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--calibration-images",
         metavar="N",
         type=int,
-        default=256,
-        help="images that the activations' steps are chosen from (default: 256)",
+        default=CALIBRATION_IMAGES,
+        help="images that the activations' steps are chosen from (default: %(default)s)",
     )
     integer.add_argument(
         "--requantize",
@@ -150,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--calibration-images must be at least 1, found {arguments.calibration_images}"
         )
-    for option, default in (("calibrate_on", None), ("requantize", "shift"), ("report", False)):
+    for option, default in INTEGER_OPTIONS.items():
         if getattr(arguments, option) != default and not computes_integers:
             spelled = option.replace("_", "-")
             raise UserError(
@@ -195,14 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _hub(arguments: argparse.Namespace) -> int:
-    for option in ("image_size", "packed", "integers"):
-        if getattr(arguments, option):
+    for option, default in OPTIONS.items():
+        if getattr(arguments, option) != default:
             raise UserError(f"--{option.replace('_', '-')} does not apply to --hub")
     info = zoo.named(arguments.ckpt, "CKPT")
     folder = layout.write(arguments.hub, shiftnet.load(arguments.ckpt), info)
     names = (tensor_file.HUB_NAME, layout.CONFIG, layout.CARD)
     sizes = (f"{name} {(folder / name).stat().st_size:,} bytes" for name in names)
-    print(f"{folder}: {', '.join(sizes)}")
+    print(f"{arguments.hub}: {', '.join(sizes)}")
     return 0
 
 

@@ -87,6 +87,7 @@ class Preprocessing(NamedTuple):
                 array.dtype != np.uint8
                 or array.ndim not in (2, 3)
                 or array.shape[2:] not in {(), (3,)}
+                or not array.size
             ):
                 raise ValueError(
                     "expected an image as uint8 [H, W, 3] or [H, W], "
@@ -133,7 +134,8 @@ def stacked(images: object) -> np.ndarray | None:
     if not isinstance(images, np.ndarray | jax.Array):
         return None
     array = np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+    empty = 0 in array.shape[1:]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or empty:
         raise ValueError(f"expected uint8 [N, H, W, 3], got {array.dtype} {array.shape}")
     return array
 

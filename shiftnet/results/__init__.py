@@ -278,7 +278,17 @@ def accuracies(result: Mapping[str, Any], epoch: str) -> list[float]:
 
 def devices(run: Mapping[str, Any]) -> list[str]:
     """What a run was trained on, each once."""
-    return list(dict.fromkeys(visit["device"] for visit in (*run.get("earlier", ()), run)))
+    return _of_visits(run, "device")
+
+
+def commits(run: Mapping[str, Any]) -> list[str]:
+    """The commits whose code trained a run, each once, `-dirty` where it was changed."""
+    return _of_visits(run, "commit")
+
+
+def _of_visits(run: Mapping[str, Any], fact: str) -> list[str]:
+    visits = (*run.get("earlier", ()), run)
+    return list(dict.fromkeys(visit[fact] for visit in visits if visit.get(fact)))
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -1,11 +1,13 @@
 """Cards: what a trained network is, in Markdown, from its result file and from the network."""
 
+import collections
 import json
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
-from shiftnet import quantizers, results, tables
+from flax import nnx
+
+from shiftnet import models, quantizers, results, tables
 from shiftnet.inference import Classifier
 from shiftnet.models.counting import count
 from shiftnet.zoo.index import Model
@@ -101,16 +103,30 @@ def _what(model: Classifier, size: int) -> str:
     if recipe.reduction != 1:
         details += f" by {recipe.reduction_mode}"
     weights = "float weights"
-    forms = quantizers.of_layers(model.network).values()
-    if low := [form for form in forms if isinstance(form, quantizers.LowBitWeight)]:
-        bits = "- or ".join(map(str, sorted({form.bits for form in low})))
-        rest = "; the other layers' stay float" if len(low) < len(forms) else ""
-        weights = f"{bits}-bit {recipe.weights} weights in {len(low)} layers{rest}"
+    if low := _low_bit(model):
+        layers = len(quantizers.of_layers(model.network))
+        rest = "; the other layers' stay float" if sum(low.values()) < layers else ""
+        kinds = [f"{kind} weights in {number} layers" for kind, number in low.items()]
+        weights = f"{' and '.join(kinds)}{rest}"
     return (
         f"A {recipe.arch}{details}, with {weights}. It sorts images of {side}x{side} pixels into "
         f"{len(model.class_names)} classes.\n\n"
         f"{counts.parameters:,} parameters, {counts.multiply_adds:,} multiply-adds per image; "
         f"the file has {size:,} bytes. It is a JAX/Flax NNX network of the package `shiftnet`."
+    )
+
+
+def _low_bit(model: Classifier) -> dict[str, int]:
+    """Returns how many layers have each kind of low-bit weights, such as `3-bit s3`."""
+    recipe, classes = model.config.model, len(model.class_names)
+    # A packed file's layers have levels and codes, whatever form they were trained in.
+    network = nnx.eval_shape(lambda: models.build(recipe, classes, rngs=nnx.Rngs(0)))
+    names = {made: name for name, (made, _) in quantizers.FORMS.items()}
+    forms = quantizers.of_layers(network).values()
+    return collections.Counter(
+        f"{form.bits}-bit {names[type(form)]}"
+        for form in forms
+        if isinstance(form, quantizers.LowBitWeight)
     )
 
 
@@ -133,7 +149,7 @@ def _accuracy(info: Model) -> str:
     if info.reported is not None:
         spread = "" if info.row.spread is None else f" ± {info.row.spread:.2f}"
         lines.append(f"- Reported: {info.reported:.2f}{spread} % ({info.table.source}).")
-    if info.row.note:
+    if info.row.note and not info.stand_in:  # notes are of the row's own recipe
         lines.append(f"- {info.row.note}")
     return "\n".join([lines[0], "", *lines[1:]])
 
@@ -166,22 +182,27 @@ def _input(model: Classifier) -> str:
 
 def _training(model: Classifier, info: Model | None) -> str:
     if info is None:
-        recipe = model.config
+        recipe, steps = model.config, model.metadata.get("step")
+        if origin := model.metadata.get("converted_from"):
+            return f"It is not known here: the network was converted from {origin['file']}."
+        if not steps:
+            return "It is not known here."
         return (
-            f"{recipe.epochs} epochs of {recipe.optimizer.name}, batch {recipe.batch_size}; the "
-            "whole recipe is in the file and in `config.json`."
+            f"{steps:,} steps, by a recipe of {recipe.epochs} epochs of {recipe.optimizer.name}, "
+            f"batch {recipe.batch_size}; all of it is in the file and in `config.json`."
         )
     result, runs = info.result, info.result["runs"]
     devices = ", ".join(dict.fromkeys(name for run in runs for name in results.devices(run)))
     seconds = statistics.fmean(run["seconds"] / run["together"] for run in runs)
-    commits = ", ".join(dict.fromkeys(f"`{_short(run)}`" for run in runs if run.get("commit")))
+    known = dict.fromkeys(name for run in runs for name in results.commits(run))
+    commits = ", ".join(f"`{_short(name)}`" for name in known)
     seeds = max(run["seed"] for run in runs) + 1
     stand_in = f" --recipe {info.stand_in}" if info.stand_in else ""
     start = f", started from {info.row.init}" if info.row.init else ""
     return (
         f"Recipe `{info.recipe}`, {result['epochs']} epochs{start}; about "
         f"{tables.duration(seconds)} per seed on {devices}"
-        + (f", commit {commits}" if commits else "")
+        + (f", commit{'s' if len(known) > 1 else ''} {commits}" if commits else "")
         + ". In a checkout of the code, this trains it again:\n\n"
         f"```\npython -m shiftnet reproduce --only {info.row.name}{stand_in} --seeds {seeds}\n```"
     )
@@ -190,7 +211,7 @@ def _training(model: Classifier, info: Model | None) -> str:
 def _data(model: Classifier, *, own: bool) -> str:
     data = model.config.data
     known = data.source == "tfds" and data.name in DATA
-    source = DATA[data.name][1] if known else "Images of the person who trained it"
+    source = DATA[data.name][1] if known else f"{data.name}, from the person who trained it"
     licence = (
         "The network is under the Apache License 2.0, as the code that made it is."
         if own
@@ -213,7 +234,7 @@ def _limits(model: Classifier, info: Model | None) -> str:
         )
     if info:
         lines.append(
-            "- The file has float weights and biases in float16. Devices that round the factors of "
+            "- What is float in the file is in float16. Devices that round the factors of "
             "float32 products (to TF32 or bfloat16) may classify a few test images otherwise."
         )
     return "\n".join(lines)
@@ -223,6 +244,6 @@ def _numbers(values: tuple[float, ...]) -> str:
     return f"({', '.join(f'{value:g}' for value in values)})"
 
 
-def _short(run: Mapping[str, Any]) -> str:
-    commit, _, changed = run["commit"].partition("-")
+def _short(commit: str) -> str:
+    commit, _, changed = commit.partition("-")
     return commit[:10] + (f"-{changed}" if changed else "")

@@ -30,17 +30,17 @@ def write(folder: str | os.PathLike[str], model: Classifier, info: Model | None)
       info: what is known of it as a trained network of this project; None for others.
 
     Returns:
-      The folder.
+      The folder, as an absolute path without `..`.
 
     Raises:
       UserError: if the folder has files, or cannot be written.
     """
-    folder = path_of(folder, "--hub")
+    folder = path_of(folder, "--hub").resolve()  # making `new/..` would make `new`
     if folder.exists() and (
         not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} is not empty; take another folder")
-    name = info.name if info else folder.absolute().name
+    name = info.name if info else folder.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if tensor_file.kind_of(model.path) == packing.FORMAT:

@@ -8,6 +8,7 @@ from pathlib import Path
 from shiftnet import results
 from shiftnet.errors import UserError
 from shiftnet.files import expand_pattern, path_of
+from shiftnet.tensor_file import SUFFIX
 from shiftnet.zoo import hub, storage
 from shiftnet.zoo.index import FOLDER, Model, get, list_models
 
@@ -87,10 +88,11 @@ def named(typed: str | os.PathLike[str], what: str) -> Model | None:
         return None
     if model := get(name):
         return model
-    rows = [row.name for table in results.tables(FOLDER) for row in table.rows]
-    if name in rows:
-        raise UserError(f"{name} has not been trained yet; shiftnet models lists what has")
-    trained = [model.name for model in list_models()]
-    close = difflib.get_close_matches(name, trained, n=1)
+    trained = {model.name: model for model in list_models()}
+    if any(row.name == name for table in results.tables(FOLDER) for row in table.rows):
+        others = [model.name for model in trained.values() if model.row.name == name]
+        hint = f"did you mean {others[0]}?" if others else "shiftnet models lists what has"
+        raise UserError(f"{name} has not been trained yet; {hint}")
+    close = difflib.get_close_matches(name.lower().removesuffix(SUFFIX), trained, n=1)
     hint = f"did you mean {close[0]}?" if close else "shiftnet models lists them"
     raise UserError(f"{name} does not exist, and no trained network has that name; {hint}")

@@ -172,6 +172,8 @@ def test_photos_are_turned_as_their_exif_says(model, tmp_path):
             r"expected an image as uint8 .*got float64 \(8, 8, 3\)",
         ),
         ([np.zeros((8, 8, 4), np.uint8)], ValueError, "expected an image as uint8"),
+        ([np.zeros((0, 8, 3), np.uint8)], ValueError, "expected an image as uint8"),
+        (np.zeros((2, 0, 8, 3), np.uint8), ValueError, r"expected uint8 \[N, H, W, 3\]"),
         ([3], TypeError, "expected a path, a PIL image or an array, got int"),
     ],
 )

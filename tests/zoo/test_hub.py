@@ -81,6 +81,8 @@ def test_a_network_of_ones_own_gets_a_card_that_claims_nothing(tmp_path, capsys)
     before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     assert export.main([NAME, "--hub", str(tmp_path / "mine")]) == 2
     assert "mine is not empty" in capsys.readouterr().err
+    assert export.main([NAME, "--hub", str(tmp_path / "mine" / "new" / "..")]) == 2
+    assert "mine is not empty" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
 
 
@@ -90,6 +92,8 @@ def test_a_network_of_ones_own_gets_a_card_that_claims_nothing(tmp_path, capsys)
         ([], "expected either OUT, the file to write, or --hub DIR"),
         (["out.npz", "--hub", "folder"], "expected either OUT"),
         (["--hub", "folder", "--packed"], "--packed does not apply to --hub"),
+        (["--hub", "folder", "--report"], "--report does not apply to --hub"),
+        (["--hub", "folder", "--image-size", "0"], "--image-size does not apply to --hub"),
     ],
 )
 def test_a_mixed_up_command_is_a_sentence(arguments, message, tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ SHARED = ROOT.parent / "shared" / "cifar"
 NAME = "shiftresnet20_1c_c100"
 ALL = [model.name for model in zoo.list_models()]
 ROWS = [row.name for table in results.tables(storage.FOLDER) for row in table.rows]
-UNTRAINED = next(name for name in ROWS if name not in ALL)
+UNTRAINED = next(name for name in ROWS if not any(one.startswith(name) for one in ALL))
 
 
 def test_the_list_has_the_numbers_of_the_result_files_and_prints_as_a_table():
@@ -52,6 +52,13 @@ def test_a_network_of_the_short_recipe_has_a_name_of_its_own():
     card = cards.card(model.name, network, model.bytes, model)
     assert f"--only {NAME} --recipe short --seeds 1" in card
     assert names.find_trainable(model.name, "--init").parent.name == "trainable"
+    assert "points above" not in card  # a note on the row's own recipe
+    low = zoo.get("shiftresnet20_1c_s3_all_c100")
+    card = cards.card(low.name, shiftnet.load(low.name), low.bytes, low)
+    assert "with 3-bit pot weights in 2 layers and 3-bit s3 weights in 20 layers." in card
+    three = zoo.get("shiftresnet20_3c_c100")
+    card = cards.card(three.name, shiftnet.load(three.name), three.bytes, three)
+    assert "commits `5a92940a81-dirty`, `c24a655ad3`, `c731938ec1`, `b0643a1e0e`." in card
 
 
 def test_the_command_lists_the_same(capsys):
@@ -106,6 +113,8 @@ def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
     ("typed", "message"),
     [
         ("shiftresnet20_1c_c10O", f"and no trained network has that name; did you mean {NAME}?"),
+        (f"{NAME.upper()}.safetensors", f"did you mean {NAME}?"),
+        ("shiftresnet20_1c_c10", "not been trained yet; did you mean shiftresnet20_1c_c10_short?"),
         ("nonsense", "no trained network has that name; shiftnet models lists them"),
         (UNTRAINED, f"{UNTRAINED} has not been trained yet; shiftnet models lists what has"),
     ],
