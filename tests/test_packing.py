@@ -241,14 +241,14 @@ def test_altered_metadata_is_refused(good, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *(
-            ("class_names", "3"),
-            ("mean", '["a"]'),
-            ("std", None),
-            ("config", "{"),
-            ("tensors", "[1]"),
-        ),
-        *(("mean", "[0.5]"), ("mean", "[0.5, NaN, 0.5]"), ("std", "[0.0, 0.2, 0.2]")),
+        ("class_names", "3"),
+        ("mean", '["a"]'),
+        ("mean", "[0.5]"),
+        ("mean", "[0.5, NaN, 0.5]"),
+        ("std", None),
+        ("std", "[0.0, 0.2, 0.2]"),
+        ("config", "{"),
+        ("tensors", "[1]"),
     ],
 )
 def test_metadata_that_was_made_up_with_a_right_checksum_is_refused(good, tmp_path, name, text):
