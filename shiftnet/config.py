@@ -922,8 +922,8 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
       allowed: fields that may have no effect.
 
     Raises:
-      UserError: for the first field that differs from its default where it does not apply, and for
-        a `data.resize` below `data.size`.
+      UserError: for the first field that differs from its default where it does not apply, for a
+        `data.resize` below `data.size`, and for a `schedule.lr_min` above `optimizer.lr`.
     """
     for path, field in FIELDS.items():
         value, scope = _get(config, path), field.scope
@@ -937,6 +937,9 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
         raise UserError(
             f"data.resize must be at least data.size, {data.size}, or 0; found {data.resize}"
         )
+    top, lowest = config.optimizer.lr, config.schedule.lr_min
+    if lowest > top:
+        raise UserError(f"schedule.lr_min must be at most optimizer.lr, {top:g}; found {lowest:g}")
 
 
 def differences(old: Config, new: Config, *, ignore: Sequence[str] = ()) -> list[str]:

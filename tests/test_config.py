@@ -226,6 +226,10 @@ def test_settings_read_and_change_as_mappings_too():
             "data.source=folder data.size=64 data.resize=63",
             "data.resize must be at least data.size, 64, or 0; found 63",
         ),
+        (
+            "schedule.name=cosine schedule.lr_min=0.5 optimizer.lr=0.1",
+            "schedule.lr_min must be at most optimizer.lr, 0.1; found 0.5",
+        ),
         ("data.name=digits data.dir=x", "data.dir=x would be ignored: it applies to data that is"),
     ],
 )

@@ -54,7 +54,12 @@ class Predictions:
         """Returns each image's `k` most probable classes, `(name, probability)`, the first first.
 
         Classes that are equally probable keep their order.
+
+        Raises:
+          ValueError: for a `k` below 1.
         """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
         order = np.argsort(-self.probabilities, axis=-1, kind="stable")[:, :k]
         return [
             [(self.class_names[label], float(row[label])) for label in labels]

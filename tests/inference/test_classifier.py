@@ -149,6 +149,8 @@ def test_the_most_probable_classes_come_first(model, pixels):
     ):
         assert [share for _, share in top] == sorted(row.tolist(), reverse=True)[:3]
         assert top[0][0] == name
+    with pytest.raises(ValueError, match="k must be at least 1, got -1"):
+        predictions.top(-1)
 
 
 def test_photos_are_turned_as_their_exif_says(model, tmp_path):
