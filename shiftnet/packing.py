@@ -68,6 +68,8 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
     tensors, metadata = tensor_file.read(path, FORMAT)
     try:
         note = {name: json.loads(metadata[name]) for name in NOTE}
+        if not isinstance(note["config"], str):
+            raise TypeError("config is not a text")
         kinds = [(note["class_names"], str), (note["mean"], float), (note["std"], float)]
         if not all(values and all(isinstance(v, kind) for v in values) for values, kind in kinds):
             raise TypeError("class_names, mean or std is not a list of what it should be")

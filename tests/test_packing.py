@@ -248,6 +248,7 @@ def test_altered_metadata_is_refused(good, tmp_path):
         ("std", None),
         ("std", "[0.0, 0.2, 0.2]"),
         ("config", "{"),
+        ("config", "{}"),
         ("tensors", "[1]"),
     ],
 )

@@ -1,6 +1,6 @@
 """The optimizers that a recipe can name, composed from optax's parts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -207,7 +207,8 @@ def _scaled_by_path(groups: Mapping[str, float]) -> optax.GradientTransformation
     """Multiplies the updates of the paths that a pattern matches; the last match counts."""
 
     def init(params: Params) -> optax.EmptyState:
-        _refuse_unmatched("optimizer.groups", params, groups)
+        # Of the frozen ones this part of the optimizer sees nothing.
+        _refuse_unmatched("optimizer.groups", params, groups, "trained parameter")
         return optax.EmptyState()
 
     def factor(path: str) -> float:
@@ -227,14 +228,15 @@ def _labels(params: Params, frozen: Sequence[str]) -> Params:
     )
 
 
-def _refuse_unmatched(field: str, params: Params, patterns: Any) -> None:
+def _refuse_unmatched(
+    field: str, params: Params, patterns: Iterable[str], kind: str = "parameter"
+) -> None:
     paths = [_dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
             layers = sorted({path.split(".")[0] for path in paths})
             raise UserError(
-                f"{field}: no parameter's path matches {pattern!r}; the network has "
-                f"{', '.join(layers)}"
+                f"{field}: no {kind}'s path matches {pattern!r}; found {', '.join(layers)}"
             )
 
 

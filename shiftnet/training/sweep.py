@@ -22,6 +22,10 @@ from shiftnet.training.workdir import lock
 
 STUDY, TRIALS, LOCK, SPACE = "study.journal", "trials.json", "lock", "space.json"
 STARTUP = 5  # trials that end before any is pruned (optuna's default)
+# What images there are, and which of them are held out.
+IMAGES = tuple(
+    f"data.{field}" for field in ("name", "source", "dir", "url", "sha256", "validation")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,7 @@ def check(options: Options) -> None:
             "give for example --config.data.validation=5000"
         )
     for values in options.space:
-        if values.field in ("seed", "data.validation") or values.field.startswith("data.dir"):
+        if values.field in ("seed", *IMAGES):
             raise UserError(f"--over {values.field} would compare accuracies of different images")
         for text in values.texts or (repr(values.low), repr(values.high)):
             own = configured(options.config, {values.field: text})
@@ -297,7 +301,11 @@ def _trial(optuna: Any, study: Any, options: Options, deadline: Deadline) -> tup
             deadline=deadline,
             stop=stop,
         )
-    except RunFailed as error:
+    except (RunFailed, UserError) as error:
+        # A value can be impossible only for these images. That nothing can be trained at all
+        # shows in the first trial.
+        if isinstance(error, UserError) and not _count(optuna, study):
+            raise
         say(f"{folder}: {error}", 1)
         study.tell(trial, state=states.PRUNED)
         return 0, True

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shlex
 import statistics
 from typing import Any
 
@@ -156,17 +157,18 @@ def _accuracy(info: Model) -> str:
 
 def _use(name: str, *, own: bool) -> str:
     where = "" if own else "  # this folder; or hf://OWNER/NAME where it was uploaded"
+    word = shlex.quote(name)
     return f"""\
 ```python
 import shiftnet
 
-model = shiftnet.load("{name}"){where}
+model = shiftnet.load({json.dumps(name, ensure_ascii=False)}){where}
 model.predict(["cat.jpg", "dog.jpg"]).top(3)
 ```
 
 ```
-shiftnet predict {name} cat.jpg
-shiftnet evaluate --ckpt {name}
+shiftnet predict {word} cat.jpg
+shiftnet evaluate --ckpt {word}
 ```"""
 
 

@@ -84,7 +84,9 @@ def named(typed: str | os.PathLike[str], what: str) -> Model | None:
       UserError: for what could be a name, but is none.
     """
     name = os.fspath(typed)
-    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or path_of(typed, what).exists():
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        return None
+    if os.path.exists(path_of(typed, what)):  # False for a name that no file system takes
         return None
     if model := get(name):
         return model

@@ -313,8 +313,12 @@ def test_muons_kernels_decay_by_their_own_rate_and_no_other_array_does():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"groups": "layer9.*:2"}, "optimizer.groups: no parameter's path matches 'layer9"),
+        ({"groups": "layer9.*:2"}, "optimizer.groups: no trained parameter's path matches 'layer9"),
         ({"freeze": "bn7"}, "optimizer.freeze: no parameter's path matches 'bn7'"),
+        (
+            {"groups": "conv1:2", "freeze": "conv1"},
+            "optimizer.groups: no trained parameter's path matches 'conv1'",
+        ),
         ({"groups": "linear"}, "optimizer.groups must be PATTERN:MULTIPLIER pairs"),
         ({"groups": "linear:-1"}, "found 'linear:-1'"),
     ],

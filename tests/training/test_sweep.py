@@ -47,6 +47,8 @@ class Training:
         self.inits.append(init)
         if rate > 0.9:
             raise RunFailed("the loss became nan")
+        if config.batch_size > 1000:
+            raise UserError("batch_size must be at most the 1000 training images")
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
         for epoch in range(done + 1, config.epochs + 1):
@@ -146,6 +148,22 @@ def test_a_run_that_fails_costs_one_trial(place, training, capsys):
     assert run(place, "--over", "optimizer.lr=0.95,0.99", "--trials", "2") == 0
     assert [one["state"] for one in trials(place)] == ["pruned", "pruned"]
     assert "the loss became nan" in capsys.readouterr().err
+
+
+def test_a_value_that_is_impossible_costs_one_trial_unless_none_is_possible(
+    place, training, capsys
+):
+    assert run(place, "--over", "batch_size=100,2000,50") == 0
+    assert sorted(one["state"] for one in trials(place)) == ["complete", "complete", "pruned"]
+    assert "trial0001: batch_size must be at most" in capsys.readouterr().err
+    assert run(place, "--over", "batch_size=2000,100", "--workdir", str(place / "new")) == 2
+    assert "error: batch_size must be at most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over", ["data.name=cifar10,cifar100", "data.dir=a,b", "seed=1,2"])
+def test_accuracies_of_different_images_are_not_compared(place, training, capsys, over):
+    assert run(place, "--over", over) == 2
+    assert "would compare accuracies of different images" in capsys.readouterr().err
 
 
 def test_another_sweep_in_the_same_place_is_refused(place, training, capsys):

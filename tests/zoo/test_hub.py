@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,12 @@ def test_a_card_says_all_there_is_to_know(folder, capsys):
 
 
 def test_a_network_of_ones_own_gets_a_card_that_claims_nothing(tmp_path, capsys):
-    assert export.main([str(saved(tmp_path, weights="s3")), "--hub", str(tmp_path / "mine")]) == 0
+    network = str(saved(tmp_path, weights="s3"))
+    assert export.main([network, "--hub", str(tmp_path / "a \"b\" 'c'")]) == 0
+    card = (tmp_path / "a \"b\" 'c'" / "README.md").read_text()
+    assert 'shiftnet.load("a \\"b\\" \'c\'")' in card
+    assert shlex.join(["shiftnet", "predict", "a \"b\" 'c'", "cat.jpg"]) in card
+    assert export.main([network, "--hub", str(tmp_path / "mine")]) == 0
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "# mine" in card
     assert "It is not known here" in card

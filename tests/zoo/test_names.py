@@ -116,6 +116,7 @@ def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
         (f"{NAME.upper()}.safetensors", f"did you mean {NAME}?"),
         ("shiftresnet20_1c_c10", "not been trained yet; did you mean shiftresnet20_1c_c10_short?"),
         ("nonsense", "no trained network has that name; shiftnet models lists them"),
+        ("n" * 300, "no trained network has that name; shiftnet models lists them"),
         (UNTRAINED, f"{UNTRAINED} has not been trained yet; shiftnet models lists what has"),
     ],
 )
