@@ -336,7 +336,7 @@ class DataConfig(Settings, group="data"):
         "folder of prepared data sets, or of image files; empty: $TFDS_DATA_DIR or "
         "~/tensorflow_datasets",
         scope=Scope(
-            lambda config: config.data.name != "digits" or config.data.source == "folder",
+            lambda config: config.data.name != "digits" or config.data.source != "tfds",
             "data that is read from a folder, which the digits are not",
         ),
     )

@@ -95,12 +95,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Args:
       path: the file, in a directory that exists.
-      content: text is written as UTF-8.
+      content: text is written as UTF-8; names of files that are not keep their bytes.
 
     Raises:
       UserError: if the file cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # not another writer's
     try:
         try:

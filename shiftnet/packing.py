@@ -34,6 +34,7 @@ FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
 # The fields of a checkpoint's metadata that are kept, as JSON.
 NOTE = ("config", "class_names", "mean", "std", "step")
+UNDIVIDED = "undivided"  # where there is one: by which held-out images are found again
 
 
 def write(
@@ -52,7 +53,8 @@ def write(
     """
     fold_batch_norms(network)
     tensors = {name: _narrowed(name, array, rest) for name, array in _tensors(network).items()}
-    metadata = {name: json.dumps(note[name]) for name in NOTE}
+    kept = [*NOTE, UNDIVIDED] if UNDIVIDED in note else NOTE
+    metadata = {name: json.dumps(note[name]) for name in kept}
     write_atomically(Path(path), tensor_file.to_bytes(tensors, metadata, FORMAT))
 
 
@@ -67,9 +69,11 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
     path = Path(path)
     tensors, metadata = tensor_file.read(path, FORMAT)
     try:
-        note = {name: json.loads(metadata[name]) for name in NOTE}
-        if not isinstance(note["config"], str):
-            raise TypeError("config is not a text")
+        kept = [*NOTE, UNDIVIDED] if UNDIVIDED in metadata else NOTE
+        note = {name: json.loads(metadata[name]) for name in kept}
+        for name in {"config", UNDIVIDED} & note.keys():
+            if not isinstance(note[name], str):
+                raise TypeError(f"{name} is not a text")
         kinds = [(note["class_names"], str), (note["mean"], float), (note["std"], float)]
         if not all(values and all(isinstance(v, kind) for v in values) for values, kind in kinds):
             raise TypeError("class_names, mean or std is not a list of what it should be")
@@ -81,8 +85,14 @@ def read(path: str | PathLike[str]) -> tuple[nnx.Module, dict[str, Any]]:
             raise ValueError(f"mean {note['mean']} and std {note['std']} cannot normalize colours")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} has metadata that cannot be read: {error}") from error
-    recipe = config.from_json(note["config"])
-    network = _abstract(recipe.model, len(note["class_names"]))
+    try:
+        recipe = config.from_json(note["config"])
+        data = recipe.data
+        if 0 < data.resize < data.size:
+            raise UserError(f"data.resize is {data.resize}, below data.size, which is {data.size}")
+        network = _abstract(recipe.model, len(note["class_names"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     _fill(network, tensors, path)
     return network, note
 

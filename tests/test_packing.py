@@ -233,6 +233,13 @@ def test_a_tensor_that_was_removed_or_added_is_named(good, tmp_path, name):
     assert "'new'" in message
 
 
+def test_what_its_test_images_were_held_out_from_is_kept(tmp_path):
+    network, recipe = small()
+    for undivided in ({}, {"undivided": "0a" * 32}):
+        packing.write(tmp_path / "net.safetensors", network, note(recipe) | undivided)
+        assert packing.read(tmp_path / "net.safetensors")[1] == note(recipe) | undivided
+
+
 def test_altered_metadata_is_refused(good, tmp_path):
     message = altered(good, tmp_path, lambda _, metadata: metadata.update(step="4"))
     assert "its metadata does not have its checksum" in message
@@ -250,6 +257,7 @@ def test_altered_metadata_is_refused(good, tmp_path):
         ("config", "{"),
         ("config", "{}"),
         ("tensors", "[1]"),
+        ("undivided", "[1]"),
     ],
 )
 def test_metadata_that_was_made_up_with_a_right_checksum_is_refused(good, tmp_path, name, text):

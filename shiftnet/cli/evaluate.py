@@ -13,7 +13,8 @@ import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import zoo
 from shiftnet.cli import add_network, allow_network, prog
-from shiftnet.data import Source, Split, cifar, classes, hf_source
+from shiftnet.config import DataConfig
+from shiftnet.data import Source, Split, TestSet, classes, digits
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.inference import Classifier
@@ -96,8 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("no checkpoint is named; expected evaluate CKPT, or --ckpt CKPT")
     if arguments.labels and not arguments.data_dir:
         raise UserError("--labels needs --data-dir, the folder of the images that it lists")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, found {arguments.batch_size}")
+    if arguments.labels and arguments.dataset:
+        raise UserError("--dataset does not apply to --labels, which lists images of --data-dir")
+    for option, least in (("batch_size", 1), ("confused", 0), ("wrong", 0)):
+        found = getattr(arguments, option)
+        if found is not None and found < least:
+            raise UserError(f"--{option.replace('_', '-')} must be at least {least}, found {found}")
 
     set_up()
     paths = [path for pattern in patterns for path in zoo.find_all(pattern, "--ckpt")]
@@ -143,16 +148,15 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
         source=source,
         data_dir=directory,
         exif=data.exif,
-        trained_on=source == data.source == "folder"
-        and path_of(directory, "--data-dir").resolve() == path_of(data.dir, "data.dir").resolve(),
+        size=model.preprocess.size,
+        trained_on=source == data.source and _same_place(name, directory, data),
+        undivided=model.metadata.get("undivided", ""),
         listing=arguments.labels or "",
     )
-    then = model.metadata.get("images")
-    if test.held_out and data.on_corrupt == "error" and then and then["test"] != len(test.part):
+    if test.held_out and _has_changed(test, model):
         raise UserError(
-            f"{directory} is not as it was when {model.path} was trained: {len(test.part)} of its "
-            f"images would be held out for the test, and then it was {then['test']}, so they may "
-            "have been trained on"
+            f"{test.name} is not as it was when {model.path} was trained: the {len(test.part)} of "
+            "its images that would be held out for the test now may have been trained on"
         )
     labels, matched = match(test.class_names, test.name)
     part = classes.relabel(test.part, labels)
@@ -207,6 +211,22 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
     return row
 
 
+def _same_place(name: str, directory: str, data: DataConfig) -> bool:
+    """Whether images are those that a recipe's `config.data` names."""
+    if not directory or not data.dir:
+        return directory == data.dir and name == data.name
+    return path_of(directory, "--data-dir").resolve() == path_of(data.dir, "data.dir").resolve()
+
+
+def _has_changed(test: TestSet, model: Classifier) -> bool:
+    """Whether images that are held out now were not when the network was trained."""
+    if then := model.metadata.get("undivided"):
+        return test.undivided != then
+    # Older checkpoints have the numbers alone, which corrupt images were not counted in.
+    count = (model.metadata.get("images") or {}).get("test", len(test.part))
+    return model.config.data.on_corrupt == "error" and count != len(test.part)
+
+
 def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
     """Returns `data.name`, `data.source` and `data.dir` of the images to evaluate on.
 
@@ -220,21 +240,21 @@ def _place(model: Classifier, arguments: Any) -> tuple[str, str, str]:
     if arguments.labels:
         return data.name, "folder", directory
     if arguments.dataset:
+        if directory is not None and arguments.dataset in digits.NAMES:
+            raise UserError("--data-dir does not apply to the digits, which are in this package")
+        if directory is not None:
+            any(_listing(directory))  # refuses what is not there
         return arguments.dataset, "tfds", directory or ""
-    in_tfds = data.source == "tfds" and data.name != UNKNOWN
     if directory is not None and not any(_listing(directory)):
         raise UserError(f"--data-dir {directory} is empty; expected images, or prepared data sets")
     if directory is None:
-        if data.source == "tfds" and not in_tfds:
+        if data.source == "tfds" and data.name == UNKNOWN:
             raise UserError(
                 f"{model.path} does not say which images its network was trained on; name them by "
                 "--data-dir or --dataset"
             )
         return data.name, data.source, data.dir
-    if hf_source.is_saved(path_of(directory, "--data-dir")):
-        return data.name, "hf", directory
-    prepared = in_tfds and cifar.holds_datasets(path_of(directory, "--data-dir"))
-    return data.name, "tfds" if prepared else "folder", directory
+    return data.name, shiftnet.data.source_of(path_of(directory, "--data-dir"), data), directory
 
 
 def _listing(directory: str) -> Iterator[Path]:

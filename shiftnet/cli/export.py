@@ -63,16 +63,21 @@ from shiftnet.zoo import layout
 
 PROGRAMS = (".stablehlo", ".onnx")
 INTEGERS = (".c", ".json")
+JSON_FORMAT = "shiftnet integers 1"
 ENDINGS = (*PROGRAMS, *INTEGERS, *originals.ENDINGS)
 
 # What applies to some kinds of OUT alone, and its value where it is not given.
 CALIBRATION_IMAGES = 256
-INTEGER_OPTIONS = {"calibrate_on": None, "requantize": "shift", "report": False}
+INTEGER_OPTIONS = {
+    "calibrate_on": None,
+    "requantize": "shift",
+    "report": False,
+    "calibration_images": CALIBRATION_IMAGES,
+}
 OPTIONS = {
     "image_size": None,
     "packed": False,
     "integers": False,
-    "calibration_images": CALIBRATION_IMAGES,
     **INTEGER_OPTIONS,
 }
 
@@ -167,8 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"--{spelled} is for {', '.join(INTEGERS)} and .onnx with --integers, OUT is {out}"
             )
+    if arguments.image_size is not None and out.suffix in originals.ENDINGS:
+        raise UserError(f"--image-size is for programs, OUT is {out}")
     if out.suffix == ".c":
         c.check_name(out.stem)
+    elif out.suffix == ".json":
+        _check_beside(out)
     _require(out.suffix, arguments.integers)  # before any work is done
 
     model = shiftnet.load(arguments.ckpt)
@@ -245,7 +254,7 @@ def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> in
         else:
             described, arrays = integers.arrays(graph)
             document = {
-                "format": "shiftnet integers 1",
+                "format": JSON_FORMAT,
                 "arrays": out.with_suffix(".npz").name,
                 "multiplies": graph.multiplies,
                 "class_names": list(model.class_names),
@@ -262,6 +271,26 @@ def _integers(model: Classifier, out: Path, arguments: argparse.Namespace) -> in
         print(f"\n{report.layers(conversion)}\n")
         print(_accuracies(model, graph, arguments.calibrate_on))
     return 0
+
+
+def _check_beside(out: Path) -> None:
+    """Checks that the .npz beside a .json, if any, is that of an earlier export to it.
+
+    Raises:
+      UserError: where it is another file.
+    """
+    beside = out.with_suffix(".npz")
+    if not beside.exists():
+        return
+    try:
+        earlier = json.loads(out.read_text(encoding="utf-8"))["format"] == JSON_FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        earlier = False
+    if not earlier:
+        raise UserError(
+            f"{beside}, where the integers of {out.name} would go, is another file; take another "
+            "name"
+        )
 
 
 def _sizes(sizes: c.Sizes) -> str:

@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path.suffix.lower() != f".{ending}":
             raise UserError(f"--{ending} {path} must end in .{ending}")
     files = list(_files(arguments.paths))
+    read = {Path(file).resolve() for file in files}
+    for ending, path in sheets.items():
+        if path.resolve() in read:
+            raise UserError(
+                f"--{ending} {path} is one of the images to classify; take another name"
+            )
 
     set_up()
     model = shiftnet.load(arguments.ckpt)

@@ -8,6 +8,7 @@ from flax import nnx
 import shiftnet
 from shiftnet import config as config_lib
 from shiftnet import tables
+from shiftnet.cli import add_network, allow_network
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.layers import LearnedShift
@@ -25,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a checkpoint or a trained network's name, as evaluate takes it",
     )
     parser.add_argument("out", metavar="OUT.svg", help="the figure to write")
+    add_network(parser)
     arguments = parser.parse_args(argv)
+    allow_network(arguments)
     out = path_of(arguments.out, "OUT.svg")
     if out.suffix != ".svg":
         raise UserError(f"{out} must end in .svg, which it is written as")

@@ -10,6 +10,7 @@ small are read once and held in memory too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from shiftnet import errors
 from shiftnet.config import SMALL, DataConfig
 from shiftnet.data import cifar, digits
 from shiftnet.data.classes import listed
-from shiftnet.data.parts import Source, Split, Subset
+from shiftnet.data.parts import Source, Split, Subset, digest
 
 __all__ = [
     "IMAGENET",
@@ -63,6 +64,8 @@ class Dataset:
       class_names: one name per class, indexed by label.
       mean, std: of each channel, for pixels in [0, 1]; see `normalization`.
       found: how many images there are of how many classes, and what was left out, in a line.
+      undivided: the digest of the images that `test` was drawn from where there are no others to
+        test on, see `parts.digest`; else empty.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Dataset:
     mean: RGB
     std: RGB
     found: str = ""
+    undivided: str = ""
 
     @property
     def images(self) -> dict[str, int]:
@@ -91,6 +95,7 @@ class TestSet:
       class_names: indexed by label; those of a folder that have images there.
       found: as in `Dataset`.
       held_out: whether they were drawn from the images that a network learned from.
+      undivided: as in `Dataset`, of held-out images.
     """
 
     name: str
@@ -98,6 +103,7 @@ class TestSet:
     class_names: tuple[str, ...]
     found: str = ""
     held_out: bool = False
+    undivided: str = ""
 
 
 def load(
@@ -173,7 +179,9 @@ def load_test(
     source: str = "tfds",
     data_dir: str = "",
     exif: bool = True,
+    size: int = 0,
     trained_on: bool = False,
+    undivided: str = "",
     listing: str = "",
 ) -> TestSet:
     """Opens the images of a data set to evaluate on.
@@ -181,8 +189,10 @@ def load_test(
     Args:
       name, source, data_dir, exif: as for `load`, but a folder may lack `train`, or hold the class
         folders itself.
-      trained_on: whether a network learned from the folder, so that where images of it were held
-        out for the test, only these are taken.
+      size: side in pixels of what is seen of the images.
+      trained_on: whether a network learned from what lies there, so that where images of it were
+        held out for the test, only these are taken.
+      undivided: likewise wherever a copy of these images lies, see `Dataset.undivided`.
       listing: a CSV file that lists the images of the folder and their classes, in place of class
         folders; see `folder.ListedSource`.
 
@@ -190,19 +200,43 @@ def load_test(
       UserError: as `load`.
     """
     if source != "folder":
-        dataset = load(name, source=source, data_dir=data_dir)
-        return TestSet(name, dataset.test, dataset.class_names, dataset.found)
+        dataset = load(name, source=source, data_dir=data_dir, exif=exif)
+        held_out = trained_on and bool(dataset.undivided)
+        return TestSet(
+            name, dataset.test, dataset.class_names, dataset.found, held_out, dataset.undivided
+        )
     from shiftnet.data import folder
 
     exif = exif and name != IMAGENET
     if listing:
         listed_images = folder.ListedSource(listing, data_dir, exif=exif)
         return TestSet(data_dir, listed_images, listed_images.class_names)
-    if trained_on and folder.open_training(data_dir, exif=exif)[1] is None:
-        dataset = _in_files(name, source, data_dir, 0, (), (), exif, small=False)
-        return TestSet(data_dir, dataset.test, dataset.class_names, dataset.found, held_out=True)
+    if trained_on or undivided:
+        images = folder.open_undivided(data_dir, exif=exif)
+        if images is not None and (trained_on or digest(images) == undivided):
+            dataset = _in_files(name, source, data_dir, 0, (), (), exif, small=False, size=size)
+            return TestSet(
+                data_dir, dataset.test, dataset.class_names, dataset.found, True, dataset.undivided
+            )
     test = folder.open_test(data_dir, exif=exif)
+    folder.check_side(test, size, data_dir)
     return TestSet(data_dir, test, test.class_names, folder.found(test))
+
+
+def source_of(directory: Path, data: DataConfig) -> str:
+    """Returns the `data.source` of what a directory holds, for a network of a recipe.
+
+    Args:
+      directory: has prepared data sets, what `datasets` saved, or images.
+      data: of the recipe that the network was trained by.
+    """
+    from shiftnet.data import hf_source
+
+    if hf_source.is_saved(directory):
+        return "hf"
+    known = data.name in (*cifar.NAMES, IMAGENET) or (directory / data.name).is_dir()
+    of_tfds = data.source == "tfds" and data.name not in digits.NAMES and known
+    return "tfds" if of_tfds and cifar.holds_datasets(directory) else "folder"
 
 
 def is_small(name: str, source: str, size: int) -> bool:
@@ -264,6 +298,7 @@ def _in_files(
 ) -> Dataset:
     train: Source
     test: Source | None
+    undivided = ""
     if source == "folder":
         if not data_dir:
             raise errors.UserError(
@@ -272,17 +307,12 @@ def _in_files(
         from shiftnet.data import folder
 
         train, test = folder.open_training(data_dir, exif=exif and name != IMAGENET)
-        side = getattr(train, "side", size)
-        if side < size:
-            raise errors.UserError(
-                f"data.size is {size}, more than the {side} pixels that {data_dir} was prepared "
-                "with (--side)"
-            )
+        folder.check_side(train, size, data_dir)
         names, name = train.class_names, data_dir
         found = folder.found(train, test)
         if test is None:
-            chosen = _chosen(name, len(train), TEST_SHARE)
-            train, test = _divided(train, chosen)
+            undivided = digest(train)
+            train, test = _divided(train, _chosen(name, len(train), TEST_SHARE))
             found += f"; no folder {folder.TEST[0]}: {len(test)} of them are held out for the test"
     elif source == "hf":
         from shiftnet.data import hf_source
@@ -291,6 +321,7 @@ def _in_files(
         names, name = train.class_names, data_dir or name
         found = f"{len(train)} training images of {len(names)} classes"
         if test is None:
+            undivided = digest(train)
             train, test = _divided(train, _chosen(name, len(train), TEST_SHARE))
             found += f"; no test split: {len(test)} of them are held out for the test"
         else:
@@ -310,7 +341,7 @@ def _in_files(
         train, held_out = _divided(train, _chosen(name, len(train), validation))
     # What a network of small images was trained on before, if anything, was a CIFAR.
     own = normalization(cifar.NAMES[0] if small else IMAGENET, mean, std)
-    return Dataset(name, train, test, held_out, names, *own, found)
+    return Dataset(name, train, test, held_out, names, *own, found, undivided)
 
 
 def _divided(source: Source, chosen: np.ndarray) -> tuple[Source, Source]:

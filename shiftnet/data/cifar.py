@@ -130,7 +130,8 @@ def holds_datasets(directory: Path) -> bool:
     """Tells whether prepared data sets are in a directory, or can be without mixing with others."""
     if not directory.is_dir() or not any(directory.iterdir()):
         return True
-    return (directory / "downloads").is_dir() or any(
+    known = ("downloads", *cifar_python.FOLDERS.values())
+    return any((directory / name).is_dir() for name in known) or any(
         any(directory.glob(f"{above}/*.*.*/dataset_info.json")) for above in ("*", "*/*")
     )
 

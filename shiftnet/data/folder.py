@@ -90,8 +90,12 @@ class FolderSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
+        return str(self.folder / self.own_name(index))
+
+    def own_name(self, index: int) -> str:
+        """Returns the path of an image's file within the split's folder."""
         file = os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
-        return str(self.folder / self.class_names[self.labels[index]] / file)
+        return f"{self.class_names[self.labels[index]]}/{file}"
 
     def __getitem__(self, index: int) -> Encoded:
         """Reads an image's file.
@@ -133,11 +137,11 @@ class ListedSource:
     ) -> None:
         self.folder, self.exif = Path(folder), exif
         try:
-            with open(listing, newline="", encoding="utf-8-sig") as opened:
-                rows = [row for row in csv.reader(opened) if row]
+            with path_of(listing, "--labels").open(newline="", encoding="utf-8-sig") as opened:
+                rows = [[cell.strip() for cell in row] for row in csv.reader(opened) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{listing} cannot be read as CSV ({error})") from error
-        classes = {row[1].strip() for row in rows[1:] if len(row) > 1}
+        classes = {row[1] for row in rows[1:] if len(row) > 1}
         if rows and self._file(rows[0][0]) is None and rows[0][1:2] and rows[0][1] not in classes:
             del rows[0]
         if not rows:
@@ -149,7 +153,7 @@ class ListedSource:
                 wrong = "names no class" if len(row) < 2 else f"is not a file in {self.folder}"
                 raise UserError(f"{listing}: {file!r} {wrong}")
             self._files.append(found)
-        names = [row[1].strip() for row in rows]
+        names = [row[1] for row in rows]
         self.class_names = tuple(sorted(set(names)))
         places = {name: label for label, name in enumerate(self.class_names)}
         self.labels = np.array([places[name] for name in names], np.int32)
@@ -220,6 +224,37 @@ def open_training(directory: str, *, exif: bool) -> tuple[Images, Images | None]
     if test is None:
         return source, None
     return source, FolderSource(test, exif=exif, class_names=source.class_names)
+
+
+def open_undivided(directory: str, *, exif: bool) -> Images | None:
+    """Opens the images of `open_training` from which some are held out for the test.
+
+    Returns:
+      All of them, or None if there is a folder for the test, or none to learn from.
+
+    Raises:
+      UserError: if there are no images in class folders.
+    """
+    root = _existing(directory)
+    if prepared.is_prepared(root):
+        if "test" in prepared.parts_of(root, exif=exif):
+            return None
+    elif _test_folder({name.lower(): root / name for name in _folders(root)}):
+        return None
+    return open_training(directory, exif=exif)[0]
+
+
+def check_side(images: Images, size: int, directory: str) -> None:
+    """Checks that images were not prepared smaller than they are used.
+
+    Raises:
+      UserError: where they were.
+    """
+    if isinstance(images, PreparedSource) and images.side < size:
+        raise UserError(
+            f"data.size is {size}, more than the {images.side} pixels that {directory} was "
+            "prepared with (--side)"
+        )
 
 
 def open_test(directory: str, *, exif: bool) -> Images:

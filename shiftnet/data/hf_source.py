@@ -67,6 +67,10 @@ class HfSource:
         """Returns what an image is called: the data set's name and the image's number."""
         return f"{self._name}[{index}]"
 
+    def own_name(self, index: int) -> str:
+        """Returns the image's number, which alone names it."""
+        return str(index)
+
     def __getitem__(self, index: int) -> Encoded:
         """Reads an image.
 

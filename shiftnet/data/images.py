@@ -181,8 +181,14 @@ def middle(image: Image.Image, *, size: int, resize: int, exif: bool = False) ->
 
 
 def with_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    """Resizes an image as torchvision's `Resize(side)` does; see `for_evaluation`."""
+    """Resizes an image as torchvision's `Resize(side)` does; see `for_evaluation`.
+
+    Raises:
+      ValueError: for an image without pixels.
+    """
     shorter, longer = sorted(image.size)
+    if not shorter:
+        raise ValueError(f"the image has {image.width}x{image.height} pixels")
     other = int(side * longer / shorter)
     size = (side, other) if image.width <= image.height else (other, side)
     return image.resize(size, Image.Resampling.BILINEAR)

@@ -1,5 +1,7 @@
 """The forms in which the images of a split come: in memory, or read when asked for."""
 
+import hashlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +43,29 @@ class Source(Protocol):
           CorruptImage: if it cannot be read.
         """
         ...
+
+
+class Whole(Source, Protocol):
+    """All images of a split, which others are drawn from.
+
+    Attributes:
+      labels: int32 [N], of each image.
+    """
+
+    labels: np.ndarray
+
+    def own_name(self, index: int, /) -> str:
+        """Returns what an image is called wherever the split lies, prepared or not."""
+        ...
+
+
+def digest(source: Whole) -> str:
+    """Returns the SHA-256, in hexadecimal, of the names and labels of a split's images, in order.
+
+    Copies of the split have the same, and prepared ones, and hardly any other images have.
+    """
+    names = "\0".join(map(source.own_name, range(len(source))))
+    return hashlib.sha256(os.fsencode(names) + source.labels.astype("<i4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

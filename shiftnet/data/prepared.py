@@ -71,6 +71,7 @@ class PreparedSource:
         try:
             found = manifest["parts"][part]
             self.folder = folder / part
+            self._within = part == "train"
             self.form: Form = manifest["form"]
             self.side: int = manifest["side"]
             self.exif: bool = manifest["exif"]
@@ -114,6 +115,11 @@ class PreparedSource:
             raise IndexError(f"image {index} of {len(self)}")
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._names[start : self._ends[index]])
+
+    def own_name(self, index: int) -> str:
+        """Returns the path that an image was read from, in the split's folder."""
+        name = self.name(index)
+        return name.partition("/")[2] if self._within else name
 
     def __getitem__(self, index: int) -> Encoded:
         """Reads an image.
@@ -250,7 +256,7 @@ def write(
             parts[part] = writer.described(getattr(source, "left_out", ""))
         manifest = {
             "format": FORMAT,
-            "side": side,
+            "side": min(side, *(getattr(source, "side", side) for source in sources.values())),
             "form": form,
             "exif": exif,
             "class_names": list(class_names),

@@ -14,26 +14,30 @@ def images(model: Classifier, directory: str | None, count: int, size: int) -> n
 
     Args:
       model: the network.
-      directory: where its data set is prepared, or a folder with `train/<class>/`; None: as in
-        training.
+      directory: where its data set is prepared, or a folder as for training; None: as in training.
       count: how many, drawn once and for all.
-      size: of image files, in pixels.
+      size: of the images, in pixels.
 
     Raises:
-      UserError: where there are none.
+      UserError: where there are none, or those in memory are not of that size.
     """
     found_in = part(model, directory)
     # RandomState, not Generator: NumPy promises never to change what it draws.
     chosen = np.sort(np.random.RandomState(0).permutation(len(found_in))[:count])
     if isinstance(found_in, Split):
         found = found_in.images[chosen]
+        if (side := found.shape[1]) != size:
+            raise UserError(
+                f"--image-size is {size}, but the images that steps are chosen from have {side} "
+                "pixels a side; take that, or name a folder of image files by --calibrate-on"
+            )
     else:
         from shiftnet.data.stream import EvalStream  # Grain takes seconds to import
 
         stream = EvalStream(
             Subset(found_in, chosen),
             size=size,
-            resize=round(size * 8 / 7),
+            resize=round(size * model.preprocess.resize / model.preprocess.size),
             batch_size=len(chosen),
             on_corrupt="skip",
             workers=0,
@@ -51,7 +55,12 @@ def part(model: Classifier, directory: str | None, *, test: bool = False) -> Spl
     if directory is None:
         dataset = shiftnet.data.of_recipe(data)
     else:
-        is_folder = (path_of(directory, "--calibrate-on") / "train").is_dir()
-        source = "folder" if is_folder else "tfds"
-        dataset = shiftnet.data.load(data.name, source=source, data_dir=directory)
+        place = path_of(directory, "--calibrate-on")
+        if not place.is_dir() or not any(place.iterdir()):
+            raise UserError(
+                f"--calibrate-on must be a directory of images or of prepared data sets, found "
+                f"{place}"
+            )
+        source = shiftnet.data.source_of(place, data)
+        dataset = shiftnet.data.load(data.name, source=source, data_dir=directory, exif=data.exif)
     return dataset.test if test else dataset.train

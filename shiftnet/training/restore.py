@@ -89,6 +89,7 @@ def facts(dataset: Dataset, steps_per_epoch: int, teacher: Teacher | None = None
         "mean": list(dataset.mean),
         "std": list(dataset.std),
         "images": dataset.images,
+        **({"undivided": dataset.undivided} if dataset.undivided else {}),
         "steps_per_epoch": steps_per_epoch,
     }
 
@@ -117,6 +118,9 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], source: Pa
     for part, count in saved.get("images", {}).items():
         if count != now["images"][part]:
             changes.append(f"{part} images: {count} -> {now['images'][part]}")
+    known = [one["undivided"] for one in (saved, now) if "undivided" in one]
+    if len(set(known)) > 1:
+        changes.append("the files, of which others would be held out")
     if saved.get("teacher") != now.get("teacher"):
         changes.append("the teacher")
     steps = saved.get("steps_per_epoch", now["steps_per_epoch"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from flax import nnx
 from PIL import Image
 
 import shiftnet
-from shiftnet import config
-from shiftnet.cli import evaluate
+from shiftnet import config, data
+from shiftnet.cli import evaluate, prepare
 from shiftnet.inference import Preprocessing
 
 COLOURS = {"ant": (230, 20, 20), "bee": (20, 230, 20), "cat": (20, 20, 230)}
@@ -40,7 +41,7 @@ class Colours(nnx.Module):
 def evaluated(tmp_path, monkeypatch, capsys):
     """Calls evaluate.py with a network as described; returns its row, or its error."""
 
-    def call(*arguments, names=NAMES, arch="shiftresnet8", side=32, bias=0.0, **fields):
+    def call(*arguments, names=NAMES, arch="shiftresnet8", side=32, bias=0.0, known=(), **fields):
         recipe = config.default_config()
         recipe.model.arch = arch
         for field, value in ({"name": "unknown", "workers": 0} | fields).items():
@@ -54,7 +55,7 @@ def evaluated(tmp_path, monkeypatch, capsys):
             std=(1.0, 1.0, 1.0),
             preprocess=Preprocessing.of(recipe, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
             path=Path("run"),
-            metadata={"step": 7},
+            metadata={"step": 7, **dict(known)},
             graphdef=graphdef,
             params=params,
             stats=stats,
@@ -72,11 +73,11 @@ def evaluated(tmp_path, monkeypatch, capsys):
     return call
 
 
-def write(root, classes, size=(40, 48)):
-    """Two images of each class's colour: {folder's name: class}."""
+def write(root, classes, size=(40, 48), count=2):
+    """Images of each class's colour: {folder's name: class}."""
     for name, colour in classes.items():
         (root / name).mkdir(parents=True)
-        for number in range(2):
+        for number in range(count):
             Image.new("RGB", size, COLOURS[colour]).save(root / name / f"{number}.png")
     return root
 
@@ -138,8 +139,10 @@ def test_a_network_of_the_digits_is_not_evaluated_on_other_images(evaluated, tmp
     assert evaluated(names=digits, name="digits")["images"] == 355
     error = evaluated("--dataset", "digits", name="cifar10")
     assert "does not know 10 of the 10 classes of digits (0, 1, 2," in error
-    # Without looking for the images, or downloading them.
-    error = evaluated("--dataset", "cifar10", "--data-dir", "/nowhere", names=digits, name="digits")
+    # Without downloading the images.
+    (tmp_path / "new").mkdir()
+    arguments = ("--dataset", "cifar10", "--data-dir", tmp_path / "new")
+    error = evaluated(*arguments, names=digits, name="digits")
     assert "does not know 10 of the 10 classes of cifar10 (airplane, automobile," in error
 
 
@@ -159,6 +162,75 @@ def test_images_are_brought_to_the_size_of_the_network(evaluated, tmp_path, arch
     row = evaluated("--data-dir", photos, arch=arch, side=side, **fields)
     assert row["top1"] == 1.0
     assert row["dataset"] == str(photos)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder from which three images are held out for the test, and those images' files."""
+    photos = write(tmp_path / "photos", {name: name for name in NAMES}, count=10)
+    dataset = data.load("", source="folder", data_dir=str(photos))
+    return photos, dataset, sorted(map(dataset.test.name, range(len(dataset.test))))
+
+
+def test_copies_of_the_folder_of_training_are_known_and_their_held_out_images_taken(
+    evaluated, photos, tmp_path, capsys
+):
+    photos, dataset, files = photos
+    shutil.copytree(photos, tmp_path / "copy")
+    assert prepare.main([str(photos), str(tmp_path / "prepared"), "--side", "40"]) == 0
+    capsys.readouterr()
+    here, there = ({"source": "folder", "dir": str(one)} for one in (photos, tmp_path / "copy"))
+    known = {"undivided": dataset.undivided, "images": dataset.images}
+    for trained in (here, there):
+        for place in (photos, tmp_path / "copy", tmp_path / "prepared"):
+            out = tmp_path / "out.csv"
+            row = evaluated("--data-dir", place, "--predictions", out, known=known, **trained)
+            assert row["images"] == 3
+            names = [line["image"] for line in csv.DictReader(out.read_text().splitlines())]
+            assert [Path(name).parts[-2:] for name in names] == [Path(f).parts[-2:] for f in files]
+    # Of other images all are.
+    (tmp_path / "copy" / "ant" / "0.png").rename(tmp_path / "copy" / "ant" / "new.png")
+    assert evaluated("--data-dir", tmp_path / "copy", known=known, **here)["images"] == 30
+
+
+@pytest.mark.parametrize("change", ["added", "renamed", "moved"])
+def test_a_folder_that_has_changed_since_training_is_refused(evaluated, photos, change):
+    photos, dataset, _ = photos
+    file = photos / "ant" / "0.png"
+    if change == "added":
+        (photos / "ant" / "one more.png").write_bytes(file.read_bytes())
+    else:
+        file.rename(photos / ("ant" if change == "renamed" else "bee") / "new.png")
+    fields = {"source": "folder", "dir": str(photos)}
+    known = {"undivided": dataset.undivided, "images": dataset.images}
+    sentence = "photos is not as it was when run was trained: the 3 of its images that would be"
+    assert sentence in evaluated(known=known, **fields)
+    assert sentence in evaluated("--data-dir", photos, known=known, **fields)
+    # Older checkpoints know how many were held out.
+    assert evaluated(known={"images": dataset.images}, **fields)["images"] == 3
+    assert sentence in evaluated(known={"images": {"test": 2}}, **fields)
+
+
+def test_images_prepared_smaller_than_the_network_takes_are_refused(evaluated, photos, tmp_path):
+    assert prepare.main([str(photos[0]), str(tmp_path / "small"), "--side", "16"]) == 0
+    assert prepare.main([str(tmp_path / "small"), str(tmp_path / "again"), "--side", "64"]) == 0
+    for place in ("small", "again"):
+        error = evaluated("--data-dir", tmp_path / place)
+        assert f"more than the 16 pixels that {tmp_path / place} was prepared with" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--confused", "-5"], "--confused must be at least 0, found -5"),
+        (["--wrong", "-1"], "--wrong must be at least 0, found -1"),
+        (["--data-dir", "x", "--labels", "y", "--dataset", "cifar10"], "--dataset does not apply"),
+        (["--dataset", "digits", "--data-dir", "x"], "--data-dir does not apply to the digits"),
+        (["--dataset", "cifar10", "--data-dir", "nowhere"], "--data-dir nowhere cannot be read"),
+    ],
+)
+def test_options_without_effect_or_sense_are_refused(evaluated, arguments, message):
+    assert message in evaluated(*arguments)
 
 
 def test_a_network_of_unknown_images_asks_for_them(evaluated):
@@ -215,6 +287,9 @@ def test_the_images_of_a_flat_folder_are_scored_by_a_list_of_labels(evaluated, t
     row = evaluated("--data-dir", photos, "--labels", listing)
     assert (row["images"], row["top1"]) == (2, 1.0)
     assert "--labels needs --data-dir" in evaluated("--labels", listing)
+    listing.write_text("ant/9.png, ant\nant/0.png, ant\nbee/1.png, cat\n")
+    error = evaluated("--data-dir", photos, "--labels", listing)
+    assert "'ant/9.png' is not a file" in error, "it was taken for a heading"
 
 
 def test_a_corrupt_file_is_skipped_where_that_is_asked_for(evaluated, tmp_path):

@@ -179,6 +179,11 @@ def test_arrays_go_back_under_the_originals_names(model, naming, ending, tmp_pat
         (["nowhere", "net.stablehlo"], "nowhere does not exist"),
         (["nowhere", "net.pb"], "must end in one of .stablehlo"),
         (["nowhere", "net.stablehlo", "--image-size", "0"], "--image-size must be at least 1"),
+        (["nowhere", "net.npz", "--image-size", "64"], "--image-size is for programs"),
+        (
+            ["nowhere", "net.stablehlo", "--calibration-images", "7"],
+            "--calibration-images is for .c",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(argv, sentence, capsys, tmp_path, monkeypatch):

@@ -108,6 +108,7 @@ def test_contact_sheets_show_the_images(place, capsys, tmp_path, expected):
         (["photos", *option("--top", "0")], "--top must be at least 1, found 0"),
         (["photos", *option("--html", "sheet.txt")], "--html sheet.txt must end in .html"),
         (["empty"], "empty has no images"),
+        (["photos", *option("--png"), "photos/a.png"], "a.png is one of the images to classify"),
     ],
 )
 def test_bad_input_is_a_sentence(place, capsys, arguments, message):

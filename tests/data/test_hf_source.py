@@ -68,6 +68,13 @@ def test_without_a_test_split_a_tenth_is_held_out(datasets, tmp_path):
     loaded = data.load("", source="hf", data_dir=str(tmp_path / "one"))
     assert loaded.images == {"train": 18, "validation": 0, "test": 2}
     assert "no test split: 2 of them are held out" in loaded.found
+    test = data.load_test("", source="hf", data_dir=loaded.name, exif=False, trained_on=True)
+    assert (test.held_out, test.undivided) == (True, loaded.undivided)
+    assert not test.part[0].exif
+    table(datasets, slice(1, 21), label="kind").save_to_disk(tmp_path / "two")
+    other = data.load("", source="hf", data_dir=str(tmp_path / "two"))
+    assert other.images == loaded.images
+    assert other.undivided != loaded.undivided
     pixels = decode(loaded.test[0].data, name="")
     assert any(np.array_equal(pixels, decode(image_files.encoded(one), name="")) for one in PIXELS)
 

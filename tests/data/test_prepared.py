@@ -97,6 +97,12 @@ def test_of_undivided_images_the_same_are_held_out_for_the_test(root):
     assert len(data.load_test("", source="folder", data_dir=str(out)).part) == 9
 
 
+def test_images_are_the_same_wherever_they_lie(root):
+    shutil.rmtree(root / "val")
+    folders = (root, root / "train", prepare(root), prepare(root / "train"))
+    assert len({loaded(folder).undivided for folder in folders}) == 1
+
+
 def test_a_folder_with_test_images_alone_is_evaluated_on_and_not_trained_on(root):
     shutil.rmtree(root / "train")
     out = prepare(root)

@@ -269,6 +269,10 @@ def test_export_overwrites_no_file_of_another_origin(tmp_path, capsys):
     assert "Makefile exists and is not from shiftnet" in capsys.readouterr().err
     assert not (tmp_path / "net.c").exists()
     assert (tmp_path / "Makefile").read_text() == "all:\n"
+    (tmp_path / "net.npz").write_bytes(b"arrays")
+    assert export.main([argv[0], str(tmp_path / "net.json"), *argv[2:]]) == 2
+    assert "net.npz, where the integers of net.json would go, is another" in capsys.readouterr().err
+    assert (tmp_path / "net.npz").read_bytes() == b"arrays"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +281,8 @@ def test_export_overwrites_no_file_of_another_origin(tmp_path, capsys):
         ("net.onnx", ["--report"], "--report is for .c, .json and .onnx with --integers"),
         ("net.c", ["--packed"], "--packed is for arrays"),
         ("net.c", ["--calibration-images", "0"], "must be at least 1"),
+        ("net.c", ["--image-size", "64"], "--image-size is 64, but the images that steps are"),
+        ("net.c", ["--calibrate-on", "typo"], "--calibrate-on must be a directory of images or of"),
         ("a-b.c", [], "must have the name of a function"),
         ("main.c", [], "must have the name of a function"),
     ],
