@@ -145,7 +145,12 @@ CIFAR = Scope(
 AVERAGED = Scope(lambda config: config.ema.decay > 0, "ema.decay above 0")
 DISTILLED = Scope(lambda config: bool(config.distill.teacher), "a distill.teacher")
 HELD_OUT = Scope(lambda config: config.data.validation > 0, "data.validation above 0")
-LOW_BIT = Scope(lambda config: config.model.weights != "float", "low-bit weights")
+# A network of one's own is not given what its class would have to do.
+OURS = Scope(lambda config: ".py:" not in config.model.arch, "this package's networks")
+LOW_BIT = Scope(
+    lambda config: config.model.weights != "float" and OURS.holds(config),
+    "low-bit weights of this package's networks",
+)
 SPARSE = Scope(lambda config: config.model.shift == "sparse", "model.shift=sparse")
 S3 = Scope(
     lambda config: config.model.weights == "s3" or ":s3" in config.model.weights_of,
@@ -249,13 +254,17 @@ class ModelConfig(Settings, group="model"):
         ARCH,
     )
     expansion: float = setting(
-        1.0, "middle channels of a shift block, as a multiple of its output channels", FACTOR
+        1.0,
+        "middle channels of a shift block, as a multiple of its output channels",
+        FACTOR,
+        scope=OURS,
     )
     reduction: float = setting(
         1.0,
         "divides the channels of a resnet, depthwiseresnet, mobileresnet or shuffleresnet, see "
         "reduction_mode",
         FACTOR,
+        scope=OURS,
     )
     reduction_mode: Literal["block", "net"] = setting(
         "net",
@@ -263,10 +272,13 @@ class ModelConfig(Settings, group="model"):
         "channels by its square root",
     )
     depthwise_skip: bool = setting(
-        True, "shortcuts around the blocks of a depthwiseresnet; false: none"
+        True, "shortcuts around the blocks of a depthwiseresnet; false: none", scope=OURS
     )
     width: float = setting(
-        1.0, "widens a wrn: its stages have 16, 32 and 64 times as many channels", FACTOR
+        1.0,
+        "widens a wrn: its stages have 16, 32 and 64 times as many channels",
+        FACTOR,
+        scope=OURS,
     )
     weights: str = setting(
         "float",
@@ -292,18 +304,22 @@ class ModelConfig(Settings, group="model"):
         FORM,
     )
     quantize_first_last: bool = setting(
-        False, "give the first and last layer low-bit weights too (originals: no)", scope=LOW_BIT
+        False,
+        "give the first and last layer low-bit weights too (originals: no)",
+        scope=LOW_BIT,
     )
     activations: str = setting(
         "float",
         "form of the inputs of all convolutions but the first and last layer: float; int8, int4 or "
         "int2, with a learned step (LSQ); sign; rsign, with learned thresholds and RPReLU "
         "(ReActNet)",
+        scope=OURS,
     )
     shift: Literal["fixed", "active", "sparse"] = setting(
         "fixed",
         "offsets of the shifts: fixed (original); learned: active, real numbers, bilinear "
         "(arXiv:1806.07370); sparse, rounded and few (arXiv:1903.05285)",
+        scope=OURS,
     )
     drop_path: float = setting(
         0.0,

@@ -184,6 +184,9 @@ def _compare(arguments: Any) -> None:
     found = {}
     for network in arguments.compare:
         arch, _, options = network.partition(":")
+        if arch.endswith(".py"):  # FILE.py:CLASS
+            kind, _, options = options.partition(":")
+            arch = f"{arch}:{kind}"
         config = _config(arch)
         config_lib.apply_argument(config, options, fields)
         config_lib.check_effects(config)

@@ -294,6 +294,7 @@ class Classifier:
                 name = ".".join(map(str, path))
                 if name and callable(module) and wanted in (None, name):
                     _record(module, name, found, inputs=wanted == last and layer is None)
+            network.set_mode(train=False)
             network.logits(x.astype(network.dtype or x.dtype), train=False)
             return found
 

@@ -33,6 +33,8 @@ class Network(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        self.set_mode(train=train)
+
         def compute(images: jax.Array) -> jax.Array:
             y = images.astype(self.dtype or images.dtype)
             return self.logits(y, train=train).astype(images.dtype)
@@ -44,6 +46,9 @@ class Network(nnx.Module):
         filled = jnp.pad(x, [(0, missing), (0, 0), (0, 0), (0, 0)])
         logits = jax.lax.map(compute, filled.reshape(pieces, -1, *x.shape[1:]))
         return logits.reshape(len(filled), -1)[: len(x)]
+
+    def set_mode(self, *, train: bool) -> None:
+        """Comes before `logits`, where modules are told once whether they train."""
 
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         raise NotImplementedError

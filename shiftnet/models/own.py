@@ -62,11 +62,12 @@ class OwnNetwork(Network):
         self.net = net
         self.takes_train = "train" in inspect.signature(type(net).__call__).parameters
 
+    def set_mode(self, *, train: bool) -> None:
+        if not self.takes_train:
+            (self.net.train if train else self.net.eval)()
+
     def logits(self, x: jax.Array, *, train: bool) -> jax.Array:
-        if self.takes_train:
-            return self.net(x, train=train)
-        (self.net.train if train else self.net.eval)()
-        return self.net(x)
+        return self.net(x, train=train) if self.takes_train else self.net(x)
 
 
 def build(

@@ -32,7 +32,7 @@ class Quantized(nnx.Module):
         self.layer = layer
         self.weight = weight
         self.factor = factor
-        self.activation = nnx.data(quantizers.activation(activation, weight.shape[-2]))
+        self.activation = nnx.data(quantizers.activation(activation, layer.in_features))
         self.use_running_average = False  # as of `nnx.BatchNorm`; `eval()` of the network sets it
         del layer.kernel
 
@@ -40,11 +40,10 @@ class Quantized(nnx.Module):
         if self.activation is not None:
             x = self.activation(x, train=not self.use_running_average)
         kernel = self.weight()
-        self.layer.kernel = nnx.Param(kernel * np.asarray(self.factor, kernel.dtype))
-        try:
-            return self.layer(x)
-        finally:
-            del self.layer.kernel
+        # Of this call: within `jax.jit` and the like no layer from outside may be changed.
+        layer = nnx.clone(self.layer)
+        layer.kernel = nnx.Param(kernel * np.asarray(self.factor, kernel.dtype))
+        return layer(x)
 
 
 def quantize(
@@ -58,7 +57,9 @@ def quantize(
     """Replaces Flax's convolutions and linear layers by layers with another form of weights.
 
     The weights become the nearest ones of the form. Where the form has no scale of its own, each
-    layer keeps the factor between the two as a constant, so nothing is lost but the rounding.
+    layer keeps the factor between the two as a constant, so nothing is lost but the rounding; with
+    `"apot"`, which standardizes its latents, the mean of each kernel is lost too. Layers that were
+    replaced before stay as they are.
 
     Args:
       network: any network of `nnx.Conv` (square kernels, two dimensions) and `nnx.Linear` layers;
@@ -73,20 +74,27 @@ def quantize(
       forms' part of a loss.
 
     Raises:
-      UserError: for an unknown form, a pattern that matches no layer, or a network without such
-        layers.
+      UserError: for an unknown form, a pattern that matches no layer, a network without such
+        layers or that is one itself, and a kernel of other dimensions, or of zeros where the form
+        has no zero; the network is then as it was.
     """
     form = quantizers.make(weights, bits)
+    quantizers.activation(activations, 1)
+    if isinstance(network, nnx.Conv | nnx.Linear):
+        raise UserError("the network is a layer itself; expected a module that holds layers")
+    modules = {".".join(map(str, path)): one for path, one in nnx.iter_modules(network)}
+    done = {path: one for path, one in modules.items() if isinstance(one, Quantized)}
+    inside = {id(one.layer) for one in done.values()}
     layers = {
-        ".".join(map(str, path)): layer
-        for path, layer in nnx.iter_modules(network)
-        if isinstance(layer, nnx.Conv | nnx.Linear)
+        path: layer
+        for path, layer in modules.items()
+        if isinstance(layer, nnx.Conv | nnx.Linear) and id(layer) not in inside
     }
     for pattern in skip:
-        if not fnmatch.filter(layers, pattern):
+        if not fnmatch.filter([*layers, *done], pattern):
             raise UserError(
                 f"skip: no layer's path matches {pattern!r}; "
-                f"there are {', '.join(layers) or 'none'}"
+                f"there are {', '.join([*layers, *done]) or 'none'}"
             )
     chosen = {
         path: layer
@@ -95,7 +103,7 @@ def quantize(
     }
     if not chosen:
         raise UserError("the network has no nnx.Conv or nnx.Linear to quantize")
-    replacements: dict[int, Quantized] = {}
+    found: list[tuple[Any, Weight, float]] = []
     for path, layer in chosen.items():
         kernel = np.asarray(layer.kernel[...], np.float64)
         if kernel.ndim not in (2, 4):
@@ -104,8 +112,13 @@ def quantize(
         assert isinstance(weight, quantizers.LowBitWeight), weights
         weight.start_from(kernel)
         nearest = np.asarray(weight(), np.float64)
+        if nearest.any() and not kernel.any():
+            raise UserError(f"{path} has a kernel of zeros, and {weights} has no zero; skip it")
         factor = (kernel * nearest).sum() / max(np.square(nearest).sum(), 1e-30) or 1.0
-        replacements[id(layer)] = Quantized(layer, weight, float(factor), activations)
+        found.append((layer, weight, float(factor)))
+    replacements = {
+        id(layer): Quantized(layer, weight, factor, activations) for layer, weight, factor in found
+    }
     _replace(network, replacements, set())
     return list(chosen)
 

@@ -3,6 +3,7 @@
 import json
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -94,6 +95,46 @@ def test_an_own_network_trains_is_evaluated_and_packed(file, tmp_path, capsys, m
     again = row_of(capsys, packed, "--network", f"{file}:Net")
     for key in ("top1", "loss"):  # nnx.BatchNorm's statistics too
         assert again[key] == trained[key]
+
+
+def test_many_images_give_the_logits_of_each(file):
+    own.allow(f"{file}:Net")
+    network = models.build(model(file, "Net"), 10, rngs=nnx.Rngs(0))
+    images = np.random.default_rng(0).normal(size=(70, 32, 32, 3)).astype(np.float32)
+    before = network(images[:32])
+    # More than a CPU takes at a time, within `jax.jit` and without.
+    graphdef, state = nnx.split(network)
+    for logits in (
+        network(images),
+        jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, images),
+    ):
+        np.testing.assert_allclose(logits[:32], before, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits[38:], network(images[38:]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"activations": "int8"},
+        {"expansion": 3.0},
+        {"shift": "sparse"},
+        {"weights": "s3", "quantize_first_last": True},
+    ],
+)
+def test_what_its_class_is_not_given_is_refused(file, fields):
+    recipe = config.default_config()
+    recipe.model.arch = f"{file}:Net"
+    config.check_effects(recipe)
+    recipe.model.update(fields)
+    with pytest.raises(UserError, match=r"would be ignored: it applies to .*this package's net"):
+        config.check_effects(recipe)
+
+
+def test_it_is_compared_with_other_networks(file, capsys):
+    assert (
+        count_command.main(["--compare", "resnet8", f"{file}:Net", f"{file}:Net:weights=s3"]) == 0
+    )
+    assert f"{file}:Net:weights=s3" in capsys.readouterr().out
 
 
 def test_it_is_counted_whatever_its_layers_are(file, capsys):

@@ -1,5 +1,7 @@
 """Any Flax network with low-bit weights: it computes nearly the same, and can be trained."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -72,6 +74,81 @@ def test_gradients_reach_the_latents_and_activations_settle_on_the_first_batch()
     latents = {path: leaf for path, leaf in flat.items() if "weight" in path}
     assert len({path[: path.index("weight")] for path in latents}) == 4
     assert all(np.abs(leaf[...]).max() > 0 for leaf in latents.values())
+
+
+def test_it_computes_within_any_transformation():
+    network = Net()
+    shiftnet.quantize(network, "int", bits=4)
+    network.eval()
+    want = network(X)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(jax.jit(lambda x: network(x))(X), want)
+    close(jax.vmap(lambda x: network(x[None])[0])(X), want)
+    close(jax.lax.map(lambda x: network(x[None])[0], X), want)
+    assert jax.eval_shape(network, X).shape == want.shape
+    assert np.abs(jax.grad(lambda x: network(x).sum())(X)).max() > 0
+
+
+class Depthwise(nnx.Module):
+    def __init__(self, features=4):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Conv(3, 4, (1, 1), rngs=rngs)
+        self.each = nnx.Conv(features, 4, (3, 3), feature_group_count=features, rngs=rngs)
+
+    def __call__(self, x):
+        return self.each(self.first(x))
+
+
+@pytest.mark.parametrize("activations", ["int8", "rsign"])
+def test_a_depthwise_convolution_has_as_many_steps_or_thresholds_as_channels(activations):
+    network, plain = Depthwise(), Depthwise()
+    shiftnet.quantize(network, "int", activations=activations, skip=["first"])
+    network.train()
+    quantized = network(X)
+    assert quantized.shape == (*X.shape[:3], 4)
+    if activations == "int8":
+        np.testing.assert_allclose(quantized, plain(X), atol=0.05 * np.abs(plain(X)).max())
+    else:
+        assert network.each.activation.threshold.shape == (4,)
+
+
+def test_layers_get_other_forms_one_call_after_the_other():
+    network = Depthwise()
+    assert shiftnet.quantize(network, "s3", skip=["each"]) == ["first"]
+    assert shiftnet.quantize(network, "int", bits=8, skip=["first"]) == ["each"]
+    forms = quantizers.of_layers(network)
+    assert {path: type(form).__name__ for path, form in forms.items()} == {
+        "first": "S3",
+        "each": "Int",
+    }
+    assert np.isfinite(network(X)).all()
+    with pytest.raises(UserError, match=r"no nnx\.Conv or nnx\.Linear to quantize"):
+        shiftnet.quantize(network, "s3")
+
+
+@pytest.mark.parametrize("weights", ["sign", "denseshift", "int"])
+def test_zeros_stay_zeros_or_are_refused(weights):
+    network = Depthwise()
+    network.each.kernel[...] = 0 * network.each.kernel[...]
+    if weights == "int":
+        shiftnet.quantize(network, weights)
+        assert not np.any(network(X))
+        return
+    with pytest.raises(UserError, match=f"each has a kernel of zeros, and {weights} has no zero"):
+        shiftnet.quantize(network, weights)
+    assert not np.any(network(X)), "it was changed"
+
+
+def test_a_kernel_of_three_dimensions_or_a_layer_alone_is_refused_and_unchanged():
+    network = nnx.Sequential(
+        nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Conv(4, 4, 3, rngs=nnx.Rngs(0))
+    )
+    before = network(X[0, :, :4, :1] * np.ones(4))
+    with pytest.raises(UserError, match=r"layers\.1 has a kernel of 3 dimensions"):
+        shiftnet.quantize(network, "int")
+    np.testing.assert_array_equal(network(X[0, :, :4, :1] * np.ones(4)), before)
+    with pytest.raises(UserError, match="the network is a layer itself"):
+        shiftnet.quantize(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "int")
 
 
 @pytest.mark.parametrize(
