@@ -235,11 +235,28 @@ def read(folder: Path, row: str) -> dict[str, Any] | None:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(result, dict) or result.get("row") != row or not result.get("runs"):
         raise UserError(f"{path} is not the result of row {row}")
-    runs = result["runs"] if isinstance(result["runs"], list) else []
-    flaws = [_lacking(result, _RESULT), *(_lacking(run, _RUN) for run in runs)]
-    if found := [flaw for flaw in flaws if flaw]:
-        raise UserError(f"{path} is damaged: {found[0]}")
+    if flaw := next(filter(None, _flaws(result)), None):
+        raise UserError(f"{path} is damaged: {flaw}")
     return result
+
+
+def _flaws(result: Mapping[str, Any]) -> Iterator[str | None]:
+    """Yields what is wrong with a result, or None, of one thing after the other."""
+    yield _lacking(result, _RESULT)
+    if (kept := result.get("checkpoint")) is not None:
+        lacking = _lacking(kept, {"file": str})
+        yield lacking and f"in checkpoint {lacking}"
+    for run in result["runs"]:
+        yield _lacking(run, _RUN)
+        for name in ("final_accuracy", "best_accuracy"):
+            yield f"{name} is {run[name]}" if run[name] > 1 else None
+        for name in ("seconds", "together"):
+            yield f"{name} is 0" if not run[name] else None
+        earlier = run.get("earlier", [])
+        if not isinstance(earlier, list) or not all(isinstance(one, Mapping) for one in earlier):
+            yield f"earlier is {earlier!r:.40}"
+    seeds = [run["seed"] for run in result["runs"]]
+    yield "two runs have the same seed" if len(set(seeds)) < len(seeds) else None
 
 
 def _lacking(found: Any, fields: Mapping[str, Any]) -> str | None:

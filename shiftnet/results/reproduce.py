@@ -199,7 +199,11 @@ def find(options: Options) -> Iterator[Job]:
         apart = "-".join(part for part in parts if part)
         result, stale = results.read(folder / apart, row.name), []
         if result is not None:
-            before = config_lib.from_json(json.dumps(result["config"]))
+            try:
+                before = config_lib.from_json(json.dumps(result["config"]))
+            except UserError as error:
+                path = results.path_of(folder / apart, row.name)
+                raise UserError(f"{path} is damaged: in config {error}") from error
             ignored = ("seed", *config_lib.IMMATERIAL)
             stale = config_lib.differences(before, config, ignore=ignored)
         if stale:
@@ -523,7 +527,10 @@ def reevaluate(options: Options) -> int:
     for job in find(options):
         if job.result is None:
             continue
-        kept = job.result["checkpoint"]
+        kept = job.result.get("checkpoint")
+        if kept is None:
+            failed = say(f"{job.row.name}: its result has no network", 1)
+            continue
         path = job.folder / kept["file"]
         if not path.is_file():
             failed = say(f"{job.row.name}: {path} does not exist", 1)
@@ -537,8 +544,8 @@ def reevaluate(options: Options) -> int:
             assert result is not None
             result["checkpoint"] = {**result["checkpoint"], **found}
             results.write(job.folder, result)
-        before, after = kept["test_accuracy"], found["test_accuracy"]
-        change = "" if before == after else f", where its file had {before:.2%}"
+        before, after = kept.get("test_accuracy"), found["test_accuracy"]
+        change = "" if before in (None, after) else f", where its file had {before:.2%}"
         print(f"{job.row.name}: {after:.2%}{change}", flush=True)
     return failed
 

@@ -534,6 +534,11 @@ def test_a_damaged_result_is_a_sentence(tmp_path):
         ("runs.best_accuracy", "0.5", "best_accuracy is '0.5'"),
         ("runs.best_accuracy", math.inf, "best_accuracy is inf"),
         ("runs.seconds", -1.0, "seconds is -1.0"),
+        ("runs.seconds", 0, "seconds is 0"),
+        ("runs.together", 0, "together is 0"),
+        ("runs.final_accuracy", 1.5, "final_accuracy is 1.5"),
+        ("runs.earlier", ["x"], r"earlier is \['x'\]"),
+        ("checkpoint", {}, "in checkpoint file is missing"),
     ],
 )
 def test_a_result_with_a_wrong_field_is_a_sentence(tmp_path, place, value, sentence):
@@ -559,6 +564,21 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 ROWS = [row for table in results.tables(ROOT / "results") for row in table.rows]
+
+
+def test_a_seed_that_is_twice_in_a_result_and_an_unknown_setting_are_a_sentence(tmp_path, capsys):
+    path = next((ROOT / "results" / "smoke").glob("*.json"))
+    result = json.loads(path.read_text())
+    twice = result | {"runs": result["runs"][:1] * 2}
+    results.path_of(tmp_path, path.stem).write_text(json.dumps(twice))
+    with pytest.raises(UserError, match=f"{path.name} is damaged: two runs have the same seed"):
+        results.read(tmp_path, path.stem)
+    (tmp_path / results.TABLE).write_text((ROOT / "results" / results.TABLE).read_text())
+    result["config"]["epochs"] = "x"
+    results.path_of(tmp_path, path.stem).write_text(json.dumps(result))
+    arguments = ["--results", str(tmp_path), "--only", path.stem, "--list"]
+    assert command.main(arguments) == 2
+    assert f"{path.name} is damaged: in config epochs must be a whole" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

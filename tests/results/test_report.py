@@ -328,6 +328,14 @@ def test_seeds_of_one_recipe_are_put_together(tmp_path):
     assert {record["seed"] for record in loss} == {0, 1}
 
 
+def test_seeds_that_are_not_equally_far_are_said_to_be(tmp_path):
+    make_workdir(tmp_path / "seed0", [0.1, 0.2])
+    make_workdir(tmp_path / "seed1", [0.1, 0.2, 0.4], seed=1)
+    (training,) = sources.find([tmp_path / "seed0", tmp_path / "seed1"]).trainings
+    assert grids.schedule(training) == "epochs 2 to 3 of 164, by seed"
+    assert ("Epochs", "2 to 3") in [tile[:2] for tile in grids.tiles(training)]
+
+
 def test_a_row_in_training_is_drawn_by_its_own_name(tmp_path):
     rows = []
     for row in ("a/row_seeds0-1", "b/row_seeds0-1"):
@@ -520,6 +528,21 @@ def test_a_loss_that_is_not_a_number_is_left_out(tmp_path):
         ("run/metrics.jsonl", "{\n", "metrics.jsonl is damaged"),
         ("run/metrics.jsonl", '{"step": 1}\n', "metrics.jsonl is damaged: it has no 'epoch'"),
         ("run/metrics.jsonl", "[1]\n", "metrics.jsonl is damaged"),
+        (
+            "run/metrics.jsonl",
+            '{"step": 1, "epoch": 1, "test_accuracy": 12}\n',
+            "metrics.jsonl is damaged: test_accuracy is 12, expected from 0 to 1",
+        ),
+        (
+            "run/metrics.jsonl",
+            '{"step": 1, "epoch": 1, "weights": {"all": {"levels": {"0": "x"}}}}\n',
+            "metrics.jsonl is damaged: could not convert string to float",
+        ),
+        (
+            "run/metrics.jsonl",
+            '{"step": 1, "epoch": 1, "weights": {"all": {"levels": [1, 2]}}}\n',
+            "metrics.jsonl is damaged",
+        ),
         ("run/confusion.json", "{}", "confusion.json is damaged: it has no 'epoch'"),
         (
             "run/confusion.json",

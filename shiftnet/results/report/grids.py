@@ -244,7 +244,8 @@ def tiles(training: Training) -> list[Tile]:
         note = f"of {training.epochs}"
     else:
         note = "" if training.epochs == training.full_epochs else f"of {training.full_epochs}"
-    found.append(Tile("Epochs", str(training.epochs_done), note))
+    least, most = training.epochs_of_all, training.epochs_done
+    found.append(Tile("Epochs", str(most) if least == most else f"{least} to {most}", note))
     if training.parameters is not None and training.multiply_adds is not None:
         note = f"{_metric(training.multiply_adds)} multiply-adds"
         found.append(Tile("Parameters", f"{training.parameters:,}", note))
@@ -342,6 +343,8 @@ def schedule(training: Training) -> str:
     """Returns how far the runs are, and whether that is the recipe's whole schedule."""
     if training.epochs < training.full_epochs:
         return f"{training.epochs} of {training.full_epochs} epochs"
+    if (least := training.epochs_of_all) < (most := training.epochs_done):
+        return f"epochs {least} to {most} of {training.epochs}, by seed"
     if training.epochs_done < training.epochs:
         return f"epoch {training.epochs_done} of {training.epochs}"
     return f"{training.epochs} epochs"

@@ -129,7 +129,16 @@ class Training:
     @property
     def epochs_done(self) -> int:
         """Epochs of the run that is furthest."""
-        return max((line["epoch"] for run in self.runs for line in run.lines), default=0)
+        return max(self._epochs, default=0)
+
+    @property
+    def epochs_of_all(self) -> int:
+        """Epochs that every run has."""
+        return min(self._epochs, default=0)
+
+    @property
+    def _epochs(self) -> list[int]:
+        return [max((line["epoch"] for line in run.lines), default=0) for run in self.runs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +242,8 @@ def family(row: str) -> str:
 def number(line: Line, name: str) -> float | None:
     """Returns a number of a line; None if it is missing or not finite."""
     value = line.get(name)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    finite = isinstance(value, int | float) and -math.inf < value < math.inf
+    return value if finite else None
 
 
 def evaluated(run: Run) -> list[Line]:
@@ -243,12 +253,12 @@ def evaluated(run: Run) -> list[Line]:
 
 def best(run: Run) -> Line | None:
     """Returns the line of the best epoch, by the held-out images if there are any."""
-    lines = evaluated(run)
-    return max(
-        lines,
-        key=lambda line: line.get("validation_accuracy", line["test_accuracy"]),
-        default=None,
-    )
+
+    def accuracy(line: Line) -> float:
+        held_out = number(line, "validation_accuracy")
+        return line["test_accuracy"] if held_out is None else held_out
+
+    return max(evaluated(run), key=accuracy, default=None)
 
 
 def _has_row(folder: Path, table: results.Table) -> bool:
@@ -494,8 +504,13 @@ def _checked(lines: Sequence[Any]) -> list[Line]:
     for line in lines:
         if not isinstance(line["epoch"], int):
             raise TypeError(f"epoch {line['epoch']!r} is not a whole number")
+        for name, value in line.items():
+            if name.endswith("accuracy") and not (
+                value is None or (isinstance(value, float | int) and 0 <= value <= 1)
+            ):
+                raise ValueError(f"{name} is {value!r:.40}, expected from 0 to 1")
         for layer in line.get("weights", {}).values():
-            _ = [int(level) for level in layer["levels"]]
+            _ = [(int(level), float(share)) for level, share in layer["levels"].items()]
     return list(lines)
 
 
