@@ -197,8 +197,8 @@ def test_settings_read_and_change_as_mappings_too():
         ),
         (
             "model.quantize_first_last=true",
-            "model.quantize_first_last=true would be ignored: it applies to low-bit weights; leave "
-            "it at false",
+            "model.quantize_first_last=true would be ignored: it applies to low-bit weights of "
+            "this package's networks; leave it at false",
         ),
         (
             "optimizer.regularizer=1e-4",
