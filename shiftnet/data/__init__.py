@@ -32,6 +32,7 @@ __all__ = [
     "Subset",
     "TestSet",
     "class_names",
+    "described",
     "load",
     "load_test",
     "normalization",
@@ -237,6 +238,13 @@ def source_of(directory: Path, data: DataConfig) -> str:
     known = data.name in (*cifar.NAMES, IMAGENET) or (directory / data.name).is_dir()
     of_tfds = data.source == "tfds" and data.name not in digits.NAMES and known
     return "tfds" if of_tfds and cifar.holds_datasets(directory) else "folder"
+
+
+def described(data: DataConfig) -> str:
+    """Returns what the images of a recipe are called, for a person to read."""
+    if data.source == "folder":
+        return "a folder of images"
+    return "a Hugging Face data set" if data.source == "hf" and data.dir else data.name
 
 
 def is_small(name: str, source: str, size: int) -> bool:

@@ -18,7 +18,7 @@ from flax import nnx
 import shiftnet.config
 from shiftnet import checkpoint, models, packing, tensor_file
 from shiftnet.config import Config
-from shiftnet.data import RGB, augment
+from shiftnet.data import RGB, augment, described
 from shiftnet.errors import UserError
 from shiftnet.files import path_of
 from shiftnet.inference.preprocessing import ImageLike, Preprocessing, each, stacked
@@ -111,7 +111,7 @@ class Classifier:
         bits = f"{model.weight_bits}-bit " if model.weight_bits else ""
         return (
             f"Classifier({model.arch} with {bits}{model.weights} weights, "
-            f"{len(self.class_names)} classes of {self.config.data.name}, "
+            f"{len(self.class_names)} classes of {described(self.config.data)}, "
             f"{self.preprocess.size}x{self.preprocess.size} images, from {self.path})"
         )
 

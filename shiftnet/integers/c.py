@@ -405,6 +405,6 @@ def _string(text: str) -> str:
     """Returns a C string literal, in ASCII."""
     shown = "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\?' else f"\\{byte:03o}"
-        for byte in text.encode()
+        for byte in text.encode(errors="surrogateescape")
     )
     return f'"{shown}"'

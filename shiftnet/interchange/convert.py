@@ -223,7 +223,7 @@ def describe(
         "std": list(std),
         "step": 0,
     }
-    where = recipe.data.name if recipe.data.source == "tfds" else "a folder of images"
+    where = data.described(recipe.data)
     if recipe.data.name == UNKNOWN:
         where = "unknown (--dataset names it)"
     elif found is None and options.dataset is None:

@@ -79,7 +79,13 @@ def _compiler() -> list[str]:
       FileNotFoundError: if there is no compiler.
     """
     if named := os.environ.get("CXX"):
-        return shlex.split(named)
+        try:
+            words = shlex.split(named)
+        except ValueError:  # a quote without its other
+            words = []
+        if not words:
+            raise FileNotFoundError(f"CXX is {named!r}, which is no command")
+        return words
     for name in COMPILERS:
         if path := shutil.which(name):
             return [path]

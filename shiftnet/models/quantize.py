@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +20,9 @@ class Quantized(nnx.Module):
     Attributes:
       layer: the layer, without its kernel.
       weight: of the kernel's shape.
-      factor: what the weight is multiplied by, so that it is near to the kernel it stands for.
+      factor: what the weight is multiplied by, so that it is near to the kernel it stands for; a
+        `nnx.BatchStat`, which is saved with the rest and is not trained.
+      dtype: of the kernel.
       activation: what quantizes the input; None for nothing.
       use_running_average: whether that keeps its statistics, as `nnx.BatchNorm` does.
     """
@@ -31,7 +34,8 @@ class Quantized(nnx.Module):
     ):
         self.layer = layer
         self.weight = weight
-        self.factor = factor
+        self.factor = nnx.BatchStat(jnp.float32(factor))
+        self.dtype = layer.kernel.dtype
         self.activation = nnx.data(quantizers.activation(activation, layer.in_features))
         self.use_running_average = False  # as of `nnx.BatchNorm`; `eval()` of the network sets it
         del layer.kernel
@@ -39,10 +43,10 @@ class Quantized(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.activation is not None:
             x = self.activation(x, train=not self.use_running_average)
-        kernel = self.weight()
+        kernel = self.weight() * jax.lax.stop_gradient(self.factor[...])
         # Of this call: within `jax.jit` and the like no layer from outside may be changed.
         layer = nnx.clone(self.layer)
-        layer.kernel = nnx.Param(kernel * np.asarray(self.factor, kernel.dtype))
+        layer.kernel = nnx.Param(kernel.astype(self.dtype))
         return layer(x)
 
 
@@ -116,30 +120,54 @@ def quantize(
             raise UserError(f"{path} has a kernel of zeros, and {weights} has no zero; skip it")
         factor = (kernel * nearest).sum() / max(np.square(nearest).sum(), 1e-30) or 1.0
         found.append((layer, weight, float(factor)))
+    places = _reached(network, set())
+    if lost := [path for path, layer in chosen.items() if id(layer) not in places]:
+        raise UserError(f"{lost[0]} is held by something that it cannot be replaced in")
     replacements = {
         id(layer): Quantized(layer, weight, factor, activations) for layer, weight, factor in found
     }
-    _replace(network, replacements, set())
+    _replaced(network, replacements, {})
     return list(chosen)
 
 
-def _replace(node: Any, replacements: Mapping[int, Quantized], seen: set[int]) -> None:
-    """Puts replacements in the place of a node's children, also where one has several parents."""
-    if id(node) in seen or isinstance(node, nnx.Variable):
-        return
-    seen.add(id(node))
-    if isinstance(node, list | nnx.List):
-        children: Any = list(enumerate(node))
-    elif isinstance(node, Mapping | nnx.Dict):
-        children = list(node.items())
-    elif isinstance(node, nnx.Module):
-        children = list(vars(node).items())
-    else:
-        return
-    for name, child in children:
-        if (new := replacements.get(id(child))) is None:
-            _replace(child, replacements, seen)
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    """Returns what a node holds, by name or place; nothing of what `_replaced` cannot change."""
+    if isinstance(node, nnx.Variable):
+        return []
+    if isinstance(node, list | tuple | nnx.List):
+        return list(enumerate(node))
+    if isinstance(node, Mapping | nnx.Dict):
+        return list(node.items())
+    return list(vars(node).items()) if isinstance(node, nnx.Module) else []
+
+
+def _reached(node: Any, seen: set[int]) -> set[int]:
+    """Adds the `id` of a node, and of all below it, to `seen`."""
+    if id(node) not in seen:
+        seen.add(id(node))
+        for _, child in _children(node):
+            _reached(child, seen)
+    return seen
+
+
+def _replaced(node: Any, replacements: Mapping[int, Quantized], done: dict[int, Any]) -> Any:
+    """Puts replacements in the place of all below a node; returns it, or a new tuple for one."""
+    if id(node) in replacements:
+        return replacements[id(node)]
+    key = id(node)
+    if key in done:
+        return done[key]
+    done[key] = node
+    for name, child in _children(node):
+        new = _replaced(child, replacements, done)
+        if new is child:
+            continue
+        if isinstance(node, tuple):
+            values = [*node[:name], new, *node[name + 1 :]]
+            node = type(node)(*values) if hasattr(node, "_fields") else tuple(values)
         elif isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict):
-            setattr(node, name, new)
+            setattr(node, name, nnx.data(new))
         else:
             node[name] = new
+    done[key] = node
+    return node

@@ -1,6 +1,6 @@
 """Batch norms' running statistics, estimated anew on training images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from shiftnet.layers.batch_norm import EPSILON, MOMENTUM, BatchNorm
 from shiftnet.layers.moments import other_axes, pixels
 from shiftnet.quantizers import Activation
 from shiftnet.training.mesh import batch_sharded, compiled, replicated, shard_batch
-from shiftnet.training.optimizer import is_unit
+from shiftnet.training.optimizer import dotted
 
 # Batches that the statistics of a packed file's network are estimated on.
 BATCHES = 20
@@ -39,8 +39,8 @@ def make_estimator(
     """Makes `estimator(params, stats)`, which returns running statistics in place of `stats`.
 
     They are the means of the batches' own, as PyTorch's `update_bn` takes them with a momentum of
-    None, over training images that are chosen once and for all, prepared as for evaluation.
-    A `LearnedStep.unit`, which is no mean, stays.
+    None, over training images that are chosen once and for all, prepared as for evaluation. What is
+    no running mean, as a `LearnedStep.unit`, stays.
 
     Args:
       graphdef: the network, from `nnx.graphdef`.
@@ -58,20 +58,22 @@ def make_estimator(
     def step(params: nnx.State, average: nnx.State, number: jax.Array, images: jax.Array):
         images = jax.lax.with_sharding_constraint(images, batch_sharded(mesh))
         # From 0, a running statistic becomes the batch's own times the momentum.
-        start = _means_replaced(average, jax.tree.map(jnp.zeros_like, average))
-        network = nnx.merge(graphdef, params, start, copy=True)
+        network = nnx.merge(graphdef, params, average, copy=True)
+        nnx.update(network, _zeros(network, average))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             network(augment.normalize(images, mean, std), train=True)
         found = nnx.state(network, nnx.BatchStat)
-        means = jax.tree.map(
-            lambda old, new: old + (new / MOMENTUM - old) / number.astype(old.dtype), average, found
+        return _of_means(
+            lambda momentum, old, new: old + (new / momentum - old) / number.astype(old.dtype),
+            network,
+            average,
+            found,
         )
-        return _means_replaced(average, means)
 
     run = compiled(step, mesh)
 
     def estimate(params: nnx.State, stats: nnx.State) -> nnx.State:
-        stats = _means_replaced(stats, jax.tree.map(jnp.zeros_like, stats))
+        stats = _zeros(nnx.merge(graphdef, params, stats, copy=True), stats)
         params, stats = jax.device_put((params, stats), replicated(mesh))
         for number, images in enumerate(_batches(part, chosen, data, batch_size), 1):
             stats = run(params, stats, np.float32(number), shard_batch(images, mesh))
@@ -80,11 +82,36 @@ def make_estimator(
     return estimate
 
 
-def _means_replaced(stats: nnx.State, means: nnx.State) -> nnx.State:
-    """Takes the running means of the second, and what is none of the first."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, old, new: old if is_unit(path) else new, stats, means
-    )
+def _of_means(function: Callable[..., Any], network: nnx.Module, *stats: nnx.State) -> nnx.State:
+    """Returns statistics with `function(momentum, *values)` in place of each running mean.
+
+    Args:
+      function: also takes the weight of a batch's own value in that running mean.
+      network: of the statistics.
+      *stats: what is no running mean is that of the first.
+    """
+    momenta: dict[str, float] = {}
+    for path, module in nnx.iter_modules(network):
+        momentum, names = MOMENTUM, ("mean", "var")
+        if isinstance(module, nnx.BatchNorm):  # of a network of one's own
+            momentum = 1 - module.momentum
+        elif isinstance(module, Activation):
+            names = ("clipped", "nonzero")
+        elif not isinstance(module, BatchNorm):
+            continue
+        if momentum:
+            momenta |= {".".join(map(str, (*path, name))): momentum for name in names}
+
+    def one(path: Sequence[Any], *values: Any) -> Any:
+        momentum = momenta.get(dotted(path))
+        return values[0] if momentum is None else function(momentum, *values)
+
+    return jax.tree_util.tree_map_with_path(one, *stats)
+
+
+def _zeros(network: nnx.Module, stats: nnx.State) -> nnx.State:
+    """Returns statistics with zeros as running means."""
+    return _of_means(lambda _, old: jnp.zeros_like(old), network, stats)
 
 
 def _batches(

@@ -134,7 +134,7 @@ def keep_frozen(old: Params, new: Params, freeze: str) -> Params:
         return new
 
     def chosen(path: Sequence[Any], before: jax.Array, after: jax.Array) -> jax.Array:
-        name = _dotted(path)
+        name = dotted(path)
         is_frozen = any(matches(name, p) for p in patterns) and not is_unit(path)
         return before if is_frozen else after
 
@@ -143,7 +143,7 @@ def keep_frozen(old: Params, new: Params, freeze: str) -> Params:
 
 def is_unit(path: Sequence[Any]) -> bool:
     """Whether a running statistic is a `LearnedStep.unit`, by its path in the tree."""
-    return _dotted(path).endswith(".unit")
+    return dotted(path).endswith(".unit")
 
 
 def takes_muon(params: Params, first_and_last: Sequence[str]) -> Params:
@@ -231,7 +231,7 @@ def _labels(params: Params, frozen: Sequence[str]) -> Params:
 def _refuse_unmatched(
     field: str, params: Params, patterns: Iterable[str], kind: str = "parameter"
 ) -> None:
-    paths = [_dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    paths = [dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
             layers = sorted({path.split(".")[0] for path in paths})
@@ -241,10 +241,10 @@ def _refuse_unmatched(
 
 
 def _with_paths(function: Callable[[str, Any], Any], tree: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(_dotted(path), leaf), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(dotted(path), leaf), tree)
 
 
-def _dotted(path: Sequence[Any]) -> str:
+def dotted(path: Sequence[Any]) -> str:
     """`"layer1.0.conv1.weight.value"`, as checkpoints call the array."""
     keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
     return ".".join(str(key) for key in keys if key is not None)

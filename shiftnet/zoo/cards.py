@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import shlex
 import statistics
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from flax import nnx
 
 from shiftnet import models, quantizers, results, tables
+from shiftnet.data import described
+from shiftnet.errors import printable
 from shiftnet.inference import Classifier
 from shiftnet.models.counting import count
 from shiftnet.zoo.index import Model
@@ -59,9 +62,14 @@ def card(name: str, model: Classifier, size: int, info: Model | None) -> str:
         "## Training": _training(model, info),
         "## Data and licence": _data(model, own=own),
         "## Limits": _limits(model, info),
-        "## Classes": ", ".join(model.class_names) + ".",
+        "## Classes": ", ".join(map(_plain, model.class_names)) + ".",
     }
     return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items()) + "\n"
+
+
+def _plain(name: str) -> str:
+    """Returns a name that Markdown shows as it is."""
+    return re.sub(r"[\\`*<>|\[\]]", r"\\\g<0>", printable(name))
 
 
 def front_matter(name: str, model: Classifier, info: Model | None) -> str:
@@ -213,7 +221,7 @@ def _training(model: Classifier, info: Model | None) -> str:
 def _data(model: Classifier, *, own: bool) -> str:
     data = model.config.data
     known = data.source == "tfds" and data.name in DATA
-    source = DATA[data.name][1] if known else f"{data.name}, from the person who trained it"
+    source = DATA[data.name][1] if known else f"{described(data)}, from the person who trained it"
     licence = (
         "The network is under the Apache License 2.0, as the code that made it is."
         if own

@@ -50,7 +50,7 @@ def write(folder: str | os.PathLike[str], model: Classifier, info: Model | None)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     size = (folder / tensor_file.HUB_NAME).stat().st_size
-    text = json.dumps(_config(model), indent=2, ensure_ascii=False)
+    text = json.dumps(_config(model), indent=2)
     write_atomically(folder / CONFIG, text + "\n")
     card = cards.front_matter(name, model, info) + cards.card(name, model, size, info)
     write_atomically(folder / CARD, card)

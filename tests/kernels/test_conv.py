@@ -350,6 +350,8 @@ def fresh(monkeypatch, tmp_path):
     [
         ("CXX", "/no/such/compiler", "No such file"),
         ("CXX", "false", "not compiled"),
+        ("CXX", 'g++ "', "which is no command"),
+        ("CXX", " ", "which is no command"),
         ("SHIFTNET_NATIVE", "0", "SHIFTNET_NATIVE"),
     ],
 )

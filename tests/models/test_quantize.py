@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -124,6 +125,52 @@ def test_layers_get_other_forms_one_call_after_the_other():
     assert np.isfinite(network(X)).all()
     with pytest.raises(UserError, match=r"no nnx\.Conv or nnx\.Linear to quantize"):
         shiftnet.quantize(network, "s3")
+
+
+@pytest.mark.parametrize("weights", ["s3", "sign", "apot"])
+def test_all_that_it_computes_with_is_in_its_state(weights):
+    networks = [Depthwise(), Depthwise()]
+    networks[1].first.kernel[...] = 3 * networks[1].first.kernel[...]
+    for network in networks:
+        shiftnet.quantize(network, weights)
+    graphdefs, states = zip(*map(nnx.split, networks), strict=True)
+    assert graphdefs[0] == graphdefs[1]
+    for network, state in zip(networks, states, strict=True):
+        np.testing.assert_array_equal(nnx.merge(graphdefs[0], state)(X), network(X))
+    assert not np.allclose(networks[0](X), networks[1](X))
+    # Not trained.
+    gradients = nnx.grad(lambda network: network(X).sum())(networks[0])
+    assert not any("factor" in path for path, _ in nnx.to_flat_state(gradients))
+
+
+def test_layers_in_tuples_are_replaced():
+    class Blocks(nnx.Module):
+        def __init__(self):
+            layers = [nnx.Linear(3, 3, rngs=nnx.Rngs(i)) for i in range(3)]
+            self.blocks = nnx.data((layers[0], {"deep": (layers[1],)}, layers[0]))
+            self.last = layers[2]
+
+        def __call__(self, x):
+            first, middle, tied = self.blocks
+            return self.last(tied(middle["deep"][0](first(x))))
+
+    network = Blocks()
+    before = network(X)
+    assert len(shiftnet.quantize(network, "int", bits=8)) == 3
+    assert network.blocks[0] is network.blocks[2]
+    assert len(quantizers.of_layers(network)) == 3
+    np.testing.assert_allclose(network(X), before, atol=0.05 * np.abs(before).max())
+
+
+def test_the_dtype_stays():
+    rngs = nnx.Rngs(0)
+    network = nnx.Sequential(
+        nnx.Linear(3, 4, param_dtype=jnp.bfloat16, rngs=rngs),
+        nnx.Linear(4, 4, dtype=jnp.bfloat16, rngs=rngs),
+    )
+    x = X.astype(jnp.bfloat16)
+    shiftnet.quantize(network, "int", bits=8)
+    assert network(x).dtype == network.layers[0](x).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("weights", ["sign", "denseshift", "int"])

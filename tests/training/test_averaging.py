@@ -11,6 +11,7 @@ from flax import nnx
 from shiftnet import checkpoint, data, packing
 from shiftnet.config import default_config
 from shiftnet.data import Split
+from shiftnet.data.augment import normalize
 from shiftnet.layers import BatchNorm, Conv
 from shiftnet.training.averaging import moving_average
 from shiftnet.training.batch_statistics import make_estimator, unfold
@@ -81,6 +82,28 @@ def test_estimated_statistics_are_those_of_pytorchs_update_bn():
     ):
         np.testing.assert_allclose(norm.mean[...], mean, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(norm.var[...], var, rtol=2e-5)
+
+
+class Flax(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(4, momentum=0.97, rngs=nnx.Rngs(0))
+        self.other = nnx.BatchStat(jnp.float32(7))
+
+    def __call__(self, x, *, train=False):
+        return self.norm(self.conv(x), use_running_average=not train).mean((1, 2))
+
+
+def test_statistics_of_flaxs_own_batch_norm_are_estimated_by_its_momentum():
+    digits, network = data.load("digits"), Flax()
+    graphdef, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    estimate = estimator_of(recipe(), digits)(graphdef)
+    found = nnx.merge(graphdef, params, estimate(params, stats))
+    images = digits.train.images[np.random.RandomState(0).permutation(len(digits.train))[:128]]
+    values = network.conv(normalize(images, digits.mean, digits.std))
+    np.testing.assert_allclose(found.norm.mean[...], values.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.norm.var[...], values.var((0, 1, 2)), rtol=1e-4)
+    assert found.other[...] == 7
 
 
 def test_the_first_batchs_unit_of_a_learned_step_is_not_estimated():

@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import shiftnet
-from shiftnet import results, zoo
+from shiftnet import packing, results, zoo
 from shiftnet.cli import export
 from shiftnet.cli import models as command
 from shiftnet.errors import UserError
 from shiftnet.zoo import hub
 from tests.cli.test_export import saved
 from tests.loopback import QuietHandler, Server
+from tests.test_packing import note, small
 
 ROOT = Path(__file__).parents[2]
 NAME = "shiftresnet20_1c_c100"
@@ -90,6 +92,28 @@ def test_a_network_of_ones_own_gets_a_card_that_claims_nothing(tmp_path, capsys)
     assert export.main([NAME, "--hub", str(tmp_path / "mine" / "new" / "..")]) == 2
     assert "mine is not empty" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_odd_class_names_are_read_by_all_and_come_back(tmp_path):
+    names = ["**a**", "b\n# c", "caf\udce9", "<d>", *"efghij"]
+    network, recipe = small()
+    recipe.data.source, recipe.data.dir = "folder", "/home/me/photos"
+    packing.write(tmp_path / "net.safetensors", network, note(recipe) | {"class_names": names})
+    assert export.main([str(tmp_path / "net.safetensors"), "--hub", str(tmp_path / "hub")]) == 0
+    config = json.loads((tmp_path / "hub" / "config.json").read_text(encoding="utf-8"))
+    assert [config["id2label"][str(label)] for label in range(10)] == names
+    model = shiftnet.load(tmp_path / "hub")
+    assert list(model.class_names) == names
+    assert "10 classes of a folder of images, 32x32 images" in repr(model)
+    card = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert r"\*\*a\*\*, b\\n# c, caf\\udce9, \<d\>, e, f" in card
+    assert "a folder of images, from the person who trained it" in card
+    options = [str(tmp_path / "c" / "net.c"), "--calibrate-on", str(tmp_path / "photos")]
+    for colour in "ab":
+        (tmp_path / "photos" / colour).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "photos" / colour / "1.png")
+    assert export.main([str(tmp_path / "net.safetensors"), *options]) == 0
+    assert r'"caf\351"' in (tmp_path / "c" / "main.c").read_text()
 
 
 @pytest.mark.parametrize(
