@@ -202,9 +202,9 @@ def load_test(
     """
     if source != "folder":
         dataset = load(name, source=source, data_dir=data_dir, exif=exif)
-        held_out = trained_on and bool(dataset.undivided)
+        held_out, of = trained_on and bool(dataset.undivided), dataset.undivided
         return TestSet(
-            name, dataset.test, dataset.class_names, dataset.found, held_out, dataset.undivided
+            name, dataset.test, dataset.class_names, dataset.found, held_out=held_out, undivided=of
         )
     from shiftnet.data import folder
 
@@ -216,8 +216,14 @@ def load_test(
         images = folder.open_undivided(data_dir, exif=exif)
         if images is not None and (trained_on or digest(images) == undivided):
             dataset = _in_files(name, source, data_dir, 0, (), (), exif, small=False, size=size)
+            of = dataset.undivided
             return TestSet(
-                data_dir, dataset.test, dataset.class_names, dataset.found, True, dataset.undivided
+                data_dir,
+                dataset.test,
+                images.class_names,
+                dataset.found,
+                held_out=True,
+                undivided=of,
             )
     test = folder.open_test(data_dir, exif=exif)
     folder.check_side(test, size, data_dir)

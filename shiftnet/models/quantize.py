@@ -1,7 +1,7 @@
 """Gives the layers of any network low-bit weights and activations, and keeps what they learned."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ def quantize(
     """Replaces Flax's convolutions and linear layers by layers with another form of weights.
 
     The weights become the nearest ones of the form. Where the form has no scale of its own, each
-    layer keeps the factor between the two as a constant, so nothing is lost but the rounding; with
+    layer keeps the factor between the two in its state, so nothing is lost but the rounding; with
     `"apot"`, which standardizes its latents, the mean of each kernel is lost too. Layers that were
     replaced before stay as they are.
 
@@ -136,7 +136,7 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
         return []
     if isinstance(node, list | tuple | nnx.List):
         return list(enumerate(node))
-    if isinstance(node, Mapping | nnx.Dict):
+    if isinstance(node, MutableMapping | nnx.Dict):
         return list(node.items())
     return list(vars(node).items()) if isinstance(node, nnx.Module) else []
 

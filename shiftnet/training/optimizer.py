@@ -135,15 +135,10 @@ def keep_frozen(old: Params, new: Params, freeze: str) -> Params:
 
     def chosen(path: Sequence[Any], before: jax.Array, after: jax.Array) -> jax.Array:
         name = dotted(path)
-        is_frozen = any(matches(name, p) for p in patterns) and not is_unit(path)
+        is_frozen = any(matches(name, p) for p in patterns) and not name.endswith(".unit")
         return before if is_frozen else after
 
     return jax.tree_util.tree_map_with_path(chosen, old, new)
-
-
-def is_unit(path: Sequence[Any]) -> bool:
-    """Whether a running statistic is a `LearnedStep.unit`, by its path in the tree."""
-    return dotted(path).endswith(".unit")
 
 
 def takes_muon(params: Params, first_and_last: Sequence[str]) -> Params:

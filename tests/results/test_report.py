@@ -535,6 +535,11 @@ def test_a_loss_that_is_not_a_number_is_left_out(tmp_path):
         ),
         (
             "run/metrics.jsonl",
+            '{"step": 1, "epoch": 1, "test_accuracy": true}\n',
+            "metrics.jsonl is damaged: test_accuracy is True, expected from 0 to 1",
+        ),
+        (
+            "run/metrics.jsonl",
             '{"step": 1, "epoch": 1, "weights": {"all": {"levels": {"0": "x"}}}}\n',
             "metrics.jsonl is damaged: could not convert string to float",
         ),

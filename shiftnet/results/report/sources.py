@@ -506,7 +506,7 @@ def _checked(lines: Sequence[Any]) -> list[Line]:
             raise TypeError(f"epoch {line['epoch']!r} is not a whole number")
         for name, value in line.items():
             if name.endswith("accuracy") and not (
-                value is None or (isinstance(value, float | int) and 0 <= value <= 1)
+                value is None or (type(value) in (int, float) and 0 <= value <= 1)
             ):
                 raise ValueError(f"{name} is {value!r:.40}, expected from 0 to 1")
         for layer in line.get("weights", {}).values():
