@@ -118,7 +118,7 @@ def test_train_answers_bad_input_with_a_sentence_and_writes_nothing(
 @pytest.mark.parametrize(
     ("main", "arguments", "sentence"),
     [
-        (evaluate.main, ["--ckpt", "x" * 300], "File name too long"),
+        (evaluate.main, ["--ckpt", "./" + "x" * 300], "File name too long"),
         (evaluate.main, ["--ckpt", "a\nb\x1b"], "a\\nb\\x1b does not exist"),
         (convert.main, ["a\nb"], "a\\nb: cannot be read, No such file"),
     ],
