@@ -67,6 +67,13 @@ def same_dtype(operation: str, x: jax.Array, **arrays: jax.Array | None) -> None
             )
 
 
+def channels(operation: str, x: jax.Array, features: int) -> None:
+    """Raises if `x` is not floating point or has another number of channels."""
+    same_dtype(operation, x)
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise ValueError(f"{operation} needs x of {features} channels, got the shape {x.shape}")
+
+
 def shaped(operation: str, shape: tuple[int, ...], **arrays: jax.Array | None) -> None:
     """Raises if one of `arrays` has another shape."""
     for name, array in arrays.items():

@@ -43,6 +43,16 @@ def subsample(x: jax.Array, stride: int, layout: Layout = "NHWC") -> jax.Array:
     return x
 
 
+def pixels(x: jax.Array) -> int:
+    """Returns the number of pixels of all images."""
+    return x.size // x.shape[-1]
+
+
+def other_axes(x: jax.Array) -> tuple[int, ...]:
+    """Returns all axes but the channels'."""
+    return tuple(range(x.ndim - 1))
+
+
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the dtype of sums over pixels and of statistics: float32, or `dtype` if wider."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

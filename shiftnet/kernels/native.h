@@ -111,6 +111,10 @@ inline void StorePart(float* to, Vector value, int64_t count) {
 }
 #endif
 
+// What comes after a result: no ReLU, or one before or after an addition.
+enum Relu : int64_t { kNoRelu, kReluBeforeResidual, kReluLast };
+inline Vector Rectified(Vector value) { return value < 0 ? Vector{} : value; }  // preserves NaN
+
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 

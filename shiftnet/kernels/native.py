@@ -3,7 +3,7 @@
 The library is kept in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that
 depends on the source, jaxlib, the compiler and the processor's instruction set, so that it is never
 out of date. Compilation needs a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is
-found, and takes about 20 seconds on two cores, once; the headers are part of JAX. Without a
+found, and takes about 25 seconds on two cores, once; the headers are part of JAX. Without a
 compiler, or with SHIFTNET_NATIVE=0, these operations run in plain XLA.
 """
 
@@ -31,7 +31,9 @@ except ImportError:  # not Unix: two processes may compile at the same time, whi
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "conv" / "conv.cc", HERE / "shift_block" / "shift_block.cc")
+SOURCES = tuple(
+    HERE / name / f"{name}.cc" for name in ("conv", "shift_block", "batch_norm", "covariance")
+)
 HEADERS = (HERE / "native.h", HERE / "products.h")
 HANDLERS = (
     "shiftnet_conv",
@@ -39,7 +41,11 @@ HANDLERS = (
     "shiftnet_conv_weight_gradient",
     "shiftnet_shift_block",
     "shiftnet_shift_block_gradients",
+    "shiftnet_batch_norm",
+    "shiftnet_batch_norm_gradients",
+    "shiftnet_covariance",
 )
+RELU = {False: 0, True: 1, "last": 2}  # `out_relu` of an operation as `Relu` of native.h
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -101,7 +107,7 @@ def _built(compiler: list[str]) -> Path:
     with _lock(path.with_suffix(".lock")):
         if path.exists():
             return path
-        log.info("compiling the CPU's operations, once on this machine: about 20 seconds")
+        log.info("compiling the CPU's operations, once on this machine: about 25 seconds")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / path.name
             include = ("-isystem", jax.ffi.include_dir(), f"-I{HERE}")

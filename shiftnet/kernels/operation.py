@@ -54,7 +54,8 @@ def choices() -> Iterator[list[str]]:
         _seen.reset(token)
 
 
-def _record(line: str) -> None:
+def record(line: str) -> None:
+    """Adds a line to what `choices` collects."""
     seen = _seen.get()
     if seen is not None and line not in seen:
         seen.append(line)
@@ -227,7 +228,7 @@ class _Call(NamedTuple):
             return to_nhwc(kernel.forward(*images, **settings, **after), kernel.layout)
 
         name, reason = self._choice(arrays[:count], settings)
-        _record(f"{self.operation.name}: {name}" + (f", since {reason}" if reason else ""))
+        record(f"{self.operation.name}: {name}" + (f", since {reason}" if reason else ""))
         if name == "xla":
             return plain(*arrays)
         return self._either(
@@ -252,7 +253,7 @@ class _Call(NamedTuple):
         else:
             reason = self._unsupported(kernel, arrays[:-1], settings, backward=True)
         if backward is None or reason:
-            _record(f"{self.operation.name}'s gradient: xla, since {reason}")
+            record(f"{self.operation.name}'s gradient: xla, since {reason}")
             return plain(*arrays)
 
         def by(*arrays: Any) -> tuple[Any, ...]:
@@ -312,7 +313,7 @@ class _Call(NamedTuple):
         arrays: Sequence[Any],
     ) -> Any:
         """Runs the kernel, on its platform only where the program may be lowered for another."""
-        kernel = _differentiable(kernel, plain)
+        kernel = differentiable(kernel, plain)
         if self.implementation is not None:
             return kernel(*arrays)
         return jax.lax.platform_dependent(*arrays, **{_LOWERED[name]: kernel}, default=plain)
@@ -401,7 +402,7 @@ def _changed(
     return tuple(change(array, kernel.layout) if image else array for array, image in pairs)
 
 
-def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `kernel` with the derivatives of `plain`.
 
     The gradient of an operation is defined above; these derivatives serve second derivatives, which

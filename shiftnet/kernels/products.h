@@ -19,7 +19,6 @@ constexpr int64_t kParts = 16;
 // What is done to a sum before it is stored, each optional: scale, bias, (ReLU,) addition (, ReLU).
 // Pointers are those of the first channel and the first output pixel; pixels of `residual` are as
 // far apart as those of the output.
-enum Relu : int64_t { kNoRelu, kReluBeforeResidual, kReluLast };
 struct Epilogue {
   const float *scale = nullptr, *bias = nullptr, *residual = nullptr;
   int64_t relu = kNoRelu;
@@ -31,8 +30,6 @@ struct Epilogue {
             residual ? residual + offset : nullptr, relu};
   }
 };
-
-inline Vector Rectified(Vector value) { return value < 0 ? Vector{} : value; }  // preserves NaN
 
 // The geometry of `MultiplyTile`: distances in x between pixels and between rows of the kernel, the
 // number of rows of the kernel and of values under each, distances between rows and vectors of the
@@ -208,6 +205,21 @@ constexpr std::array<GradientFunction, kMaxPixels> GradientRow() {
 }
 constexpr std::array<std::array<GradientFunction, kMaxPixels>, kMaxVectors> kGradient = {
     GradientRow<1>(), GradientRow<2>(), GradientRow<3>(), GradientRow<4>()};
+
+// sums [depth, vectors * kLanes] += sum over pixels of x[pixel, :]^T y[pixel, :]. The caller sets
+// all of `tile` except `sums_row`.
+inline void AddOuter(GradientTile tile, int64_t depth, int64_t vectors, const float* x, const float* y,
+              float* sums) {
+  tile.sums_row = vectors * kLanes;
+  const int64_t block = BestVectors(depth, vectors);
+  for (int64_t v = 0; v < vectors; v += block) {
+    const int64_t count = std::min(block, vectors - v), length = EvenPixels(depth, count);
+    for (int64_t j = 0; j < depth; j += length) {
+      kGradient[count - 1][std::min(length, depth - j) - 1](
+          tile, x + j, y + v * kLanes, sums + j * tile.sums_row + v * kLanes);
+    }
+  }
+}
 
 }  // namespace shiftnet
 

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from shiftnet import quantizers
+from shiftnet.kernels import checks
 from shiftnet.kernels.conv import conv
 from shiftnet.kernels.layouts import pointwise_conv, subsample
 from shiftnet.quantizers.form import Form, Init
@@ -41,6 +42,8 @@ class Conv(nnx.Module):
 
     Raises:
       UserError: for a form, or a number of bits, that does not exist.
+      ValueError: for sizes that do not fit, and when called on an input that is not floating or has
+        other channels.
     """
 
     activation: quantizers.Activation | None
@@ -60,6 +63,16 @@ class Conv(nnx.Module):
         init: Init = torch_uniform,
         rngs: nnx.Rngs,
     ):
+        if not checks.is_whole(kernel_size, stride, groups) or kernel_size % 2 == 0:
+            raise ValueError(
+                "Conv needs an odd kernel_size, a stride and groups, whole numbers of at least 1, "
+                f"got {kernel_size}, {stride} and {groups}"
+            )
+        if in_features % groups or out_features % groups:
+            raise ValueError(
+                f"Conv needs groups that divide its {in_features} and {out_features} channels, "
+                f"got {groups}"
+            )
         form = quantizers.make(weights, bits) if isinstance(weights, str) else weights
         shape = (kernel_size, kernel_size, in_features // groups, out_features)
         self.weight = form(shape, init=init, rngs=rngs)
@@ -79,6 +92,7 @@ class Conv(nnx.Module):
         return x if self.activation is None else self.activation(x, train=train)
 
     def __call__(self, x: jax.Array, *, train: bool = False, **after: Any) -> jax.Array:
+        checks.channels("Conv", x, self.weight.shape[2] * self.groups)
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1 and not after:
             return pointwise_conv(self.read(subsample(x, self.stride), train=train), kernel[0, 0])

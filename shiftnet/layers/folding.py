@@ -10,7 +10,7 @@ from flax import nnx
 
 from shiftnet.kernels.conv import pack
 from shiftnet.kernels.implementations import platform
-from shiftnet.kernels.layouts import wide_dtype
+from shiftnet.kernels.layouts import pixels, wide_dtype
 from shiftnet.layers import moments
 from shiftnet.layers.batch_norm import BatchNorm
 from shiftnet.layers.conv import Conv
@@ -18,10 +18,6 @@ from shiftnet.layers.learned_shift import LearnedShift
 from shiftnet.layers.linear import Linear
 from shiftnet.layers.rectifier import relu
 from shiftnet.quantizers import Activation, Float, LowBitWeight, QuantizedWeight, Weight
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
 
 
 def fold_batch_norm(
@@ -58,7 +54,7 @@ def fold_batch_norm(
             mean, var = moments.of_product(x, kernel)
         else:
             mean, var = moments.of_shifted_product(x, kernel, *offsets)
-        norm.update(mean, var, moments.pixels(x))
+        norm.update(mean, var, pixels(x))
         scale, bias = norm.scale_and_bias(wide, (mean, var))
     else:
         scale, bias = norm.scale_and_bias(wide)
@@ -77,9 +73,11 @@ def convolve(
     *,
     residual: jax.Array | None = None,
     train: bool,
-    drop: Callable[[jax.Array], jax.Array] = _identity,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Computes `rectify(norm(conv(x)) + residual)`, in evaluation as one operation.
+
+    In training all but the convolution is one.
 
     Layers of a class of their own, such as those that record what they return, are called.
 
@@ -90,18 +88,37 @@ def convolve(
       rectify: as `rectifier` returns it; None for none.
       residual: in the shape of the result; None adds nothing.
       train: as in calling the layers.
-      drop: in training, applied before the residual is added, such as `drop_path`.
+      drop: in training, applied before the residual is added, such as `drop_path`; None for none.
     """
     own = type(conv) is not Conv or type(norm) not in (BatchNorm, type(None))
-    if train or own or rectify not in (None, relu):
+    if own or rectify not in (None, relu) or (train and (norm is None or drop is not None)):
         y = conv(x, train=train)
         y = y if norm is None else norm(y, train=train)
-        y = y if residual is None else drop(y) + residual
+        if residual is not None:
+            y = (y if drop is None else drop(y)) + residual
         return y if rectify is None else rectify(y)
     after: dict[str, Any] = {"residual": residual, "out_relu": "last" if rectify else False}
+    if train and norm is not None:
+        return norm(conv(x, train=True), train=True, **after)
     if norm is not None:
         after["out_scale"], after["out_bias"] = norm.scale_and_bias(wide_dtype(x.dtype))
     return conv(x, **after)
+
+
+def normalize(
+    norm: BatchNorm, x: jax.Array, rectify: Callable[[jax.Array], jax.Array], *, train: bool
+) -> jax.Array:
+    """Computes `rectify(norm(x))`, in training with a ReLU as one operation.
+
+    Args:
+      norm: of a class of its own it is called by itself.
+      x: `[..., features]`.
+      rectify: as `rectifier` returns it.
+      train: as in calling the layer.
+    """
+    if type(norm) is BatchNorm and rectify is relu:
+        return norm(x, train=train, out_relu=True)
+    return rectify(norm(x, train=train))
 
 
 def computed_once(x: jax.Array) -> jax.Array:

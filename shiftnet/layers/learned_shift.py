@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from shiftnet.errors import unknown
+from shiftnet.kernels import checks
 from shiftnet.kernels.conv import conv
 from shiftnet.kernels.layouts import wide_dtype
 from shiftnet.kernels.shift import Offsets, shift
 from shiftnet.quantizers.form import straight_through
 
+KINDS = ("active", "sparse")
 REACH = 3  # pixels that an offset may have in each direction; ours, the papers set no limit
 # Length of the gradient of one channel's offsets, once it is normalized: the multiplier of their
 # learning rate in the code published with arXiv:1806.07370.
@@ -45,9 +48,15 @@ class LearnedShift(nnx.Module):
         (h + rows, w + columns).
       offsets: the rounded ones as constants of the program, once folded; None before, and for
         `"active"`.
+
+    Raises:
+      UserError: for an unknown kind.
+      ValueError: when called on an input that is not floating or has other channels.
     """
 
     def __init__(self, features: int, kind: str, *, rngs: nnx.Rngs):
+        if kind not in KINDS:
+            raise unknown("kind of learned shift", kind, KINDS)
         draws = jax.random.uniform(rngs.params(), (2, features), jnp.float32, -1, 1)
         self.rows, self.columns = nnx.Param(draws[0]), nnx.Param(draws[1])
         self.kind = kind
@@ -55,6 +64,7 @@ class LearnedShift(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Shifts `[N, H, W, features]`, floating; the result has its shape and dtype."""
+        checks.channels("LearnedShift", x, self.rows.shape[0])
         if self.offsets is not None:
             return shift(x, offsets=self.offsets)
         wide = wide_dtype(x.dtype)

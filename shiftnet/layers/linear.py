@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from shiftnet import quantizers
+from shiftnet.kernels import checks
 from shiftnet.quantizers.form import Form
 from shiftnet.quantizers.initializers import torch_uniform, torch_uniform_bias
 
@@ -21,6 +22,7 @@ class Linear(nnx.Module):
 
     Raises:
       UserError: for a form, or a number of bits, that does not exist.
+      ValueError: when called on an input that is not floating or has other channels.
     """
 
     def __init__(
@@ -37,4 +39,5 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(torch_uniform_bias(rngs.params(), out_features, in_features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        checks.channels("Linear", x, self.weight.shape[0])
         return x @ self.weight().astype(x.dtype) + self.bias[...].astype(x.dtype)

@@ -17,12 +17,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shiftnet.kernels.layouts import pointwise_conv, wide_dtype
-
-# Factors that GPUs and TPUs round by default would show in variances much smaller than the largest.
-EXACT = jax.lax.Precision.HIGHEST
+from shiftnet.kernels.covariance import covariance
+from shiftnet.kernels.covariance.xla import EXACT
+from shiftnet.kernels.layouts import pixels, pointwise_conv
 
 
 def of_product(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -103,16 +101,6 @@ def _exact(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=EXACT)
 
 
-def pixels(x: jax.Array) -> int:
-    """Returns the number of pixels of all images."""
-    return x.size // x.shape[-1]
-
-
-def other_axes(x: jax.Array) -> tuple[int, ...]:
-    """Returns all axes but the channels'."""
-    return tuple(range(x.ndim - 1))
-
-
 def _border(x: jax.Array, offsets: np.ndarray, axis: int) -> jax.Array:
     """Returns the rows, or columns, that any of the shifts drops: the first ones and the last."""
     size = x.shape[axis]
@@ -152,25 +140,9 @@ def _sums(x: jax.Array, centre: jax.Array | None, kept: str = "") -> tuple[jax.A
 
 
 def _sums_forward(x, centre, kept):
-    wide = x.astype(wide_dtype(x.dtype))
-    batch = tuple(map("nhwc".index, kept))
-    others = tuple(axis for axis in other_axes(x) if axis not in batch)
-    total = wide.sum(others)
-    given, centre = centre, total / pixels(x) if centre is None else centre
-    centred = wide - centre
-    if not kept:  # XLA's CPU backend then transposes nothing
-        centred, others = centred.reshape(-1, centred.shape[-1]), (0,)
-    dimensions = ((others, others), (batch, batch))
-    products = jax.lax.dot_general(
-        centred, centred, dimensions, precision=EXACT, out_sharding=_replicated(x)
-    )
-    return (total, products), (x, centre, given)
-
-
-def _replicated(x: jax.Array) -> NamedSharding | None:
-    """Returns the sharding of a sum over the batch, which a mesh of explicit axes must be told."""
-    mesh = jax.typeof(x).sharding.mesh
-    return NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
+    total, products = covariance(x, centre, kept)
+    middle = total / pixels(x) if centre is None else centre
+    return (total, products), (x, middle, centre)
 
 
 def _sums_backward(kept, residuals, cotangents):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from shiftnet.errors import unknown
 from shiftnet.kernels.shift import Implementation, channel_offsets, shift
-from shiftnet.layers.learned_shift import LearnedShift
+from shiftnet.layers.learned_shift import KINDS, LearnedShift
 
 
 class Shift(nnx.Module):
@@ -52,7 +53,12 @@ def make_shift(
       kernel_size: of a fixed shift.
       kind: `"fixed"`, or a kind of `LearnedShift`.
       rngs: draws learned offsets.
+
+    Raises:
+      UserError: for an unknown kind.
     """
+    if kind not in ("fixed", *KINDS):
+        raise unknown("kind of shift", kind, ("fixed", *KINDS))
     return Shift(kernel_size) if kind == "fixed" else LearnedShift(features, kind, rngs=rngs)
 
 

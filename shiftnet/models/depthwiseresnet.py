@@ -8,7 +8,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, convolve, rectifier
 from shiftnet.models import resnet
-from shiftnet.models.drop_path import drop_path
+from shiftnet.models.drop_path import path_dropper
 from shiftnet.models.resnet import Shortcut
 
 
@@ -48,7 +48,7 @@ class DepthwiseBlock(nnx.Module):
         y = convolve(self.depth, self.bn2, y, train=train)
         last: dict[str, Any] = {}
         if self.shortcut is not None:
-            last = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+            last = {"residual": self.shortcut(x, train=train), "drop": path_dropper()}
         return convolve(self.conv3, self.bn3, y, self.relu2, train=train, **last)
 
 

@@ -8,7 +8,7 @@ rises linearly over the branches, up to that of the last one.
 import contextlib
 import contextvars
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ def drop_path(branch: jax.Array) -> jax.Array:
 
     factors = jax.vmap(is_kept)(dropping.keys).astype(branch.dtype) / keep
     return branch * factors[:, None, None, None]
+
+
+def path_dropper() -> Callable[[jax.Array], jax.Array] | None:
+    """Returns `drop_path` within `dropping`, and None where it would do nothing."""
+    return None if _current.get() is None else drop_path
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, Linear, convolve, rectifier
 from shiftnet.layers.pooling import max_pool
-from shiftnet.models.drop_path import drop_path
+from shiftnet.models.drop_path import path_dropper
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import Shortcut
 from shiftnet.quantizers import Float, Form
@@ -40,7 +40,7 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
-        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": path_dropper()}
         return convolve(self.conv2, self.bn2, y, self.relu2, train=train, **last)
 
 
@@ -68,7 +68,7 @@ class Bottleneck(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
         y = convolve(self.conv2, self.bn2, y, self.relu2, train=train)
-        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": path_dropper()}
         return convolve(self.conv3, self.bn3, y, self.relu3, train=train, **last)
 
 

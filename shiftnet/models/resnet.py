@@ -17,7 +17,7 @@ from flax import nnx
 from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import affine, pointwise_conv, subsample
 from shiftnet.layers import BatchNorm, Conv, Linear, convolve, fold_batch_norm, rectifier
-from shiftnet.models.drop_path import drop_path
+from shiftnet.models.drop_path import path_dropper
 from shiftnet.models.network import Network
 from shiftnet.quantizers import Float, Form
 
@@ -157,7 +157,7 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
-        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": path_dropper()}
         return convolve(self.conv2, self.bn2, y, self.relu2, train=train, **last)
 
 

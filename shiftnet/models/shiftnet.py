@@ -16,7 +16,9 @@ from flax import nnx
 
 from shiftnet.kernels.shift_block import shift_block
 from shiftnet.layers import BatchNorm, Conv, Linear, fold_batch_norm, make_shift, rectifier
+from shiftnet.layers.folding import normalize
 from shiftnet.layers.pooling import average_pool
+from shiftnet.layers.rectifier import relu
 from shiftnet.layers.shift import constants, offsets_of
 from shiftnet.models.drop_path import drop_path
 from shiftnet.models.network import Network
@@ -89,7 +91,7 @@ class CSCBlock(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu1(self.bn1(x, train=train))
+        y = normalize(self.bn1, x, self.relu1, train=train)
         if self.conv1.activation is None and constants(self.shift) is not None:
             y = self._fused(y, train)
         else:
@@ -171,7 +173,7 @@ class ShiftNet(Network):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = block(x, train=train)
-        return self.linear(nnx.relu(self.bn(x, train=train)).mean((1, 2)))
+        return self.linear(normalize(self.bn, x, relu, train=train).mean((1, 2)))
 
 
 def build(depth: None, num_classes: int, **options: Any) -> ShiftNet:

@@ -18,7 +18,7 @@ from shiftnet.kernels.shift_pointwise import shift_pointwise
 from shiftnet.layers import BatchNorm, Conv, LearnedShift, fold_batch_norm, make_shift, rectifier
 from shiftnet.layers.folding import computed_once
 from shiftnet.layers.shift import constants
-from shiftnet.models.drop_path import drop_path
+from shiftnet.models.drop_path import drop_path, path_dropper
 from shiftnet.models.resnet import ResNet, Shortcut, at_least_one, reduced_widths
 
 
@@ -63,8 +63,10 @@ class ShiftConvBlock(nnx.Module):
             x = computed_once(x)
             w1, b1 = fold_batch_norm(self.conv1, self.bn1, x, train=True)
             y = block(x, w1, b1, self.conv2.matrix.astype(x.dtype))
-            y = drop_path(nnx.relu(self.bn2(y, train=True)))
-            return y + self.shortcut(x, train=True)
+            shortcut = self.shortcut(x, train=True)
+            if drop := path_dropper():
+                return drop(self.bn2(y, train=True, out_relu=True)) + shortcut
+            return self.bn2(y, train=True, out_relu=True, residual=shortcut)
         w1, b1 = fold_batch_norm(self.conv1, self.bn1, x)
         w2, b2 = fold_batch_norm(self.conv2, self.bn2, x)
         shortcut = self.shortcut(x, train=False)

@@ -18,7 +18,7 @@ from shiftnet.kernels.implementations import platform
 from shiftnet.kernels.layouts import affine, pointwise_conv
 from shiftnet.layers import BatchNorm, Conv, convolve, fold_batch_norm, rectifier
 from shiftnet.models import resnet
-from shiftnet.models.drop_path import drop_path
+from shiftnet.models.drop_path import path_dropper
 from shiftnet.models.resnet import Shortcut
 
 GROUPS = 4
@@ -71,7 +71,7 @@ class ShuffleBlock(nnx.Module):
         y = convolve(self.conv1, self.bn1, x, self.relu1, train=train)
         y = channel_shuffle(y, GROUPS)
         y = convolve(self.depth, self.bn2, y, self.relu2, train=train)
-        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": drop_path}
+        last: dict[str, Any] = {"residual": self.shortcut(x, train=train), "drop": path_dropper()}
         return convolve(self.conv3, self.bn3, y, self.relu3, train=train, **last)
 
     def _as_products(self) -> bool:

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shiftnet.layers import BatchNorm, Conv, convolve, rectifier
+from shiftnet.layers.folding import normalize
 from shiftnet.layers.pooling import average_pool
-from shiftnet.models.drop_path import drop_path
+from shiftnet.layers.rectifier import relu
+from shiftnet.models.drop_path import path_dropper
 from shiftnet.models.network import Network
 from shiftnet.models.resnet import at_least_one
 from shiftnet.quantizers import Float, Form
@@ -41,12 +43,12 @@ class WideBlock(nnx.Module):
         self.conv1 = Conv(out_features, out_features, 3, **layer)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = self.relu0(self.bn0(x, train=train))
+        y = normalize(self.bn0, x, self.relu0, train=train)
         y = convolve(self.conv0, self.bn1, y, self.relu1, train=train)
         if self.conv0.stride != 1:  # then the shape changes
             x = average_pool(x)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
-        return convolve(self.conv1, None, y, residual=x, drop=drop_path, train=train)
+        return convolve(self.conv1, None, y, residual=x, drop=path_dropper(), train=train)
 
 
 class WideResNet(Network):
@@ -103,7 +105,7 @@ class WideResNet(Network):
         for group in (self.group0, self.group1, self.group2):
             for block in group:
                 x = block(x, train=train)
-        x = nnx.relu(self.bn(x, train=train))
+        x = normalize(self.bn, x, relu, train=train)
         return convolve(self.conv_last, self.bn_last, x, train=train).mean((1, 2))
 
 

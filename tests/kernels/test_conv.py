@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from shiftnet.kernels import implementations, native
+from shiftnet.kernels.batch_norm import batch_norm
 from shiftnet.kernels.conv import conv, pack
+from shiftnet.kernels.covariance import covariance
 from tests.kernels import test_shift_block
 
 needs_library = pytest.mark.skipif(
@@ -264,6 +266,10 @@ def print_digest():
         y, gradients = test_shift_block.ours(a, stride=case[-1])
         for array in (y, *gradients.values()):
             digest.update(array.tobytes())
+    x = np.random.default_rng(0).standard_normal((40, 33, 32, 20), np.float32)
+    results, pull = jax.vjp(lambda x: batch_norm(x, x[0, 0, 0], x[0, 0, 1], epsilon=1e-5), x)
+    for array in jax.tree.leaves((results, pull(results), covariance(x))):
+        digest.update(np.asarray(array).tobytes())
     print(digest.hexdigest())
 
 

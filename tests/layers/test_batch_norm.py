@@ -33,6 +33,21 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone():
     assert bn.var[...].tolist() == [4, 9]
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_relu_and_an_addition_follow(train):
+    x, residual = np.random.default_rng(0).normal(size=(2, 4, 3, 3, 5)).astype(np.float32)
+    y = BatchNorm(5)(x, train=train)
+    for relu, expected in [
+        (False, y + residual),
+        (True, nnx.relu(y) + residual),
+        ("last", nnx.relu(y + residual)),
+    ]:
+        bn = BatchNorm(5)
+        ours = bn(x, train=train, out_relu=relu, residual=residual)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+        assert (bn.mean[...] != 0).any() == train
+
+
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3), (2, 4, 5, 3)])
 @pytest.mark.usefixtures("float64")
 def test_statistics_are_numpys_over_all_but_the_channels(shape):

@@ -63,8 +63,8 @@ def forward(
     nothing = jnp.zeros(0, jnp.float32)
     rest = (packed, out_scale, out_bias, residual)
     filled = (nothing if array is None else array for array in rest)
-    relu = {False: 0, True: 1, "last": 2}[out_relu]  # the order of `Relu` in products.h
-    return _call("shiftnet_conv", shape, x, w, *filled, stride=stride, groups=groups, relu=relu)
+    sizes = {"stride": stride, "groups": groups}
+    return _call("shiftnet_conv", shape, x, w, *filled, **sizes, relu=native.RELU[out_relu])
 
 
 def backward(

@@ -85,21 +85,6 @@ class Matrix {
   Buffer values_;
 };
 
-// sums [depth, vectors * kLanes] += sum over pixels of x[pixel, :]^T y[pixel, :]. The caller sets
-// all of `tile` except `sums_row`.
-void AddOuter(GradientTile tile, int64_t depth, int64_t vectors, const float* x, const float* y,
-              float* sums) {
-  tile.sums_row = vectors * kLanes;
-  const int64_t block = BestVectors(depth, vectors);
-  for (int64_t v = 0; v < vectors; v += block) {
-    const int64_t count = std::min(block, vectors - v), length = EvenPixels(depth, count);
-    for (int64_t j = 0; j < depth; j += length) {
-      kGradient[count - 1][std::min(length, depth - j) - 1](
-          tile, x + j, y + v * kLanes, sums + j * tile.sums_row + v * kLanes);
-    }
-  }
-}
-
 // ------------------------------------------------------------------------------------------------
 // Phases
 
