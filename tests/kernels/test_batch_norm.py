@@ -184,19 +184,19 @@ def test_stacked_networks_are_normalized_one_by_one(axes):
 @needs_library
 @pytest.mark.parametrize("relu", [False, True, "last"])
 def test_second_derivatives_are_those_of_the_plain_form(relu):
-    x, scale, bias, residual, _ = operands((2, 3, 2, 5))
+    x, scale, bias, _, _ = operands((2, 3, 2, 5))
 
     def of_gradient(implementation):
-        def loss(x, residual):
-            after = {"out_relu": relu, "residual": residual, "implementation": implementation}
+        def loss(x, scale):
+            after = {"out_relu": relu, "residual": x * x - 0.5, "implementation": implementation}
             return jnp.sin(batch_norm(x, scale, bias, epsilon=EPSILON, **after)[0]).sum()
 
         def size(x):
-            return sum(jnp.square(g).sum() for g in jax.grad(loss, (0, 1))(x, residual))
+            return sum(jnp.square(g).sum() for g in jax.grad(loss, (0, 1))(x, scale))
 
-        return jax.grad(size)(x)
+        return jax.jit(jax.grad(size))(x)
 
-    np.testing.assert_allclose(of_gradient("cpu"), of_gradient("xla"), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(of_gradient("cpu"), of_gradient("xla"), rtol=2e-4, atol=2e-3)
 
 
 @needs_library

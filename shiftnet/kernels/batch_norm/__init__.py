@@ -4,7 +4,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from shiftnet.kernels import checks
 from shiftnet.kernels.batch_norm import cpu, xla
@@ -98,18 +97,20 @@ def _forward(call, x, scale, bias, residual):
 
 
 def _backward(call, residuals, cotangents):
-    x, out, *rest, residual = residuals
-    kernel = functools.partial(cpu.backward, relu=call.relu, epsilon=call.epsilon)
+    x, out, mean, var, scale, bias, residual = residuals
 
-    def plain(x, out, dout, mean, var, scale, bias):
+    def kernel(x, out, dout, mean, var, scale, bias, residual):
+        after = {"relu": call.relu, "epsilon": call.epsilon}
+        *gradients, added = cpu.backward(x, out, dout, mean, var, scale, bias, **after)
+        return *gradients, None if residual is None else added
+
+    def plain(x, out, dout, mean, var, scale, bias, residual):
         del out, mean, var
-        added = jnp.zeros_like(x) if residual is None else residual
-        _, vjp = jax.vjp(lambda *operands: call.plain(*operands)[0], x, scale, bias, added)
+        _, vjp = jax.vjp(lambda *operands: call.plain(*operands)[0], x, scale, bias, residual)
         return vjp(dout)
 
-    found = either(kernel, plain, x, out, cotangents[0], *rest, always=call.asked_for)
-    *gradients, dresidual = found
-    return *gradients, None if residual is None else dresidual
+    arrays = (x, out, cotangents[0], mean, var, scale, bias, residual)
+    return either(kernel, plain, *arrays, always=call.asked_for)
 
 
 _fused.defvjp(_forward, _backward)
