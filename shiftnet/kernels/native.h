@@ -247,6 +247,13 @@ inline int64_t Repetitions(std::initializer_list<Ranked> arrays) {
   return product;
 }
 
+// The part of an array that belongs to index `i` of the leading axes; null if the array is empty.
+template <typename T>
+auto PartOf(T& array, int64_t i, int64_t repetitions) -> decltype(array.typed_data()) {
+  const int64_t size = array.element_count() / repetitions;
+  return size == 0 ? nullptr : array.typed_data() + i * size;
+}
+
 }  // namespace shiftnet
 
 #endif  // SHIFTNET_KERNELS_NATIVE_H_

@@ -208,8 +208,8 @@ constexpr std::array<std::array<GradientFunction, kMaxPixels>, kMaxVectors> kGra
 
 // sums [depth, vectors * kLanes] += sum over pixels of x[pixel, :]^T y[pixel, :]. The caller sets
 // all of `tile` except `sums_row`.
-inline void AddOuter(GradientTile tile, int64_t depth, int64_t vectors, const float* x, const float* y,
-              float* sums) {
+inline void AddOuter(GradientTile tile, int64_t depth, int64_t vectors, const float* x,
+                     const float* y, float* sums) {
   tile.sums_row = vectors * kLanes;
   const int64_t block = BestVectors(depth, vectors);
   for (int64_t v = 0; v < vectors; v += block) {

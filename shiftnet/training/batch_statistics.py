@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from shiftnet.config import DataConfig
 from shiftnet.data import RGB, Source, Split, Subset, augment
 from shiftnet.data.workers import num_workers
-from shiftnet.kernels.layouts import affine, other_axes, pixels, wide_dtype
-from shiftnet.kernels.operation import Epilogue, Relu, finish
+from shiftnet.kernels.layouts import other_axes, pixels, wide_dtype
 from shiftnet.layers.batch_norm import EPSILON, MOMENTUM, BatchNorm
 from shiftnet.quantizers import Activation
 from shiftnet.training.mesh import batch_sharded, compiled, replicated, shard_batch
@@ -187,19 +186,11 @@ class _Measured(BatchNorm):
         super().__init__(folded.features)
         self.scale, self.bias = folded.scale, folded.bias
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        train: bool = False,
-        out_relu: Relu = False,
-        residual: jax.Array | None = None,
-    ) -> jax.Array:
-        wide = x.astype(wide_dtype(x.dtype))
+    def __call__(self, x: jax.Array, *, train: bool = False, **after: Any) -> jax.Array:
         if train:
+            wide = x.astype(wide_dtype(x.dtype))
             self.update(wide.mean(other_axes(x)), wide.var(other_axes(x)), pixels(x))
-        y = affine(x, *self._affine(wide.dtype))
-        return finish(y, Epilogue(residual=residual), out_relu)
+        return super().__call__(x, **after)
 
     def scale_and_bias(
         self, dtype: jnp.dtype, statistics: tuple[jax.Array, jax.Array] | None = None

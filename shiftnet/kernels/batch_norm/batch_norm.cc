@@ -241,13 +241,6 @@ void Gradients(ffi::ThreadPool& pool, const Pixels& p, const Backward& b) {
 
 const ffi::Error kUnfit = ffi::Error::InvalidArgument("sizes of a batch norm that do not fit");
 
-// Where an array begins at index `i` of its leading axes; nullptr for one without elements.
-template <typename T>
-auto PartOf(T& array, int64_t i, int64_t repetitions) {
-  const auto data = array.typed_data() + i * (array.element_count() / repetitions);
-  return array.element_count() == 0 ? nullptr : data;
-}
-
 template <typename... Arrays>
 bool HaveSize(int64_t size, const Arrays&... arrays) {
   return (... && (int64_t(arrays.element_count()) == size));

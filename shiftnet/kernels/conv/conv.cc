@@ -1006,13 +1006,6 @@ ffi::ErrorOr<Convolution> Describe(const Array& x, const Array& w, const Array& 
   return c;
 }
 
-// The part of an array that belongs to index `i` of the leading axes; null if the array is empty.
-template <typename T>
-auto PartOf(T& array, int64_t i, int64_t repetitions) -> decltype(array.typed_data()) {
-  const int64_t size = array.element_count() / repetitions;
-  return size == 0 ? nullptr : array.typed_data() + i * size;
-}
-
 // Calls compute(a, b, result) for each index of the leading axes; an empty sum is zero.
 template <typename Compute>
 ffi::Error Each(const Convolution& c, const Array& a, const Array& b, Array& result,

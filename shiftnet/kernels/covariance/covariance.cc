@@ -13,8 +13,9 @@
 namespace shiftnet {
 namespace {
 
-constexpr int64_t kChunk = 16 * 1024;          // bytes of pixels that stay in the first cache
-constexpr int64_t kRuns = 64, kOfRun = 16;     // pixels that are looked at before
+constexpr int64_t kChunk = 16 * 1024;       // bytes of pixels that stay in the first cache
+constexpr int64_t kLeast = 64;              // pixels of a chunk
+constexpr int64_t kRuns = 64, kOfRun = 16;  // pixels that are looked at before
 
 // A value near each channel's mean: that of some pixels from everywhere. Products are those of the
 // distances from it, so that few digits are lost when the mean is known and its part is taken off.
@@ -35,7 +36,7 @@ void Covariance(ffi::ThreadPool& pool, const float* x, int64_t count, int64_t ch
                 float* total, float* products) {
   const std::vector<float> near = NearMean(x, count, channels);
   const int64_t vectors = CeilDiv(channels, kLanes), pitch = vectors * kLanes;
-  const int64_t chunk = std::max<int64_t>(kRuns, kChunk / (4 * pitch));
+  const int64_t chunk = std::max<int64_t>(kLeast, kChunk / (4 * pitch));
   const int64_t of_part = chunk * CeilDiv(CeilDiv(count, chunk), kParts);
   const int64_t parts = CeilDiv(count, of_part), size = pitch + channels * pitch;
   Buffer sums(parts * size);
@@ -94,9 +95,8 @@ ffi::Error Call(ffi::ThreadPool pool, Array x, ffi::Result<Array> total,
     return ffi::Error::InvalidArgument("sizes of a covariance that do not fit");
   }
   for (int64_t i = 0; i < repetitions; ++i) {
-    Covariance(pool, x.typed_data() + i * count * channels, count, channels,
-               total->typed_data() + i * channels,
-               products->typed_data() + i * channels * channels);
+    Covariance(pool, PartOf(x, i, repetitions), count, channels, PartOf(*total, i, repetitions),
+               PartOf(*products, i, repetitions));
   }
   return ffi::Error::Success();
 }

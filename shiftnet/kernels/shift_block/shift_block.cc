@@ -476,12 +476,6 @@ ffi::ErrorOr<Block> Describe(const Array& x, const Array& w1, const Array& b1, c
   return b;
 }
 
-// The slice of an array at index `i` of its leading axes.
-template <typename T>
-auto PartOf(T& array, int64_t i, int64_t repetitions) {
-  return array.typed_data() + i * (array.element_count() / repetitions);
-}
-
 ffi::Error CallForward(ffi::ThreadPool pool, Array x, Array w1, Array b1, Array w2, Array bias,
                        Array residual, ffi::Result<Array> y, Offsets dh, Offsets dw,
                        int64_t stride, bool relu) {
@@ -494,8 +488,7 @@ ffi::Error CallForward(ffi::ThreadPool pool, Array x, Array w1, Array b1, Array 
   if (y->element_count() == 0) return ffi::Error::Success();
   for (int64_t i = 0; i < b->repetitions; ++i) {
     const auto part = [&](auto& array) { return PartOf(array, i, b->repetitions); };
-    const Epilogue epilogue = {nullptr, bias.element_count() ? part(bias) : nullptr,
-                               residual.element_count() ? part(residual) : nullptr,
+    const Epilogue epilogue = {nullptr, part(bias), part(residual),
                                relu ? kReluBeforeResidual : kNoRelu};
     Forward(pool, *b, part(x), part(w1), part(b1), part(w2), epilogue, part(*y));
   }
