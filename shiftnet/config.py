@@ -486,8 +486,8 @@ class DistillConfig(Settings, group="distill"):
 
     teacher: str = setting(
         "",
-        "checkpoint or packed file of the network to learn from; it sees the same augmented images "
-        "in the same step, and must know all classes by name; empty: none",
+        "checkpoint, packed file or name of the network to learn from; it sees the same augmented "
+        "images in the same step, and must know all classes by name; empty: none",
     )
     temperature: float = setting(
         4.0,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from shiftnet import config as config_lib
+from shiftnet import zoo
 from shiftnet.cli import prog, starting_point, typed
 from shiftnet.cli.reproduce import MOST_SEEDS, seconds_of
 from shiftnet.errors import UserError, reported
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds=arguments.seeds,
         prune=not arguments.no_prune,
         init=starting_point.of(arguments),
+        find=zoo.find,
     )
     set_up()
     code = sweep.run(options, deadline)

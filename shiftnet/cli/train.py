@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from shiftnet import config as config_lib
+from shiftnet import zoo
 from shiftnet.cli import prog, starting_point, typed
 from shiftnet.config import Config
 from shiftnet.errors import reported
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jax.process_index() == 0:
         data = config.data.dir if config.data.source == "folder" else config.data.name
         print(f"{config.model.arch} in {workdir}: reading {data} ...", flush=True)
-    outcome = train(config, workdir, init=init, profile=arguments.profile)
+    outcome = train(config, workdir, init=init, profile=arguments.profile, find=zoo.find)
     if jax.process_index() == 0:
         given = sys.argv[1:] if argv is None else argv
         print(_report(outcome, workdir, _command(given, workdir)))

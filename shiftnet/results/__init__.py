@@ -5,8 +5,8 @@ each row that was trained, written by `python -m shiftnet reproduce` and never b
 `NAME.safetensors`, the network of its first seed, which `evaluate.py --ckpt` takes, packed;
 `trainable/NAME.safetensors` is the same network as float32 numbers with its batch norms, which
 `train.py --init` takes. A file of more than 5 MB is in `large/`, which is no part of the
-repository. The folder `smoke/` holds such files of shortened schedules, and `short/` those of the
-recipe of that name.
+repository. The folder `smoke/` holds such files of shortened schedules, and `short/` and
+`distilled/` those of the recipes of these names.
 
 The same folder is `shiftnet/zoo/results`, a link in a checkout; a wheel has the table, the JSON
 files and the packed networks of up to 5 MB there.
@@ -18,7 +18,7 @@ A row's JSON file:
 - `epochs`: how many the recipe has; `full_epochs`: how many the row's own has, more where the
   schedule was shortened;
 - `init`: `network` (its name; `row` in older files) and `sha256` of what the training started from;
-  null for none;
+  null for none; `teacher`: likewise of the packed network that it learned from, only if it did;
 - `parameters`, `multiply_adds` (an image), `bytes` (of all parameters, low-bit weights packed);
 - `runs`: a list, one for each seed:
     - `seed`; `epochs`: a list of the lines of its `metrics.jsonl`, one an epoch, without `time`;

@@ -328,7 +328,9 @@ def _train(
     dataset = shiftnet.data.of_recipe(job.config.data)
     job.config.data.dir = ""  # of this machine alone
     check_size(job.row.name, job.config.data, dataset)
-    init = _start(job, options)
+    start, teacher = job.row.init, job.config.distill.teacher
+    init = _network(start, options, "starts from", trainable=True) if start else None
+    of_teacher = _network(teacher, options, "learns from") if teacher else Path()
     print(f"{job.row.name}, seeds {_names(seeds)}, in {workdir}", flush=True)
     outcome = train(
         job.config,
@@ -339,38 +341,43 @@ def _train(
         deadline=deadline,
         save_seconds=SAVE_EVERY,
         session=environment.describe(),
+        find=lambda *_: of_teacher,
     )
     if outcome.finished:
         with _locked(options.results):
             # Other seeds of the row may have been finished since it was looked up.
             before = results.read(job.folder, job.row.name)
             result = _result(job, before, seeds, outcome, dataset, workdir)
-            result["init"] = init and {"network": job.row.init, "sha256": sha256_of(init)}
+            result["init"] = init and {"network": start, "sha256": sha256_of(init)}
+            if teacher:
+                result["teacher"] = {"network": teacher, "sha256": sha256_of(of_teacher)}
             results.write(job.folder, result)
         shutil.rmtree(workdir)  # all that it is good for is in the results
         print(_summary(job, result), flush=True)
     return outcome
 
 
-def _start(job: Job, options: Options) -> Path | None:
-    """Returns the network that a row's training starts from; None where it starts afresh.
+def _network(name: str, options: Options, what: str, *, trainable: bool = False) -> Path:
+    """Returns the file of a row's network, or the one that can be trained further.
+
+    Args:
+      name: of the network, as `shiftnet.load` takes it.
+      options: with the folder of results.
+      what: what another row does with it, for the error.
+      trainable: which of its files.
 
     Raises:
       RunFailed: where there is no such network yet.
     """
-    if not job.row.init:
-        return None
-    for _, row, stand_in, name in results.networks(options.results):
-        if name == job.row.init:
+    for _, row, stand_in, known in results.networks(options.results):
+        if known == name:
             folder = options.results / stand_in
             kept = (results.read(folder, row.name) or {}).get("checkpoint") or {}
-            path = folder / kept.get("trainable", {}).get("file", "")
+            path = folder / (kept.get("trainable", {}) if trainable else kept).get("file", "")
             if path.is_file():
                 return path
-    raise RunFailed(
-        f"it starts from {job.row.init}, of which there is no trainable network yet; "
-        "train that first"
-    )
+    kind = "trainable network" if trainable else "network"
+    raise RunFailed(f"it {what} {name}, of which there is no {kind} yet; train that first")
 
 
 def check_size(row: str, data: DataConfig, dataset: Dataset) -> None:

@@ -21,6 +21,7 @@ from shiftnet.checkpoint import AVERAGED, BEST, LATEST, CheckpointManager, to_ar
 from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
 from shiftnet.errors import RunFailed, UserError
+from shiftnet.files import path_of
 from shiftnet.kernels import operation
 from shiftnet.training import environment, low_bit, pictures
 from shiftnet.training.batch_statistics import make_estimator
@@ -91,6 +92,7 @@ def train(
     save_seconds: float = 0.0,
     session: Mapping[str, Any] | None = None,
     stop: Callable[[Sequence[Mapping[str, Any]]], bool] | None = None,
+    find: Callable[[str, str], Path] = path_of,
 ) -> Outcome:
     """Trains, or continues the run or runs that `workdir` holds.
 
@@ -114,6 +116,8 @@ def train(
       session: what to remember of this session beside earlier ones, as JSON.
       stop: is shown what was logged of each epoch with an evaluation, one line per seed; True ends
         the session there.
+      find: gives the path that a setting stands for, `config.distill.teacher`; it takes the value
+        and the setting's name. That of the commands knows trained networks by name.
 
     Raises:
       UserError: for a recipe that cannot be trained, one that differs from the run's, other data
@@ -156,9 +160,8 @@ def train(
         operation.decide()  # which kernels can be trusted, before any is traced
         teacher = None
         if config.distill.teacher:
-            teacher = Teacher.of(
-                read_trained(config.distill.teacher, "distill.teacher"), dataset.class_names
-            )
+            place = find(config.distill.teacher, "distill.teacher")
+            teacher = Teacher.of(read_trained(place, "distill.teacher"), dataset.class_names)
         single = Program(
             config,
             num_classes=len(dataset.class_names),

@@ -6,14 +6,14 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shiftnet import config as config_lib
 from shiftnet.config import FIELDS, Config
 from shiftnet.errors import RunFailed, UserError, say, unknown
-from shiftnet.files import write_atomically
+from shiftnet.files import path_of, write_atomically
 from shiftnet.training import metrics
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.engine import train
@@ -97,6 +97,7 @@ class Options:
       seeds: that each trial trains, in one program.
       prune: whether trials that fall behind are ended early.
       init: the network that every trial starts from; None for a fresh one.
+      find: gives the path of a teacher, see `train`.
     """
 
     config: Config
@@ -106,6 +107,7 @@ class Options:
     seeds: int = 1
     prune: bool = True
     init: Init | None = None
+    find: Callable[[str, str], Path] = path_of
 
     @property
     def combinations(self) -> int | None:
@@ -300,6 +302,7 @@ def _trial(optuna: Any, study: Any, options: Options, deadline: Deadline) -> tup
             seeds=seeds,
             deadline=deadline,
             stop=stop,
+            find=options.find,
         )
     except (RunFailed, UserError) as error:
         # A value can be impossible only for these images. That nothing can be trained at all

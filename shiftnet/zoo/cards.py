@@ -209,6 +209,8 @@ def _training(model: Classifier, info: Model | None) -> str:
     seeds = max(run["seed"] for run in runs) + 1
     stand_in = f" --recipe {info.stand_in}" if info.stand_in else ""
     start = f", started from {info.row.init}" if info.row.init else ""
+    if teacher := model.config.distill.teacher:
+        start += f", learning from {teacher}"
     return (
         f"Recipe `{info.recipe}`, {result['epochs']} epochs{start}; about "
         f"{tables.duration(seconds)} per seed on {devices}"

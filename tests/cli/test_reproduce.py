@@ -205,6 +205,23 @@ def test_a_row_starts_from_another_rows_network(trained, place, capsys, monkeypa
     assert starts == [(place / "results/trainable/cheap.safetensors", [0]), (None, [2])]
 
 
+def test_a_row_learns_from_another_rows_network(trained, place, capsys, monkeypatch):
+    fields = '{"teacher": "distill.teacher", "weights": '
+    (place / "recipe.py").write_text(RECIPE.replace('{"weights": ', fields))
+    path = place / "results" / results.TABLE
+    table = path.read_text().replace("weights=sign", "weights=sign,teacher=cheap")
+    path.write_text(table)
+    assert run(place, "--only", "dear") == 1
+    assert "it learns from cheap, of which there is no network yet" in capsys.readouterr().err
+    shutil.copytree(trained / "results", place / "results", dirs_exist_ok=True)
+    path.write_text(table)
+    assert run(place, "--only", "dear") == 0
+    found, teacher = results.read(place / "results", "dear"), place / "results/cheap.safetensors"
+    digest = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert found["teacher"] == {"network": "cheap", "sha256": digest}
+    assert found["config"]["distill"]["teacher"] == "cheap"
+
+
 def test_the_list_says_what_is_done(trained, capsys):
     assert run(trained, "--list", "--seeds", "2") == 0
     table = capsys.readouterr().out

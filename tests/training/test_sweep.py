@@ -31,20 +31,24 @@ class Training:
     Attributes:
       trained: the rate and the first epoch of each call.
       inits: the network that each call starts from.
+      teachers: the file of the one that it learns from.
       interrupted: the number of the call that is interrupted after two epochs.
     """
 
     def __init__(self):
         self.trained = []
         self.inits = []
+        self.teachers = []
         self.interrupted = None
 
-    def __call__(self, config, workdir, *, init, seeds, deadline, stop):
+    def __call__(self, config, workdir, *, init, seeds, deadline, stop, find):
         places = [workdir] if seeds is None else [workdir / f"seed{seed}" for seed in seeds]
         rate = config.optimizer.lr
         done = len(metrics.read(places[0]))
         self.trained.append((rate, done + 1))
         self.inits.append(init)
+        if teacher := config.distill.teacher:
+            self.teachers.append(find(teacher, "distill.teacher"))
         if rate > 0.9:
             raise RunFailed("the loss became nan")
         if config.batch_size > 1000:
@@ -118,6 +122,12 @@ def test_every_trial_starts_from_the_network_that_init_names(place, training):
     network = zoo.list_models()[0].name
     assert run(place, "--over", "optimizer.lr=0.1,0.2", "--init", network) == 0
     assert [init.path for init in training.inits] == 2 * [zoo.find_trainable(network, "--init")]
+
+
+def test_trials_learn_from_the_networks_that_are_named(place, training):
+    names = [model.name for model in zoo.list_models()[:2]]
+    assert run(place, "--over", f"distill.teacher={','.join(names)}") == 0
+    assert training.teachers == [zoo.find(name) for name in names]
 
 
 def test_a_trial_that_falls_behind_ends_early(place, training):

@@ -128,7 +128,9 @@ def test_a_name_that_there_is_not_is_answered_with_the_nearest(typed, message, c
     assert command.main([typed]) == 2
     arguments = ["--config", str(ROOT / "configs/quickstart.py"), "--init", typed]
     assert train.main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.count(message) == 3
+    arguments[-2:] = [f"--config.distill.teacher={typed}"]
+    assert train.main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count(message) == 4
     assert not (tmp_path / "run").exists()
 
 
