@@ -63,7 +63,7 @@ def quantize(
     The weights become the nearest ones of the form. Where the form has no scale of its own, each
     layer keeps the factor between the two in its state, so nothing is lost but the rounding; with
     `"apot"`, which standardizes its latents, the mean of each kernel is lost too. Layers that were
-    replaced before stay as they are.
+    replaced before stay as they are. Layers that share a kernel share its weight.
 
     Args:
       network: any network of `nnx.Conv` (square kernels, two dimensions) and `nnx.Linear` layers;
@@ -79,8 +79,9 @@ def quantize(
 
     Raises:
       UserError: for an unknown form, a pattern that matches no layer, a network without such
-        layers or that is one itself, and a kernel of other dimensions, or of zeros where the form
-        has no zero; the network is then as it was.
+        layers or that is one itself, and a kernel that is traced, shared with what is not
+        replaced, of other dimensions, or of zeros where the form has no zero; the network is then
+        as it was.
     """
     form = quantizers.make(weights, bits)
     quantizers.activation(activations, 1)
@@ -107,8 +108,24 @@ def quantize(
     }
     if not chosen:
         raise UserError("the network has no nnx.Conv or nnx.Linear to quantize")
-    found: list[tuple[Any, Weight, float]] = []
+    kept = {
+        id(value): path or "the network itself"
+        for path, module in modules.items()
+        if path not in chosen
+        for value in vars(module).values()
+        if isinstance(value, nnx.Variable)
+    }
+    found: dict[int, tuple[Weight, float]] = {}  # by kernel, which several layers may share
     for path, layer in chosen.items():
+        if id(layer.kernel) in kept:
+            raise UserError(
+                f"{path} shares its kernel with {kept[id(layer.kernel)]}, which is not replaced; "
+                "skip it too"
+            )
+        if id(layer.kernel) in found:
+            continue
+        if isinstance(layer.kernel[...], jax.core.Tracer):
+            raise UserError(f"{path} is traced: quantize before jax.jit, jax.vmap and the like")
         kernel = np.asarray(layer.kernel[...], np.float64)
         if kernel.ndim not in (2, 4):
             raise UserError(f"{path} has a kernel of {kernel.ndim} dimensions, expected 2 or 4")
@@ -119,12 +136,13 @@ def quantize(
         if nearest.any() and not kernel.any():
             raise UserError(f"{path} has a kernel of zeros, and {weights} has no zero; skip it")
         factor = (kernel * nearest).sum() / max(np.square(nearest).sum(), 1e-30) or 1.0
-        found.append((layer, weight, float(factor)))
+        found[id(layer.kernel)] = weight, float(factor)
     places = _reached(network, set())
     if lost := [path for path, layer in chosen.items() if id(layer) not in places]:
         raise UserError(f"{lost[0]} is held by something that it cannot be replaced in")
     replacements = {
-        id(layer): Quantized(layer, weight, factor, activations) for layer, weight, factor in found
+        id(layer): Quantized(layer, *found[id(layer.kernel)], activations)
+        for layer in chosen.values()
     }
     _replaced(network, replacements, {})
     return list(chosen)

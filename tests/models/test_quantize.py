@@ -213,3 +213,46 @@ def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(options, senten
     with pytest.raises(UserError, match=sentence):
         shiftnet.quantize(network, **{"weights": "s3", **options})
     np.testing.assert_array_equal(network(X), before)
+
+
+class Tied(nnx.Module):
+    """Two layers with one kernel, each with its own bias; a third module may hold it too."""
+
+    def __init__(self, third=False):
+        self.first, self.second = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in "ab")
+        self.second.kernel = self.first.kernel
+        if third:
+            self.table = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.first(x)))
+
+
+def test_layers_that_share_a_kernel_share_its_weight():
+    network, x = Tied(), X[0, 0, :, :1] * np.ones(4, np.float32)
+    before = network(x)
+    assert shiftnet.quantize(network, "int", bits=8) == ["first", "second"]
+    assert network.first.weight is network.second.weight
+    np.testing.assert_allclose(network(x), before, atol=0.03 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(
+    ("third", "skip", "sentence"),
+    [
+        (False, ["first"], "second shares its kernel with first, which is not replaced"),
+        (True, [], "first shares its kernel with the network itself, which is not replaced"),
+    ],
+)
+def test_a_kernel_that_would_be_shared_no_more_is_refused(third, skip, sentence):
+    network = Tied(third)
+    with pytest.raises(UserError, match=sentence):
+        shiftnet.quantize(network, "int", skip=skip)
+    assert network.first.kernel is network.second.kernel
+
+
+def test_a_network_within_a_transformation_is_refused():
+    def inside(network):
+        shiftnet.quantize(network, "int")
+
+    with pytest.raises(UserError, match=r"first is traced: quantize before jax\.jit"):
+        nnx.jit(inside)(Tied())
