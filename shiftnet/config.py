@@ -877,20 +877,30 @@ RECIPES = os.path.join(os.path.dirname(__file__), "configs")
 # family's own. short: a fifth of the original's epochs, by Muon; the rates, the smaller decay and
 # the smaller crop were the best of those tried on ShiftResNet20 with expansion 1 and CIFAR-100; the
 # wider ones decay more, see `SHORT_DECAY` in configs/shift_family.py.
+# distilled: likewise, learning from the best network of the short recipe on the same data, with the
+# temperature and weight of `DistillConfig`; a value by data set is a mapping.
 # finetune: for low-bit weights that start from a float network; results/README.md has its search.
+_SHORT = {
+    "epochs": 30,
+    "batch_size": 128,
+    "data.pad": 2,
+    "optimizer.name": "muon",
+    "optimizer.muon_lr": 0.1,
+    "optimizer.lr": 0.2,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 2e-4,
+    "schedule.name": "linear",
+    "schedule.by": "step",
+    "schedule.warmup": 1.0,
+}
 CIFAR_RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "short": {
-        "epochs": 30,
-        "batch_size": 128,
-        "data.pad": 2,
-        "optimizer.name": "muon",
-        "optimizer.muon_lr": 0.1,
-        "optimizer.lr": 0.2,
-        "optimizer.nesterov": True,
-        "optimizer.weight_decay": 2e-4,
-        "schedule.name": "linear",
-        "schedule.by": "step",
-        "schedule.warmup": 1.0,
+    "short": _SHORT,
+    "distilled": {
+        **_SHORT,
+        "distill.teacher": {
+            "cifar10": "shiftresnet20_3c_c10_short",
+            "cifar100": "shiftresnet20_6c_c100_short",
+        },
     },
     "finetune": {
         "epochs": 6,
@@ -1095,6 +1105,7 @@ def apply_argument(
     config.optimizer, config.schedule = OptimizerConfig(), ScheduleConfig()
     for path, value in recipes[chosen].items():
         group, _, name = path.rpartition(".")
+        value = value[config.data.name] if isinstance(value, Mapping) else value
         (config[group] if group else config)[name] = value
     return chosen
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shiftnet import config, models, results
+from shiftnet import config, models, results, zoo
 from shiftnet.configs import shift_family
 from shiftnet.errors import UserError
 
@@ -340,11 +340,12 @@ def test_recipes_take_weight_forms(recipe, argument, form, bits):
     [
         ("recipe=short", 0),
         ("expansion=3,recipe=short", shift_family.SHORT_DECAY),
+        ("expansion=3,recipe=distilled", shift_family.SHORT_DECAY),
         ("expansion=3,recipe=finetune", 0),
         ("expansion=3", 0),
     ],
 )
-def test_wide_networks_decay_more_in_the_short_recipe(argument, decay):
+def test_wide_networks_decay_more_in_the_short_recipes(argument, decay):
     assert load("shiftresnet20_c100", argument).optimizer.muon_weight_decay == decay
 
 
@@ -357,6 +358,16 @@ def test_every_cifar_recipe_has_a_short_one_that_trains_the_same_network(recipe)
     default = load("shiftresnet20_c100", "recipe=short")
     training = ("model.*", "data.name", "data.pad_mode", "data.mean", "data.std")
     assert config.differences(default, short, ignore=training) == []
+
+
+@pytest.mark.parametrize("recipe", ["shiftresnet20_c10", "resnet20_c100", "wrn20_10_1bit_c100"])
+def test_the_distilled_recipe_is_the_short_one_with_a_teacher_of_the_same_data(recipe):
+    short, distilled = load(recipe, "recipe=short"), load(recipe, "recipe=distilled")
+    assert config.differences(short, distilled, ignore=("distill.teacher",)) == []
+    teacher = zoo.get(distilled.distill.teacher)
+    assert teacher is not None
+    assert teacher.dataset == distilled.data.name
+    assert (teacher.stand_in, teacher.epoch) == ("short", "final")  # no epoch chosen on test images
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ numbers for DepthwiseResNet, MobileResNet and ShuffleResNet.
 `recipe=short` trains any of them in 30 epochs, see `CIFAR_RECIPES` in `shiftnet/config.py`:
 
     python train.py --config configs/shiftresnet20_c100.py:recipe=short
+
+`recipe=distilled` does so too, learning from a larger network that was trained by `recipe=short`.
 """
 
 from shiftnet.config import CIFAR_RECIPES, Config, apply_argument, default_config
@@ -52,7 +54,7 @@ MODEL = (
     *("arch", "expansion", "reduction", "reduction_mode", "depthwise_skip"),
     *("weights", "weight_bits", "weights_first_last", "activations", "quantize_first_last"),
 )
-# Of Muon's kernels in the short recipe, above expansion 1: with it ShiftResNet20 3c has 66.28 % of
+# Of Muon's kernels in the short recipes, above expansion 1: with it ShiftResNet20 3c has 66.28 % of
 # CIFAR-100's test images after 30 epochs, without 64.38 %; 1c does not overfit.
 SHORT_DECAY = 0.015
 
@@ -61,7 +63,7 @@ def get_config(argument: str = "") -> Config:
     config = default_config()
     fields = {name: f"model.{name}" for name in MODEL}
     recipe = apply_argument(config, argument, fields | {"data": "data.name"}, CIFAR_RECIPES)
-    if recipe == "short" and config.model.expansion > 1:
+    if recipe in ("short", "distilled") and config.model.expansion > 1:
         config.optimizer.muon_weight_decay = SHORT_DECAY
     if FAMILIES[parse_arch(config.model.arch)[0]].reduction_mode == "block":
         config.model.reduction_mode = "block"  # the only mode that the original has for it
