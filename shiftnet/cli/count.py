@@ -172,7 +172,7 @@ def _compare(arguments: Any) -> None:
     """Prints the true counts of the networks of `--compare`.
 
     Raises:
-      UserError: for an option that belongs to one of them.
+      UserError: for an option that belongs to one of them, or a network that is named twice.
     """
     for name in (*OPTIONS, "quantize_first_last"):
         if getattr(arguments, name) not in (None, False):
@@ -183,6 +183,8 @@ def _compare(arguments: Any) -> None:
     fields = {name: f"model.{name}" for name in (*OPTIONS, "quantize_first_last")}
     found = {}
     for network in arguments.compare:
+        if network in found:
+            raise UserError(f"--compare names {network} twice")
         arch, _, options = network.partition(":")
         if arch.endswith(".py"):  # FILE.py:CLASS
             kind, _, options = options.partition(":")

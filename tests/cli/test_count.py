@@ -581,6 +581,7 @@ def test_compares_networks_in_one_table(capsys):
         (["resnet8", "--weights=s3"], ["--weights", "ignored", "resnet8:weights=s3"]),
         (["resnet8", "--arch=resnet8"], ["--arch", "not allowed with", "--compare"]),
         ([], ["--compare", "expected at least one argument"]),
+        (["resnet8", "resnet20", "resnet8"], ["--compare names resnet8 twice"]),
     ],
 )
 def test_a_bad_comparison_is_one_sentence_and_exit_code_2(argv, expected, capsys):
