@@ -92,7 +92,9 @@ def of_shifted_product(
 
 def _least_variance(covariance: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns the `bound` of this module's docstring, `[features]`, without gradients."""
-    deviations = jnp.sqrt(jax.lax.stop_gradient(jnp.diagonal(covariance)))
+    # Of a channel that is nearly constant, rounding may leave less than nothing.
+    variances = jnp.maximum(jax.lax.stop_gradient(jnp.diagonal(covariance)), 0)
+    deviations = jnp.sqrt(variances)
     largest = _exact(deviations, jnp.abs(jax.lax.stop_gradient(kernel)))
     return jnp.finfo(kernel.dtype).eps * jnp.square(largest)
 

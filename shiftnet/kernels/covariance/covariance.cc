@@ -79,6 +79,8 @@ void Covariance(ffi::ThreadPool& pool, const float* x, int64_t count, int64_t ch
     for (int64_t d = 0; d < channels; ++d) {
       products[c * channels + d] = sum(pitch + c * pitch + d) - offset[c] * offset[d] / count;
     }
+    float& square = products[c * channels + c];
+    square = square < 0 ? 0 : square;  // by rounding, where the channel is constant; NaN stays NaN
   }
 }
 
