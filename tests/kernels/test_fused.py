@@ -272,6 +272,22 @@ def test_half_precision_sums_in_float32():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_half_precision_sums_over_rows_of_channels_in_float32(implementation):
+    """256 + 1 - 256, each from channels of a row of their own; bfloat16 has no 257."""
+    x, w1, b1 = jnp.ones((1, 5, 1, 1), jnp.bfloat16), jnp.ones((1, 9), jnp.bfloat16), jnp.zeros(9)
+    w2 = jnp.array([256, 0, 0, 1, 0, 0, -256, 0, 0], jnp.bfloat16)[:, None]
+    offsets = Offsets((-1,) * 3 + (0,) * 3 + (1,) * 3, (0,) * 9)
+
+    def results(x):
+        y = shift_block(x, w1, b1, w2, offsets=offsets, implementation=implementation)
+        return y.sum(), y
+
+    dx, y = jax.grad(results, has_aux=True)(x)
+    assert y[0, 2, 0, 0] == 1
+    assert dx[0, 2, 0, 0] == 1
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
     """Over 16,384 pixels; 8 bits of precision would stop growing at 256."""
     monkeypatch.setattr(few_images, "BACKWARD_BYTES", 16 * 16 * 16 * 8 * 2)

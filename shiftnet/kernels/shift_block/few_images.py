@@ -54,10 +54,8 @@ def forward(
 
     def some(images: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         x, residual = images
-        products = [
-            pointwise_conv(phase.shifted(phase.expanded(x)), phase.w2, "NHWC") for phase in phases
-        ]
-        y = functools.reduce(jnp.add, products)
+        products = [_product(phase.shifted(phase.expanded(x)), phase.w2) for phase in phases]
+        y = functools.reduce(jnp.add, products).astype(x.dtype)
         return finish(y, Epilogue(None, out_bias, residual), out_relu)
 
     count = _images(x, w1, FORWARD_BYTES)
@@ -90,8 +88,8 @@ def backward(
             # XLA's library computes a wide result in half the time of a tall one.
             transposed_dw2 = _outer(dout, phase.shifted(expanded))
             weights.append((_outer(phase.pixels(x), dexpanded), db1, transposed_dw2))
-            dx.append(phase.spread(pointwise_conv(dexpanded, phase.w1.T, "NHWC"), x.shape))
-        return weights, functools.reduce(jnp.add, dx)
+            dx.append(phase.spread(_product(dexpanded, phase.w1.T), x.shape))
+        return weights, functools.reduce(jnp.add, dx).astype(x.dtype)
 
     count = _images(x, w1, BACKWARD_BYTES)
     if count == len(x):
@@ -219,6 +217,11 @@ def _phases(
             found.append(_Phase(row, column, stride, filled, *weights, shift))
             order.append(channels)
     return found, np.concatenate(order)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns a phase's part of a sum, `[N, H, W, K]`, in float32 or wider."""
+    return jnp.matmul(x, w, preferred_element_type=wide_dtype(x.dtype))
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
