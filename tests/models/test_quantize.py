@@ -228,6 +228,17 @@ class Tied(nnx.Module):
         return self.second(nnx.relu(self.first(x)))
 
 
+@pytest.mark.parametrize("weights", ["ternary", "s3"])
+def test_the_size_of_a_kernel_does_not_matter(weights):
+    def outputs(size):
+        network = nnx.Sequential(nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0)))
+        network.layers[0].kernel.set_value(network.layers[0].kernel[...] * size)
+        shiftnet.quantize(network, weights)
+        return network(X.reshape(-1, 64)) / size
+
+    np.testing.assert_allclose(outputs(1e-7), outputs(1), rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_share_a_kernel_share_its_weight():
     network, x = Tied(), X[0, 0, :, :1] * np.ones(4, np.float32)
     before = network(x)
