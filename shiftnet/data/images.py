@@ -211,10 +211,11 @@ def for_training(
     decoded below the crop. The result is torchvision's for the same choices but for rounding (200
     crops of files of 500x375 pixels: 19 % of the values differ, by 2 grey levels at most), as long
     as a side of the crop is less than twice `size`. Where both sides are at least 2, 4 or 8 times
-    `size`, a JPEG is decoded to 1/2, 1/4 or 1/8 of its size, so that nothing is enlarged, and the
-    result is near. Measured with Pillow's filter over 287 crops of noise with the spectrum of
-    photographs, 1,000 to 3,000 pixels a side: the pixels differ from full decoding by 1.2 grey
-    levels on average (3.9 in the worst crop) and by 25 at most.
+    `size`, a JPEG is decoded to 1/2, 1/4 or 1/8 of its size (twice that where its colours are
+    coarser in one direction), so that nothing is enlarged, and the result is near. Measured with
+    Pillow's filter over 287 crops of noise with the spectrum of photographs, 1,000 to 3,000 pixels
+    a side: the pixels differ from full decoding by 1.2 grey levels on average (3.9 in the worst
+    crop) and by 25 at most.
 
     Args:
       data: as in `Encoded`.
@@ -246,6 +247,8 @@ def for_training(
         if jpeg:
             while less < 8 and min(height, width) >= 2 * less * size:
                 less *= 2
+            if not jpeg.even and less > 1:
+                less //= 2  # libjpeg would leave the colours at half of that size in one direction
             try:
                 pixels = _upper_rows(encoded, jpeg, bottom, less)
             except ValueError:  # sampling factors that TurboJPEG does not know, or a damaged file
@@ -325,7 +328,8 @@ def _upright(image: Image.Image, exif: bool) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode in ("I", "F") and image.format != "PPM":  # that one's reader scales to 16 bits
+    # Pillow's reader of PGM scales integers to 16 bits.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         kind = {"I": "32-bit integers", "F": "floating-point numbers"}[image.mode]
         raise ValueError(
             f"its pixels are {kind}, whose range the file does not state; expected 8 or 16 bits"
@@ -426,11 +430,13 @@ class _Jpeg(NamedTuple):
       shape: height and width in pixels.
       height_at: where the two bytes of the height are.
       block_row: how many rows are coded together.
+      even: whether colours are as coarse vertically as horizontally.
     """
 
     shape: tuple[int, int]
     height_at: int
     block_row: int
+    even: bool
 
 
 def _jpeg(data: bytes) -> _Jpeg | None:
@@ -449,13 +455,15 @@ def _jpeg(data: bytes) -> _Jpeg | None:
             width = int.from_bytes(data[at + 7 : at + 9], "big")
             components = data[at + 9]
             factors = data[at + 11 : at + 10 + 3 * components : 3]
-            block_row = 8 * max((factor & 15 for factor in factors), default=0)
+            across, down = [factor >> 4 for factor in factors], [factor & 15 for factor in factors]
+            block_row = 8 * max(down, default=0)
             complete = data.rfind(_END_OF_IMAGE, at) > 0
             if not (complete and components in (1, 3) and height and width and block_row):
                 return None
             if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
                 return None  # Pillow says that it is too large
-            return _Jpeg((height, width), at + 5, block_row)
+            even = max(across) * min(down) == max(down) * min(across)
+            return _Jpeg((height, width), at + 5, block_row, even)
         if marker == _START_OF_SCAN:
             return None
         # A filler byte, or a segment, which begins with its length.

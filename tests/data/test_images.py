@@ -155,6 +155,14 @@ def test_grey_levels_of_16_bits_are_scaled_and_not_white(kind, options):
     np.testing.assert_array_equal(shown, found)
 
 
+@pytest.mark.parametrize("kind", ["PPM", "TIFF"])
+def test_floating_point_numbers_are_refused(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(buffer, kind)
+    with pytest.raises(images.CorruptImage, match="its pixels are floating-point numbers"):
+        images.decode(buffer.getvalue(), name="x")
+
+
 def tiff(samples, bits, *, white_is_zero=False):
     """A TIFF of one strip, written by hand; `samples` are its bytes, for 4 rows of 4 pixels."""
     tags = [
@@ -289,6 +297,20 @@ def test_decoding_to_a_fraction_stays_near_full_decoding():
     assert 0 < np.mean(means) < 1.2
     assert max(means) < 3.9
     assert max(deviation.max() for deviation in deviations) <= 25
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_colours_that_are_coarse_in_one_direction_stay_near_full_decoding(subsampling):
+    """Colours that change every 17 pixels, at an eighth."""
+    at = np.arange(640)
+    x, y = np.meshgrid(at, at)
+    pixels = 128 + 100 * np.stack([np.sin(x / 17), np.sin((x + y) / 17), np.cos(x / 17)], -1)
+    data = image_files.encoded(pixels.astype(np.uint8), subsampling=subsampling)
+    image = opened(data)
+    for seed in range(4):
+        found, box, mirrored = in_training(data, seed, 24)
+        expected = np.asarray(cut(image, box, 24, mirrored)).astype(int)
+        assert np.abs(found - expected).mean() < 2
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
