@@ -74,6 +74,13 @@ def channels(operation: str, x: jax.Array, features: int) -> None:
         raise ValueError(f"{operation} needs x of {features} channels, got the shape {x.shape}")
 
 
+def images(operation: str, x: jax.Array, features: int) -> None:
+    """Raises if `x` is not `[N, H, W, features]`, floating point."""
+    channels(operation, x, features)
+    if x.ndim != 4:
+        raise ValueError(f"{operation} needs x [N, H, W, C], got the shape {x.shape}")
+
+
 def shaped(operation: str, shape: tuple[int, ...], **arrays: jax.Array | None) -> None:
     """Raises if one of `arrays` has another shape."""
     for name, array in arrays.items():

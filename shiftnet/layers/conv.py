@@ -43,7 +43,7 @@ class Conv(nnx.Module):
     Raises:
       UserError: for a form, or a number of bits, that does not exist.
       ValueError: for sizes that do not fit, and when called on an input that is not floating or has
-        other channels.
+        other axes or channels.
     """
 
     activation: quantizers.Activation | None
@@ -92,7 +92,7 @@ class Conv(nnx.Module):
         return x if self.activation is None else self.activation(x, train=train)
 
     def __call__(self, x: jax.Array, *, train: bool = False, **after: Any) -> jax.Array:
-        checks.channels("Conv", x, self.weight.shape[2] * self.groups)
+        checks.images("Conv", x, self.weight.shape[2] * self.groups)
         kernel = self.weight().astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.groups == 1 and not after:
             return pointwise_conv(self.read(subsample(x, self.stride), train=train), kernel[0, 0])

@@ -64,7 +64,7 @@ class LearnedShift(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Shifts `[N, H, W, features]`, floating; the result has its shape and dtype."""
-        checks.channels("LearnedShift", x, self.rows.shape[0])
+        checks.images("LearnedShift", x, self.rows.shape[0])
         if self.offsets is not None:
             return shift(x, offsets=self.offsets)
         wide = wide_dtype(x.dtype)
@@ -141,7 +141,7 @@ def _moved(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
     h, w = h.clip(0, height - 1), w.clip(0, width - 1)
     position = (h * width + w) * channels + jnp.arange(channels, dtype=jnp.int32)
-    values = x.reshape(len(x), -1)[:, position.reshape(-1)].reshape(x.shape)
+    values = x.reshape(len(x), position.size)[:, position.reshape(-1)].reshape(x.shape)
     return jnp.where(inside, values, jnp.zeros((), x.dtype))
 
 

@@ -102,6 +102,7 @@ def test_a_sparse_shift_moves_by_rounded_offsets_and_learns_through_the_bilinear
     np.testing.assert_allclose(np.array(grads)[:, inside], expected[:, inside], rtol=1e-6)
     # In evaluation, and once folded, it is the same shift.
     np.testing.assert_array_equal(layer(jnp.asarray(x)), y)
+    assert layer(jnp.asarray(x[:0])).shape == x[:0].shape
     layer.fold()
     assert layer.offsets.dh == (0, -2, 0, 2, 0, 2, 3, 3)
     np.testing.assert_array_equal(layer(jnp.asarray(x)), y)

@@ -39,6 +39,12 @@ def test_a_convolution_of_impossible_sizes(settings, message):
         Conv(6, 6, **{"kernel_size": 3, **settings}, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("shape", [(4, 4, 6), (2, 3, 4, 4, 6), (4, 6)])
+def test_a_convolution_of_what_are_no_images(shape):
+    with pytest.raises(ValueError, match=r"Conv needs x \[N, H, W, C\], got the shape"):
+        Conv(6, 6, 1, stride=2, rngs=nnx.Rngs(0))(jnp.ones(shape))
+
+
 def test_a_kind_of_shift_that_does_not_exist():
     with pytest.raises(ValueError, match="unknown kind of shift 'Fixed'; did you mean 'fixed'"):
         make_shift(4, kind="Fixed", rngs=nnx.Rngs(0))
