@@ -153,7 +153,11 @@ LOW_BIT = Scope(
 )
 SPARSE = Scope(lambda config: config.model.shift == "sparse", "model.shift=sparse")
 S3 = Scope(
-    lambda config: config.model.weights == "s3" or ":s3" in config.model.weights_of,
+    lambda config: (
+        config.model.weights == "s3"
+        or ":s3" in config.model.weights_of
+        or config.model.weights_first_last.split("/")[0] == "s3"
+    ),
     "model.weights=s3",
 )
 
@@ -949,7 +953,8 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
 
     Raises:
       UserError: for the first field that differs from its default where it does not apply, for a
-        `data.resize` below `data.size`, and for a `schedule.lr_min` above `optimizer.lr`.
+        `data.resize` below `data.size`, a `schedule.lr_min` above `optimizer.lr`, a warm-up that
+        does nothing, and weights of classes where devices take means of their own.
     """
     for path, field in FIELDS.items():
         value, scope = _get(config, path), field.scope
@@ -962,6 +967,18 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
     if data.size and 0 < data.resize < data.size:
         raise UserError(
             f"data.resize must be at least data.size, {data.size}, or 0; found {data.resize}"
+        )
+    schedule = config.schedule
+    if 0 < schedule.warmup <= 1 and schedule.by == "epoch" and schedule.name != "onecycle":
+        raise UserError(
+            f"schedule.warmup={schedule.warmup:g} would be ignored: the rate changes by epoch, and "
+            "the first one has the whole rate; give more than 1, or schedule.by=step"
+        )
+    if config.parallel.batch_norm == "per_device" and config.loss.class_weights != "none":
+        raise UserError(
+            "loss.class_weights=balanced takes the mean over the whole batch, found "
+            "parallel.batch_norm=per_device, where each device has a mean of its own; "
+            "data.balance=true works with both"
         )
     top, lowest = config.optimizer.lr, config.schedule.lr_min
     if lowest > top:

@@ -231,6 +231,11 @@ def test_settings_read_and_change_as_mappings_too():
             "schedule.lr_min must be at most optimizer.lr, 0.1; found 0.5",
         ),
         ("data.name=digits data.dir=x", "data.dir=x would be ignored: it applies to data that is"),
+        ("schedule.warmup=1", "schedule.warmup=1 would be ignored: the rate changes by epoch"),
+        (
+            "parallel.batch_norm=per_device loss.class_weights=balanced",
+            "loss.class_weights=balanced takes the mean over the whole batch",
+        ),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(
@@ -248,6 +253,10 @@ def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(
         "data.name=imagenet2012 data.size=128",
         "model.weights=s3 optimizer.regularizer=0 model.quantize_first_last=true",
         "model.weights_of=layer1.*:s3/2 optimizer.regularizer=0 model.weights_first_last=int/8",
+        "model.weights_first_last=s3/2 optimizer.regularizer=0",
+        "schedule.warmup=1 schedule.by=step",
+        "schedule.warmup=1.5 parallel.batch_norm=per_device",
+        "schedule.warmup=0.3 schedule.name=onecycle",
         "schedule.name=sgdr schedule.boundaries=(5,8) schedule.lr_min=0.001",
         "schedule.name=cosine schedule.lr_min=0.001",
         "schedule.factor=0.5 data.pad=2 data.url=x",

@@ -16,6 +16,7 @@ from shiftnet.cli import prog, starting_point, typed
 from shiftnet.cli.reproduce import MOST_SEEDS, seconds_of
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
+from shiftnet.models import own
 from shiftnet.training import sweep
 from shiftnet.training.deadline import Deadline
 from shiftnet.training.processes import set_up
@@ -77,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = [values.field for values in space]
     if twice := {field for field in fields if fields.count(field) > 1}:
         raise UserError(f"--over names {min(twice)} twice")
+    config = config_lib.from_arguments(arguments)
+    if own.is_own(config.model.arch):  # by the command line, or by a recipe that it names
+        own.allow(config.model.arch)
     options = sweep.Options(
-        config=config_lib.from_arguments(arguments),
+        config=config,
         space=space,
         workdir=path_of(arguments.workdir, "--workdir"),
         trials=arguments.trials,

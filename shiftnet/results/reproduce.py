@@ -162,8 +162,9 @@ def run(options: Options, deadline: Deadline, *, cheapest_first: bool = False) -
 
 
 def shorten(config: Config, epochs: int) -> None:
-    """Shortens a recipe's schedule: steps of the learning rate move along, restarts stay."""
+    """Shortens a recipe's schedule: steps and warm-up of the rate move along, restarts stay."""
     full, config.epochs = config.epochs, min(epochs, config.epochs)
+    config.schedule.warmup *= config.epochs / full
     boundaries = config.schedule.boundaries
     if config.schedule.name == "step":
         boundaries = tuple(round(boundary * config.epochs / full) for boundary in boundaries)

@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from shiftnet.config import from_json
 from shiftnet.data import RGB
 from shiftnet.errors import UserError
 from shiftnet.layers.folding import fix_weights
+from shiftnet.models import own
 from shiftnet.training.mesh import replicate
 from shiftnet.training.trained import Trained
 
@@ -40,12 +42,24 @@ class Teacher:
     digest: str
 
     @classmethod
-    def of(cls, trained: Trained, class_names: Sequence[str]) -> "Teacher":
+    def of(cls, trained: Trained, class_names: Sequence[str], arch: str) -> "Teacher":
         """Makes a teacher of classes from a network that knows them, perhaps in another order.
 
+        Args:
+          trained: the network.
+          class_names: of the network that learns.
+          arch: of the network that learns.
+
         Raises:
-          UserError: where it does not know one of the classes.
+          UserError: where it does not know one of the classes, or is of a class of the user's own
+            that is not `arch`.
         """
+        own_arch = from_json(trained.metadata["config"]).model.arch
+        if own.is_own(own_arch) and own_arch != arch:
+            raise UserError(
+                f"distill.teacher {trained.path} is {own_arch}, whose code is run only where that "
+                f"is the network that learns, found model.arch={arch}"
+            )
         known = {name: place for place, name in enumerate(trained.class_names)}
         if missing := [name for name in class_names if name not in known]:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -161,7 +162,8 @@ def train(
         teacher = None
         if config.distill.teacher:
             place = find(config.distill.teacher, "distill.teacher")
-            teacher = Teacher.of(read_trained(place, "distill.teacher"), dataset.class_names)
+            guide = read_trained(place, "distill.teacher")
+            teacher = Teacher.of(guide, dataset.class_names, config.model.arch)
         single = Program(
             config,
             num_classes=len(dataset.class_names),
@@ -314,6 +316,8 @@ def train(
             about = environment.describe()
             trackers = make_trackers(config, workdir, step=step, environment=about)
         logs = [MetricsLog(folder, step=step, trackers=trackers, on=is_main) for folder in folders]
+        for log in logs:
+            stack.callback(log.close)
         step_logs = []
         if is_main and config.log.every_steps:
             step_logs = [
@@ -374,7 +378,7 @@ def train(
                 rate = lrs[(bad_step - 1) // steps_per_epoch]
                 raise RunFailed(
                     f"the loss{whose} became {loss} at step {bad_step} (learning rate {rate:g}); "
-                    f"{last_good(checkpoints)}"
+                    f"{last_good(checkpoints, bad_step)}"
                 )
 
         def save() -> None:
@@ -503,6 +507,12 @@ def train(
                                 save_best(to_arrays(*network(0)))
                     if is_over():
                         record.final = [line["test_accuracy"] for line in lines]
+                        for line in lines:
+                            if not math.isfinite(line["test_loss"]):
+                                raise RunFailed(
+                                    f"after the last step the loss on the test images is "
+                                    f"{line['test_loss']}; {last_good(checkpoints, step + 1)}"
+                                )
                 for line, log in zip(lines, logs, strict=True):
                     line["time"] = times.fractions()
                     log.write(line)
@@ -532,8 +542,6 @@ def train(
             checkpoints.close()
             best_checkpoints.close()
             ema_checkpoints.close()
-        for log in logs:
-            log.close()
         if is_over() and step < total_steps:
             best = record.best[0]
             progress.message(
@@ -652,13 +660,19 @@ def _seeds(runs: int) -> str:
     return f" ({runs} seeds)" if runs > 1 else ""
 
 
-def last_good(checkpoints: CheckpointManager) -> str:
-    """Says which checkpoint a run that failed can be continued from."""
+def last_good(checkpoints: CheckpointManager, bad_step: int) -> str:
+    """Says which checkpoint a run that failed can be continued from.
+
+    The loss of a step is that of the numbers before it: those of the checkpoint there are bad too.
+    """
     checkpoints.close()
     step, _ = checkpoints.newest_good()
     if step is None:
         return "there is no checkpoint yet"
-    return f"the last good one is {checkpoints.path(step)}"
+    place = checkpoints.path(step)
+    if step < bad_step - 1:
+        return f"the last good one is {place}"
+    return f"{place} has the numbers that gave it: remove it to continue from an earlier state"
 
 
 @contextlib.contextmanager

@@ -253,13 +253,13 @@ def start_from(
     for name, array in own.items():
         other = changes.get(name, None if name.startswith(converted) else saved.arrays.get(name))
         if other is not None and name.startswith(head) and (init.fresh_head or not keeps_order):
-            of_classes = (other.shape[-1], array.shape[-1]) == (len(given), len(names))
-            same = other.shape[:-1] == array.shape[:-1]
-            other = (
-                _by_class(array, other, columns)
-                if columns and of_classes and same and not init.fresh_head
-                else None
-            )
+            both = other.shape[-1:] + array.shape[-1:]
+            if init.fresh_head or not columns:
+                other = None
+            elif both == (len(given), len(names)) and other.shape[:-1] == array.shape[:-1]:
+                other = _by_class(array, other, columns)
+            elif both:  # not a number for the whole layer, such as a scale
+                other = None
         if other is not None and other.shape == array.shape:
             taken[name] = jax.device_put(np.asarray(other), array.sharding)
         elif other is None or init.partial:

@@ -18,6 +18,7 @@ from shiftnet.config import Config
 from shiftnet.data import RGB, augment
 from shiftnet.data.mixing import erase, mix
 from shiftnet.data.policies import rand_augment, trivial_augment
+from shiftnet.errors import UserError
 from shiftnet.kernels.implementations import only_xla, platform
 from shiftnet.layers.learned_shift import shift_penalty
 from shiftnet.models.drop_path import count_branches, dropping
@@ -107,6 +108,11 @@ class Program:
         network = nnx.eval_shape(lambda: self._build(0))
         self.graphdef = nnx.graphdef(network)
         self._branches = count_branches(network) if config.model.drop_path else 0
+        if config.model.drop_path and not self._branches:
+            raise UserError(
+                f"model.drop_path={config.model.drop_path:g} would be ignored: "
+                f"{config.model.arch} has no residual branch that can be left out"
+            )
         self._optimizer = make_optimizer(
             config, steps_per_epoch, first_and_last=network.first_and_last
         )

@@ -233,7 +233,7 @@ def _check_same(options: Options) -> None:
 
 
 def _study(optuna: Any, options: Options) -> Any:
-    """Opens the study; trials that were running when a session died are queued to be continued."""
+    """Opens the study, with every combination in its queue where there are lists alone."""
     backend = optuna.storages.journal.JournalFileBackend(str(options.workdir / STUDY))
     storage = optuna.storages.JournalStorage(backend)
     epochs = options.config.epochs
@@ -251,10 +251,6 @@ def _study(optuna: Any, options: Options) -> Any:
     )
     # Another seed in every session, or its first trials would be those of the first one.
     study.sampler = optuna.samplers.TPESampler(seed=options.config.seed + len(study.trials))
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        folder = trial.user_attrs.get("folder", _folder(trial.number))
-        study.enqueue_trial(trial.params, user_attrs={"folder": folder})
     if options.combinations:
         fields = [values.field for values in options.space]
         for texts in itertools.product(*(values.texts for values in options.space)):
@@ -274,26 +270,33 @@ def _folder(number: int) -> str:
 
 def _trial(optuna: Any, study: Any, options: Options, deadline: Deadline) -> tuple[int, bool]:
     """Trains one trial; returns the exit code, 0 to go on, and whether the trial is over."""
-    trial = study.ask()
-    folder = trial.user_attrs.get("folder", _folder(trial.number))
-    trial.set_user_attr("folder", folder)
+    states = optuna.trial.TrialState
+    interrupted = study.get_trials(states=[states.RUNNING])  # by the session before
+    trial = optuna.Trial(study, interrupted[0]._trial_id) if interrupted else study.ask()
+    known = set(interrupted[0].intermediate_values if interrupted else ())  # epochs
+    folder = _folder(trial.number)
     texts = {values.field: values.suggest(trial) for values in options.space}
     workdir = options.workdir / folder
     print(f"{folder}: {_words(texts)}", flush=True)
     pruned = False
 
+    def report(lines: Sequence[Mapping[str, Any]]) -> None:
+        if lines[0]["epoch"] not in known:  # an epoch that is trained again gives the same
+            known.add(lines[0]["epoch"])
+            trial.report(_accuracy(lines), lines[0]["epoch"])
+
     def stop(lines: Sequence[Mapping[str, Any]]) -> bool:
         nonlocal pruned
-        trial.report(_accuracy(lines), lines[0]["epoch"])
+        report(lines)
         pruned = trial.should_prune()
         return pruned
 
-    states = optuna.trial.TrialState
-    seeds = None if options.seeds == 1 else range(options.seeds)
+    first = options.config.seed
+    seeds = None if options.seeds == 1 else range(first, first + options.seeds)
     places = [workdir] if seeds is None else [workdir / f"seed{seed}" for seed in seeds]
     for lines in zip(*(metrics.read_sound(place)[0] for place in places), strict=False):
         if "validation_accuracy" in lines[0]:  # of an earlier session
-            trial.report(_accuracy(lines), lines[0]["epoch"])
+            report(lines)
     try:
         outcome = train(
             configured(options.config, texts),
@@ -336,7 +339,7 @@ def found(study: Any) -> list[dict[str, Any]]:
     """Lists the trials that are over, the best first, as `trials.json` has them."""
     trials = [
         {
-            "folder": trial.user_attrs.get("folder", _folder(trial.number)),
+            "folder": _folder(trial.number),
             "state": trial.state.name.lower(),
             "validation_accuracy": trial.value if trial.state.name == "COMPLETE" else None,
             "epochs": max(trial.intermediate_values, default=0),

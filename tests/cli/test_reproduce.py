@@ -486,9 +486,10 @@ def test_another_recipe_is_kept_apart_and_counts_after_the_last_epoch(place, mon
 def test_a_shortened_schedule_keeps_its_form(name, boundaries, expected):
     recipe = config.default_config()
     recipe.schedule.name, recipe.schedule.boundaries = name, boundaries
-    recipe.epochs = 164
+    recipe.epochs, recipe.schedule.warmup = 164, 82
     reproduce.shorten(recipe, 7)
     assert (recipe.epochs, recipe.schedule.boundaries) == (7, expected)
+    assert recipe.schedule.warmup == pytest.approx(3.5)
     reproduce.shorten(recipe, 100)
     assert recipe.epochs == 7
 

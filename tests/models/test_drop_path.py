@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from shiftnet.config import default_config
+from shiftnet.errors import UserError
 from shiftnet.models.drop_path import count_branches, drop_path, dropping
+from shiftnet.training.mesh import make_mesh
+from shiftnet.training.step import Program
 from tests import networks
 
 IMAGES = 4000
@@ -54,3 +57,11 @@ def test_nothing_is_dropped_elsewhere():
 def test_every_family_has_branches_to_drop(arch, branches):
     network = networks.abstract({**default_config().model, "arch": arch}, 10)
     assert count_branches(network) == branches
+
+
+def test_a_network_without_branches_refuses_it():
+    config = default_config()
+    config.model.arch, config.model.drop_path = "mobileresnet8", 0.1
+    sizes = {"num_classes": 10, "mean": (0,) * 3, "std": (1,) * 3, "steps_per_epoch": 1}
+    with pytest.raises(UserError, match=r"drop_path=0\.1 would be ignored: mobileresnet8 has no"):
+        Program(config, **sizes, mesh=make_mesh(2))

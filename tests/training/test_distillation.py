@@ -1,11 +1,14 @@
 """A teacher knows the classes by name, and sees the images as it was trained to."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from shiftnet import checkpoint, packing
+from shiftnet.config import to_json
 from shiftnet.errors import UserError
 from shiftnet.training import trained
 from shiftnet.training.distillation import Teacher
@@ -34,7 +37,7 @@ def given(request, tmp_path_factory):
 
 def test_its_logits_are_those_of_the_pupils_classes_on_the_pupils_images(given):
     network, place = given
-    teacher = Teacher.of(trained.read(place, "distill.teacher"), CLASSES[7:1:-1])
+    teacher = Teacher.of(trained.read(place, "distill.teacher"), CLASSES[7:1:-1], "shiftresnet8")
     pixels = np.random.default_rng(0).uniform(size=(4, 3, 16, 16)).astype(np.float32)
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (teacher.mean, teacher.std))
     expected = networks.evaluate(network, (pixels - mean) / std)[:, 7:1:-1]
@@ -46,4 +49,14 @@ def test_its_logits_are_those_of_the_pupils_classes_on_the_pupils_images(given):
 
 def test_a_teacher_that_lacks_a_class_is_refused(given):
     with pytest.raises(UserError, match=r"does not know 1 of the 3 classes, such as 'zebra'"):
-        Teacher.of(trained.read(given[1], "distill.teacher"), [*CLASSES[:2], "zebra"])
+        Teacher.of(
+            trained.read(given[1], "distill.teacher"), [*CLASSES[:2], "zebra"], "shiftresnet8"
+        )
+
+
+def test_another_network_of_the_users_own_is_no_teacher(given):
+    found = trained.read(given[1], "distill.teacher")
+    settings = recipe(model__weights="s3", model__arch="net.py:Net")
+    found = dataclasses.replace(found, metadata={**found.metadata, "config": to_json(settings)})
+    with pytest.raises(UserError, match=r"is net\.py:Net, whose code is run only where that"):
+        Teacher.of(found, CLASSES, "shiftresnet8")

@@ -366,6 +366,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
     assert checkpoint.find(tmp_path) == kept
 
 
+def test_numbers_that_give_no_finite_loss_are_no_good_checkpoint(tmp_path):
+    """The first update ruins the network; its checkpoint has what the second step's loss is of."""
+    settings = recipe(optimizer__lr=1e25, checkpoint__every_steps=1)
+    for _ in "ab":
+        with pytest.raises(RunFailed) as error:
+            engine.train(settings, tmp_path)
+        kept = tmp_path / checkpoint.LATEST / "1"
+        assert "at step 2 (learning rate 1e+25)" in str(error.value)
+        assert str(error.value).endswith(
+            f"; {kept} has the numbers that gave it: remove it to continue from an earlier state"
+        )
+
+
+def test_a_network_that_the_last_step_ruined_is_no_result(tmp_path, monkeypatch):
+    right = Evaluation.metrics
+    monkeypatch.setattr(
+        Evaluation, "metrics", lambda self, name: right(self, name) | {f"{name}_loss": np.nan}
+    )
+    with pytest.raises(RunFailed, match=r"after the last step the loss on the test images is nan"):
+        engine.train(recipe(epochs=1), tmp_path)
+
+
 def test_too_little_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):
     def update(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")

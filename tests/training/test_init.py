@@ -199,6 +199,25 @@ def test_classes_are_matched_by_name(tmp_path):
     assert "the last layer has 5 of 7 classes from there" in message
 
 
+@pytest.mark.parametrize(("fresh_head", "names"), [(False, range(9, 2, -1)), (True, range(10))])
+@pytest.mark.parametrize("form", ["int/8", "float"])
+def test_a_head_with_a_scale_of_its_own_is_matched_too(tmp_path, form, fresh_head, names):
+    given = saved(tmp_path / "ckpt", weights_first_last=form)
+    config = recipe(model__weights_first_last="int/8")
+    digits = dataclasses.replace(
+        data.load("digits"), class_names=tuple(f"class {i}" for i in names)
+    )
+    found = arrays_of(started(config, tmp_path / "ckpt", digits, fresh_head=fresh_head)[1])
+    if fresh_head:
+        assert not np.allclose(found["linear.bias"], given["linear.bias"])
+        return
+    np.testing.assert_array_equal(found["linear.bias"], given["linear.bias"][list(names)])
+    if form == "int/8":
+        assert found["linear.weight.step"] == given["linear.weight.step"]
+        latent = "linear.weight.unrounded"
+        np.testing.assert_array_equal(found[latent], given[latent][:, list(names)])
+
+
 def test_a_packed_file_is_started_from_as_it_computes(tmp_path):
     settings = recipe(model__weights="s3")
     network, digits = networks.random(settings.model, 10), data.load("digits")

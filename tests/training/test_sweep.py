@@ -9,6 +9,7 @@ import pytest
 from shiftnet import zoo
 from shiftnet.cli import sweep as command
 from shiftnet.errors import RunFailed, UserError
+from shiftnet.models import own
 from shiftnet.training import metrics, sweep
 from shiftnet.training.engine import Outcome
 from shiftnet.training.sweep import Values
@@ -116,6 +117,30 @@ def test_of_lists_every_combination_is_tried_once_also_after_an_interruption(pla
     assert run(place, *lists) == 0
     found = [tuple(one["params"].values()) for one in trials(place)]
     assert sorted(found) == sorted(itertools.product(("0.1", "0.2", "0.4"), ("32", "64")))
+
+
+def test_an_interrupted_trial_is_the_next_one(place, training, capsys):
+    lists = ("--over", "optimizer.lr=0.1,0.15,0.2,0.25", "--trials", "2", "--no-prune")
+    training.interrupted = 2
+    assert run(place, *lists) == 130
+    assert run(place, *lists) == 0
+    assert training.trained == [(0.1, 1), (0.15, 1), (0.15, 3)]
+    assert "trial0001: optimizer.lr=0.15" in capsys.readouterr().out
+    assert {one["folder"] for one in trials(place)} == {"trial0000", "trial0001"}
+
+
+def test_a_network_of_ones_own_is_searched_too(place, training, monkeypatch):
+    monkeypatch.setattr(own, "_allowed", [])
+    (place / "net.py").write_text("from flax import nnx\n\n\nclass Net(nnx.Module): pass\n")
+    arch = f"--config.model.arch={place / 'net.py'}:Net"
+    assert run(place, arch, "--over", "optimizer.lr=0.1") == 0
+    assert own._allowed[-1].__name__ == "Net"
+
+
+def test_several_seeds_are_those_from_the_recipes_on(place, training):
+    lists = ("--over", "optimizer.lr=0.1", "--config.seed=7", "--seeds", "2")
+    assert run(place, *lists) == 0
+    assert sorted(one.name for one in (place / "sweep/trial0000").iterdir()) == ["seed7", "seed8"]
 
 
 def test_every_trial_starts_from_the_network_that_init_names(place, training):
