@@ -91,7 +91,8 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replaces a file, so that its readers find the old content or the new, never a part.
 
-    The content is on disk before it takes the file's place, and nothing is left on failure.
+    The content is on disk before it takes the file's place, and nothing is left on failure. A link
+    stays, and the file that it names is replaced; a device or a pipe is written into.
 
     Args:
       path: the file, in a directory that exists.
@@ -101,14 +102,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
       UserError: if the file cannot be written.
     """
     data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # not another writer's
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")  # not another writer's
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
         try:
             with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

@@ -64,15 +64,15 @@ def read(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") != kind:  # perhaps with dtypes that NumPy lacks
+                raise UserError(
+                    f"{path} is a safetensors file, but not one of shiftnet's; "
+                    f"convert it by python -m shiftnet.convert_torch {path}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    except (AttributeError, OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from error
-    if metadata.get("format") != kind:
-        raise UserError(
-            f"{path} is a safetensors file, but not one of shiftnet's; "
-            f"convert it by python -m shiftnet.convert_torch {path}"
-        )
     if metadata.get("sha256") != digest_of_text(metadata):
         raise UserError(f"{path} was changed: its metadata does not have its checksum")
     try:

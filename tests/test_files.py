@@ -92,3 +92,23 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
 def test_a_missing_directory_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*none/file: No such file or directory"):
         write_atomically(tmp_path / "none/file", "")
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "after"
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, "content")
+    assert os.read(reader, 100) == b"content"
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)

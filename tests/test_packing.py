@@ -305,6 +305,11 @@ def test_the_command_packs_a_checkpoint_that_evaluate_and_load_take(tmp_path, ca
     saved = checkpoint.write(tmp_path / "ckpt", arrays, known)
     out = tmp_path / "net.safetensors"
     assert pack.main([str(saved), str(out)]) == 0
+    before = out.read_bytes()
+    assert pack.main([str(out), str(out), "--rest=float16"]) == 2
+    assert "is the network that is to be packed; take another name" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert pack.main([str(saved), str(out)]) == 0
     printed = capsys.readouterr().out
     assert "layer1.0.conv1" in printed
     assert f"({out.stat().st_size:,} bytes)" in printed
@@ -329,3 +334,24 @@ def test_bad_input_is_one_sentence(argv, sentence, capsys, tmp_path, monkeypatch
     assert pack.main(argv) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_others_with_a_dtype_that_numpy_lacks_is_pointed_to_the_converter(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match="not one of shiftnet's; convert it by"):
+        shiftnet.load(path)
+
+
+def test_two_weights_in_a_layer_are_refused():
+    class Twice(nnx.Module):
+        def __init__(self):
+            make = quantizers.make("s3")
+            self.first, self.second = (make((3, 8), rngs=nnx.Rngs(0)) for _ in "ab")
+
+    network = nnx.Sequential(Twice())
+    for use in (quantizers.of_layers, quantizers.regularizer):
+        with pytest.raises(UserError, match=r"layers\.0 has more than one weight of a form"):
+            use(network)

@@ -1,6 +1,7 @@
 """The subcommands of `shiftnet`, one file each: they parse, call and print."""
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,11 @@ def typed(subcommand: str, arguments: Sequence[str], *, program: str | None = No
     else:
         start = ["shiftnet", subcommand]
     return shlex.join([*start, *arguments])
+
+
+def finite(number: float) -> float | None:
+    """Returns a number for JSON, which has no NaN and no infinity: None in their place."""
+    return number if math.isfinite(number) else None
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

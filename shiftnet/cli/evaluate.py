@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import shiftnet
 import shiftnet.data
 from shiftnet import config as config_lib
 from shiftnet import zoo
-from shiftnet.cli import add_network, allow_network, prog
+from shiftnet.cli import add_network, allow_network, finite, prog
 from shiftnet.config import DataConfig
 from shiftnet.data import Source, Split, TestSet, classes, digits
 from shiftnet.errors import UserError, reported
@@ -183,8 +182,8 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
         "step": model.metadata["step"],
         "top1": result.top1,
         "top5": result.top5,
-        "loss": _finite(result.loss),
-        "calibration_error": _finite(result.calibration_error()),
+        "loss": finite(result.loss),
+        "calibration_error": finite(result.calibration_error()),
     }
     names = model.class_names
     if matched:
@@ -276,7 +275,7 @@ def _per_class(result: Evaluation, names: Sequence[str]) -> dict[str, dict[str, 
         "f1": scores.f1,
     }
     return {
-        name: {column: _finite(values[label].item()) for column, values in columns.items()}
+        name: {column: finite(values[label].item()) for column, values in columns.items()}
         for label, name in enumerate(names)
     }
 
@@ -300,16 +299,12 @@ def _predictions(
             "image": str(index) if isinstance(part, Split) else part.name(index),
             "class": names[label],
             "prediction": names[prediction],
-            "confidence": _finite(round(float(confidence), 6)),
+            "confidence": finite(round(float(confidence), 6)),
         }
         for index, label, prediction, confidence in zip(
             result.indices, result.labels, result.predictions, result.confidences, strict=True
         )
     ]
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no NaN
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{out} must end in .safetensors, by which packed files are recognized")
 
     model = shiftnet.load(arguments.ckpt)
+    if out.resolve() == model.path.resolve():
+        raise UserError(f"{out} is the network that is to be packed; take another name")
     network = model.network
     packing.write(out, network, model.metadata, arguments.rest)
     print(_table(quantizers.of_layers(network), arguments.rest))

@@ -1,6 +1,7 @@
 """Classifies images: files, folders and those within them, or a list on standard input (-)."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 import shiftnet
 from shiftnet import config as config_lib
-from shiftnet.cli import add_network, allow_network
+from shiftnet.cli import add_network, allow_network, finite
 from shiftnet.data.folder import images_in
 from shiftnet.data.images import CorruptImage
 from shiftnet.errors import UserError, printable, reported, say
@@ -106,6 +107,8 @@ def _files(typed: Sequence[str]) -> Iterator[str]:
     """
     for text in typed:
         if text == "-":
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # names of files are any bytes
             yield from _files([line for line in sys.stdin.read().splitlines() if line.strip()])
             continue
         path = path_of(text, "PATH")
@@ -146,7 +149,7 @@ def _text(line: Line) -> str:
 def _object(line: Line) -> dict[str, object]:
     if line.error:
         return {"file": line.file, "error": line.error}
-    predictions = [{"class": name, "probability": share} for name, share in line.predictions]
+    predictions = [{"class": name, "probability": finite(p)} for name, p in line.predictions]
     return {"file": line.file, "predictions": predictions}
 
 

@@ -12,6 +12,7 @@ from shiftnet.cli import add_network, allow_network
 from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of, write_atomically
 from shiftnet.layers import LearnedShift
+from shiftnet.layers.learned_shift import REACH
 from shiftnet.results import shift_figure
 from shiftnet.results.shift_figure import Offsets
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     offsets = {
         ".".join(map(str, path)): Offsets(
-            np.asarray(module.rows[...]), np.asarray(module.columns[...])
+            *(np.clip(axis[...], -REACH, REACH) for axis in (module.rows, module.columns))
         )
         for path, module in nnx.iter_modules(shiftnet.load(arguments.ckpt).network)
         if isinstance(module, LearnedShift)

@@ -135,7 +135,7 @@ class ListedSource:
         *,
         exif: bool = False,
     ) -> None:
-        self.folder, self.exif = Path(folder), exif
+        self.folder, self.exif = path_of(folder, "--data-dir"), exif
         try:
             with path_of(listing, "--labels").open(newline="", encoding="utf-8-sig") as opened:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(opened) if row]

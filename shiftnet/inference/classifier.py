@@ -304,6 +304,11 @@ class Classifier:
         if layer is not None and layer not in known:
             names = ", ".join(known)
             raise UserError(f"no layer {layer!r} is computed on its own; there are {names}")
+        if layer is None and not last:
+            raise UserError(
+                f"which layer is the last one is not known of a network of your own; name one of "
+                f"{', '.join(known)}"
+            )
         at = last if layer is None else layer
         options = compiler_options(jax.default_backend())
         program = jax.jit(lambda state, x: run(state, x, at)[at], compiler_options=options)

@@ -32,6 +32,7 @@ from shiftnet.quantizers import bits as packing
 from shiftnet.quantizers.quantized import bits_of
 
 MARK = "Written by shiftnet export"
+MOST_LAYERS = 255  # their numbers are bytes
 TYPES = {"int8": "INT8", "uint8": "UINT8", "int16": "INT16", "int32": "INT32"}
 INT32_MIN = "(-2147483647 - 1)"  # C has no negative literals
 
@@ -73,6 +74,10 @@ def program(graph: Graph, class_names: Sequence[str], name: str = "net") -> Prog
       UserError: for another name, or a network that is too large for the program's tables.
     """
     check_name(name)
+    if len(graph.layers) > MOST_LAYERS:
+        raise UserError(
+            f"the network has {len(graph.layers)} layers, a C program can have {MOST_LAYERS}"
+        )
     plan = schedule.plan(graph)
     tables = _Tables(graph, plan)
     height, width = graph.shape
@@ -124,7 +129,7 @@ void net_run(const uint8_t *image, int32_t *logits);
         ]
     )
     names = "".join(f"    {_string(each)},\n" for each in class_names)
-    main = f"/* {MARK}. */\n" + _resource("main.c").replace("@NAMES@", names)
+    main = f"/* {MARK}. */\n" + _resource("main.c")
     makefile = f"""# {MARK}. For this computer's vector instructions: make ARCH=-march=native
 CFLAGS = -O3 -std=c99 -Wall -Wextra -Werror
 
@@ -133,6 +138,7 @@ net: main.c net.c net.h
 """
     files = {"net.c": source, "net.h": header, "main.c": main, "Makefile": makefile}
     renamed = {re.sub(r"^net\b", name, file): _renamed(text, name) for file, text in files.items()}
+    renamed["main.c"] = renamed["main.c"].replace("@NAMES@", names)  # which stay as they are
     return Program(renamed, tables.sizes(plan.memory))
 
 
@@ -154,10 +160,13 @@ def write(program: Program, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {directory}: {error.strerror}") from error
+    include = next(f'#include "{name}"' for name in program.files if name.endswith(".h"))
     for name in program.files:
         path = directory / name
         try:
             mine = not path.exists() or MARK.encode() in path.read_bytes()[:200]
+            if mine and name == "main.c" and path.exists() and include not in path.read_text():
+                raise UserError(f"{path} belongs to another program; take another directory")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         if not mine:

@@ -7,6 +7,7 @@ from shiftnet.data import Source, Split, Subset
 from shiftnet.errors import UserError
 from shiftnet.files import path_of
 from shiftnet.inference import Classifier
+from shiftnet.interchange.convert import UNKNOWN
 
 
 def images(model: Classifier, directory: str | None, count: int, size: int) -> np.ndarray:
@@ -53,6 +54,11 @@ def part(model: Classifier, directory: str | None, *, test: bool = False) -> Spl
     """Opens the training or the test set of a network; arguments as of `images`."""
     data = model.config.data
     if directory is None:
+        if data.source == "tfds" and data.name == UNKNOWN:
+            raise UserError(
+                f"{model.path} does not say which images its network was trained on; name some by "
+                "--calibrate-on"
+            )
         dataset = shiftnet.data.of_recipe(data)
     else:
         place = path_of(directory, "--calibrate-on")

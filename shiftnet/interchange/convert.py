@@ -260,7 +260,7 @@ def names_of(text: str) -> list[str]:
     path = Path(text)
     try:
         is_file = path.is_file()
-        content = path.read_text() if is_file else text
+        content = path.read_text("utf-8-sig") if is_file else text
     except (OSError, ValueError) as error:
         raise UserError(f"--class-names {text}: cannot be read, {error}") from None
     names = content.splitlines() if is_file else content.split(",")

@@ -138,12 +138,22 @@ def activations_of_layers(model: nnx.Module) -> dict[str, Activation]:
 
 
 def of_layers(model: nnx.Module) -> dict[str, Weight]:
-    """Returns the weights in a network, by the path of the layer that each belongs to."""
-    return {
-        ".".join(map(str, path[:-1])): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, Weight)
-    }
+    """Returns the weights in a network, by the path of the layer that each belongs to.
+
+    Raises:
+      UserError: where a layer has more than one.
+    """
+    found: dict[str, Weight] = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Weight):
+            layer = ".".join(map(str, path[:-1]))
+            if layer in found:
+                raise UserError(
+                    f"{layer or 'the network itself'} has more than one weight of a form; give "
+                    "each a layer of its own"
+                )
+            found[layer] = module
+    return found
 
 
 def regularizer(model: nnx.Module) -> jax.Array | float:

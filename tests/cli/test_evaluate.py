@@ -280,12 +280,16 @@ def test_every_image_s_prediction_is_written_and_the_worst_are_named(evaluated, 
     assert row["calibration_error"] == pytest.approx(abs(4 / 6 - sure), abs=2e-3)
 
 
-def test_the_images_of_a_flat_folder_are_scored_by_a_list_of_labels(evaluated, tmp_path):
+def test_the_images_of_a_flat_folder_are_scored_by_a_list_of_labels(
+    evaluated, tmp_path, monkeypatch
+):
     photos = write(tmp_path / "photos", {"ant": "ant", "bee": "cat"})
     listing = tmp_path / "labels.csv"
     listing.write_text("file,label\nant/0.png,ant\nbee/1.png,cat\n")
     row = evaluated("--data-dir", photos, "--labels", listing)
     assert (row["images"], row["top1"]) == (2, 1.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluated("--data-dir", "~/photos", "--labels", listing)["images"] == 2
     assert "--labels needs --data-dir" in evaluated("--labels", listing)
     listing.write_text("ant/9.png, ant\nant/0.png, ant\nbee/1.png, cat\n")
     error = evaluated("--data-dir", photos, "--labels", listing)

@@ -86,6 +86,12 @@ def test_a_list_of_files_comes_on_standard_input(place, capsys, monkeypatch, exp
     assert [line.partition(": ")[0] for line in out.splitlines()] == files
 
 
+def test_a_name_of_other_bytes_on_standard_input_is_a_sentence(place, capsys, monkeypatch):
+    strict = io.TextIOWrapper(io.BytesIO(b"none\xff.png\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", strict)
+    assert "does not exist" in run(place, capsys, *option("-"), code=2).err
+
+
 def test_contact_sheets_show_the_images(place, capsys, tmp_path, expected):
     sheets = option("--html", str(tmp_path / "sheet.html"), "--png", str(tmp_path / "sheet.png"))
     run(place, capsys, "photos", *sheets, code=1)

@@ -4,13 +4,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from shiftnet import data
 from shiftnet.errors import UserError
-from shiftnet.integers import interpreter
+from shiftnet.integers import c, interpreter
 from tests.integers import programs
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -198,6 +199,31 @@ def test_neon_gives_the_same_integers(arch, form, bits, tmp_path):
 def program(tmp_path_factory):
     graph = programs.converted("shiftresnet8", "s3", 3).graph
     return programs.compiled(graph, tmp_path_factory.mktemp("program"), *programs.SANITIZED)
+
+
+def test_names_of_classes_stay_as_they_are(tmp_path):
+    graph = programs.converted("shiftresnet8", "s3", 3).graph
+    names = ["net_ball", "fishing net: small", "NET_10", "net.c"]
+    main = c.program(graph, names, "seine").files["main.c"]
+    assert all(f'    "{name}",\n' in main for name in names)
+    assert '#include "seine.h"' in main
+
+
+def test_a_folder_keeps_the_program_that_it_has(tmp_path):
+    graph = programs.converted("shiftresnet8", "s3", 3).graph
+    first, second = (c.program(graph, list("abcd"), name) for name in ("first", "second"))
+    c.write(first, tmp_path)
+    c.write(first, tmp_path)
+    with pytest.raises(UserError, match=r"main\.c belongs to another program"):
+        c.write(second, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == first.files.keys()
+    assert (tmp_path / "main.c").read_text() == first.files["main.c"]
+
+
+def test_more_layers_than_a_program_can_number_are_refused():
+    deep = SimpleNamespace(layers=[None] * 256)
+    with pytest.raises(UserError, match="has 256 layers, a C program can have 255"):
+        c.program(deep, [], "net")
 
 
 def ppm(pixels: np.ndarray, header: str = "P6\n# a comment\n{w} {h}\n255\n") -> bytes:

@@ -95,8 +95,10 @@ def test_class_names_come_from_a_file_or_the_command_line(tmp_path):
     (tmp_path / "list.json").write_text('["cat", "hot dog"]')
     (tmp_path / "gap.txt").write_text("cat\n\ndog\n")
     (tmp_path / "bad.json").write_text('["cat",')
+    (tmp_path / "marked.txt").write_text("cat\nhot dog\n", "utf-8-sig")  # as Windows' editor does
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    for text in ("cat,hot dog", str(tmp_path / "lines.txt"), str(tmp_path / "list.json")):
+    files = (str(tmp_path / name) for name in ("lines.txt", "list.json", "marked.txt"))
+    for text in ("cat,hot dog", *files):
         assert names_of(text) == ["cat", "hot dog"]
     for text in (
         "cat,,dog",

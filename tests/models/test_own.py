@@ -12,7 +12,9 @@ from shiftnet import config, models
 from shiftnet.cli import count as count_command
 from shiftnet.cli import evaluate, pack, train
 from shiftnet.errors import UserError
+from shiftnet.inference import Classifier
 from shiftnet.models import own
+from tests.test_packing import note
 
 FILE = """
 from flax import nnx
@@ -95,6 +97,18 @@ def test_an_own_network_trains_is_evaluated_and_packed(file, tmp_path, capsys, m
     again = row_of(capsys, packed, "--network", f"{file}:Net")
     for key in ("top1", "loss"):  # nnx.BatchNorm's statistics too
         assert again[key] == trained[key]
+
+
+def test_the_features_of_an_own_network_are_those_of_a_layer_that_is_named(file):
+    own.allow(f"{file}:Net")
+    settings = config.default_config()
+    settings.model = model(file, "Net")
+    network = models.build(settings.model, 10, rngs=nnx.Rngs(0))
+    classifier = Classifier(file, note(settings), network)
+    x = np.zeros((1, 32, 32, 3), np.float32)
+    assert classifier.features(x, "net.stem").shape == (1, 8, 8, 6)
+    with pytest.raises(UserError, match=r"own; name one of net, net\.head"):
+        classifier.features(x)
 
 
 def test_many_images_give_the_logits_of_each(file):
