@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-classes",
         metavar="N",
         type=int,
-        help="number of classes (default: 10; 1000 for ImageNet networks)",
+        help="number of classes (default: 10; 1000 for ImageNet networks and your own)",
     )
     parser.add_argument(
         "--image-size",
         metavar="PIXELS",
         type=int,
-        help="height and width of the images (default: 32; 224 for ImageNet networks)",
+        help="height and width of the images (default: 32; 224 for ImageNet networks and your own)",
     )
     parser.add_argument(
         "--true",

@@ -213,7 +213,8 @@ def find(options: Options) -> Iterator[Job]:
             done = _seeds_of(result)
             missing = [seed for seed in range(options.seeds) if seed not in done]
         workdir = options.workdir / apart
-        together = 1 if row.init else options.together  # a program starts from one network
+        begun = row.init and not options.recipe
+        together = 1 if begun else options.together  # a program starts from one network
         groups = list(_groups(row, missing, together, workdir))
         yield Job(
             row=row,
@@ -329,7 +330,8 @@ def _train(
     dataset = shiftnet.data.of_recipe(job.config.data)
     job.config.data.dir = ""  # of this machine alone
     check_size(job.row.name, job.config.data, dataset)
-    start, teacher = job.row.init, job.config.distill.teacher
+    start = "" if job.recipe else job.row.init  # which belongs to the row's own recipe
+    teacher = job.config.distill.teacher
     init = _network(start, options, "starts from", trainable=True) if start else None
     of_teacher = _network(teacher, options, "learns from") if teacher else Path()
     print(f"{job.row.name}, seeds {_names(seeds)}, in {workdir}", flush=True)

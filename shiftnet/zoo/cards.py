@@ -208,7 +208,8 @@ def _training(model: Classifier, info: Model | None) -> str:
     commits = ", ".join(f"`{_short(name)}`" for name in known)
     seeds = max(run["seed"] for run in runs) + 1
     stand_in = f" --recipe {info.stand_in}" if info.stand_in else ""
-    start = f", started from {info.row.init}" if info.row.init else ""
+    begun = info.row.init and not info.stand_in
+    start = f", started from {info.row.init}" if begun else ""
     if teacher := model.config.distill.teacher:
         start += f", learning from {teacher}"
     return (

@@ -203,6 +203,10 @@ def test_a_row_starts_from_another_rows_network(trained, place, capsys, monkeypa
     assert run(place, "--only", "dear", "--seeds", "2", "--together", "2") == 0
     assert run(place, "--only", "cheap", "--seeds", "3") == 0
     assert starts == [(place / "results/trainable/cheap.safetensors", [0]), (None, [2])]
+    # A network to start from belongs to the row's own recipe.
+    monkeypatch.setattr(reproduce, "_by_recipe", lambda row, _: config.load(row.recipe))
+    assert run(place, "--only", "dear", "--recipe", "short") == 0
+    assert starts[2:] == [(None, [0])]
 
 
 def test_a_row_learns_from_another_rows_network(trained, place, capsys, monkeypatch):
