@@ -21,6 +21,7 @@ VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
+RESULTS := results results/short results/distilled
 COMPILED := tests/kernels/compiled.sha256
 COMPILED_DIGEST := { find shiftnet/kernels shiftnet/layers benchmarks/packed_matmul \
 	tests/kernels/compile_*.py tests/benchmarks/compile_*.py shiftnet/planning/*.txtpb \
@@ -81,9 +82,9 @@ fuzz: $(VENV)/dev
 	$(BIN)/python -m tests.data.fuzz
 
 results: $(VENV)/dev
-	$(BIN)/python -m shiftnet report results results/short results/smoke --out docs/results.md
-	$(BIN)/python -m shiftnet report results results/short --brief --out README.md
-	$(BIN)/python -m shiftnet report results results/short --out docs/accuracy_against_bytes.svg
+	$(BIN)/python -m shiftnet report $(RESULTS) results/smoke --out docs/results.md
+	$(BIN)/python -m shiftnet report $(RESULTS) --brief --out README.md
+	$(BIN)/python -m shiftnet report $(RESULTS) --out docs/accuracy_against_bytes.svg
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.torture

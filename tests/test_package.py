@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_trained_networks_and_is_small(wheel):
     results = ROOT / "results"
     kept = {
         path.relative_to(results).as_posix()
-        for folder in (results, results / "short")
+        for folder in (results, results / "short", results / "distilled")
         for kind in ("*.json", "*.safetensors")
         for path in folder.glob(kind)
     }

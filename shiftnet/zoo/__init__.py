@@ -1,7 +1,8 @@
 """The trained networks, by name.
 
 A name is that of a row of the results (`results/table.toml`) that was trained on its full schedule;
-with `_short` behind it, that of one which was trained by the short recipe (`results/short/`).
+with `_short` or `_distilled` behind it, that of one which was trained by the recipe of that name
+(`results/short/`, `results/distilled/`).
 Its file and its numbers are what `python -m shiftnet reproduce` left in `results/`, which is
 `shiftnet/zoo/results` here and in an installed package. Files that are too large for the package
 are fetched, see `shiftnet.zoo.storage`.

@@ -17,8 +17,8 @@ class Model:
     """A trained network.
 
     Attributes:
-      name: what `shiftnet.load` takes: the row's, and `_short` where the short recipe stood in
-        for the row's own.
+      name: what `shiftnet.load` takes: the row's, and `_short` or `_distilled` where that
+        recipe stood in for the row's own.
       dataset: what it was trained on.
       accuracy: top-1 of this file on the test images in percent, as `evaluate.py` prints it.
       over_seeds: top-1 in percent of each seed that was trained, for the epoch of `epoch`.

@@ -293,6 +293,8 @@ def _filled(owner: Path, folders: Sequence[Path]) -> list[Filled]:
 def _by_recipe(table: results.Table, recipe: str, epochs: int | None) -> results.Table:
     """Returns the table of the rows that were trained by another recipe than their own."""
     note = f"These networks were trained by recipe={recipe}, {epochs or 'other'} epochs."
+    if "distill.teacher" in CIFAR_RECIPES.get(recipe, {}):
+        note += " They learned from a larger network trained here, which the reported ones did not."
     if table.epoch == "best" and any(row.reported is not None for row in table.rows):
         note += (
             " No epoch was chosen for ours; the reported one is the best of all on the test set."
