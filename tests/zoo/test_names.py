@@ -50,7 +50,8 @@ def test_a_network_of_the_short_recipe_has_a_name_of_its_own():
     network = shiftnet.load(model.name)
     assert network.config.epochs == 30
     card = cards.card(model.name, network, model.bytes, model)
-    assert f"--only {NAME} --recipe short --seeds 1" in card
+    seeds = len(result["runs"])
+    assert f"--only {NAME} --recipe short --seeds {seeds}" in card
     assert names.find_trainable(model.name, "--init").parent.name == "trainable"
     assert "points above" not in card  # a note on the row's own recipe
     low = zoo.get("shiftresnet20_1c_s3_all_c100")
