@@ -954,7 +954,8 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
     Raises:
       UserError: for the first field that differs from its default where it does not apply, for a
         `data.resize` below `data.size`, a `schedule.lr_min` above `optimizer.lr`, a warm-up that
-        does nothing, and weights of classes where devices take means of their own.
+        does nothing, and weights of classes where devices take means of their own or classes are
+        balanced already.
     """
     for path, field in FIELDS.items():
         value, scope = _get(config, path), field.scope
@@ -979,6 +980,11 @@ def check_effects(config: Config, allowed: Collection[str] = ()) -> None:
             "loss.class_weights=balanced takes the mean over the whole batch, found "
             "parallel.batch_norm=per_device, where each device has a mean of its own; "
             "data.balance=true works with both"
+        )
+    if config.data.balance and config.loss.class_weights != "none":
+        raise UserError(
+            "loss.class_weights=balanced and data.balance=true each let classes count the same; "
+            "found both, by which rare classes would count more; give one of them"
         )
     top, lowest = config.optimizer.lr, config.schedule.lr_min
     if lowest > top:

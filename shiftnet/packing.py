@@ -34,7 +34,7 @@ FORMAT = "shiftnet packed 1"
 RESTS = ("float32", "float16")
 # The fields of a checkpoint's metadata that are kept, as JSON.
 NOTE = ("config", "class_names", "mean", "std", "step")
-UNDIVIDED = "undivided"  # where there is one: by which held-out images are found again
+UNDIVIDED = "undivided"  # by which held-out images are found again; older checkpoints have none
 
 
 def write(

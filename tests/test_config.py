@@ -236,6 +236,10 @@ def test_settings_read_and_change_as_mappings_too():
             "parallel.batch_norm=per_device loss.class_weights=balanced",
             "loss.class_weights=balanced takes the mean over the whole batch",
         ),
+        (
+            "data.balance=true loss.class_weights=balanced",
+            "loss.class_weights=balanced and data.balance=true each let classes count the same",
+        ),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused_with_what_it_applies_to(

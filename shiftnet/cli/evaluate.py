@@ -219,7 +219,7 @@ def _same_place(name: str, directory: str, data: DataConfig) -> bool:
 
 def _has_changed(test: TestSet, model: Classifier) -> bool:
     """Whether images that are held out now were not when the network was trained."""
-    if then := model.metadata.get("undivided"):
+    if (then := model.metadata.get("undivided")) is not None:  # "": there were images for the test
         return test.undivided != then
     # Older checkpoints have the numbers alone, which corrupt images were not counted in.
     count = (model.metadata.get("images") or {}).get("test", len(test.part))

@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--side must be at least 1 pixel, found {arguments.side}")
     if out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"OUT is {out}, within DIR, whose images would then include its own")
-    exif = arguments.exif and not arguments.dataset  # TFDS data sets are never turned
-    sources = _sources(root, arguments.dataset, exif)
+    sources = _sources(root, arguments.dataset, arguments.exif)
 
     from shiftnet.data import prepared
 
@@ -71,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             next(iter(sources.values())).class_names,
             side=arguments.side,
             form=arguments.format,
-            exif=exif,
+            # TFDS data sets are never turned, and prepared images are as they were prepared.
+            exif=any(getattr(source, "exif", False) for source in sources.values()),
             root=root,
             on_corrupt=arguments.on_corrupt,
             report=lambda text: print(text, file=sys.stderr, flush=True),

@@ -202,9 +202,20 @@ def load_test(
     """
     if source != "folder":
         dataset = load(name, source=source, data_dir=data_dir, exif=exif)
-        held_out, of = trained_on and bool(dataset.undivided), dataset.undivided
+        test, found, of = dataset.test, dataset.found, dataset.undivided
+        learned_from = bool(of) and (trained_on or of == undivided)
+        if of and not learned_from:
+            from shiftnet.data import hf_source
+
+            test, _ = hf_source.open_splits(name, data_dir, exif=exif)
+            found = f"{len(test)} images of {len(test.class_names)} classes"
         return TestSet(
-            name, dataset.test, dataset.class_names, dataset.found, held_out=held_out, undivided=of
+            dataset.name,
+            test,
+            dataset.class_names,
+            found,
+            held_out=learned_from,
+            undivided=of if learned_from else "",
         )
     from shiftnet.data import folder
 
@@ -266,13 +277,21 @@ def fit(data: DataConfig, side: int) -> None:
       side: of the images that the network was made for, in pixels.
 
     Raises:
-      UserError: for a `data.resize` below the size.
+      UserError: for a `data.resize` below the size, and crops of files whose images are held in
+        memory.
     """
     if data.source == "tfds" and data.name in IN_MEMORY:
         return
     data.size = data.size or side
     if is_small(data.name, data.source, data.size):
         data.resize = data.resize or data.size
+        usual = DataConfig()
+        for field in ("crop_scale", "crop_ratio"):
+            if data[field] != usual[field]:
+                raise errors.UserError(
+                    f"data.{field} would be ignored: images of {data.size} pixels a side are held "
+                    f"in memory and cropped by data.pad; leave it at {usual[field]}"
+                )
     if 0 < data.resize < data.size:
         raise errors.UserError(
             f"data.resize must be at least {data.size}, the side of the network's images, or 0; "

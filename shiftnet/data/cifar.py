@@ -128,10 +128,12 @@ def _check_place(name: str, root: Path) -> None:
 
 def holds_datasets(directory: Path) -> bool:
     """Tells whether prepared data sets are in a directory, or can be without mixing with others."""
-    if not directory.is_dir() or not any(directory.iterdir()):
+    if not directory.is_dir():
         return True
-    known = ("downloads", *cifar_python.FOLDERS.values())
-    return any((directory / name).is_dir() for name in known) or any(
+    visible = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    if visible <= {"downloads", *NAMES}:
+        return True
+    return any((directory / name).is_dir() for name in cifar_python.FOLDERS.values()) or any(
         any(directory.glob(f"{above}/*.*.*/dataset_info.json")) for above in ("*", "*/*")
     )
 

@@ -111,8 +111,8 @@ class ListedSource:
     """The images that a CSV file lists, in its order, and read when asked for.
 
     Its first column is an image's path, from the folder on, and its second column the name of its
-    class. A first line that names no file there and a class of its own is a heading. Endings may be
-    missing, as in Kaggle's lists.
+    class. A first line that names no file there and a class of its own is a heading, if there is no
+    dot in it. Endings may be missing, as in Kaggle's lists.
 
     Args:
       listing: the CSV file.
@@ -141,9 +141,9 @@ class ListedSource:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(opened) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{listing} cannot be read as CSV ({error})") from error
-        classes = {row[1] for row in rows[1:] if len(row) > 1}
-        if rows and self._file(rows[0][0]) is None and rows[0][1:2] and rows[0][1] not in classes:
-            del rows[0]
+        first, classes = rows[:1], {row[1] for row in rows[1:] if len(row) > 1}
+        if first and first[0][1:2] and first[0][1] not in classes and "." not in first[0][0]:
+            del rows[: self._file(first[0][0]) is None]
         if not rows:
             raise UserError(f"{listing} lists no images; expected lines such as cat1.jpg,cat")
         self._files = []
@@ -220,7 +220,15 @@ def open_training(directory: str, *, exif: bool) -> tuple[Images, Images | None]
             f"{root} has a folder {test.name} and no folder {TRAIN}; expected {TRAIN}/<class>/* "
             f"and {TEST[0]}/<class>/*"
         )
-    source = FolderSource(folders.get(TRAIN, root), exif=exif)
+    if TRAIN not in folders or (
+        test is None and len(folders) > 1 and not _folders(folders[TRAIN])  # a class, as in CIFAR
+    ):
+        return FolderSource(root, exif=exif), None
+    source = FolderSource(folders[TRAIN], exif=exif)
+    read = (folders[TRAIN], test)
+    if others := [one.name for one in folders.values() if one not in read and not _ignored(one)]:
+        also = f"folders beside it: {listed(others)}"
+        source.left_out = ", ".join(filter(None, (source.left_out, also)))
     if test is None:
         return source, None
     return source, FolderSource(test, exif=exif, class_names=source.class_names)
@@ -399,7 +407,7 @@ def _entries(folder: Path, left_out: _LeftOut) -> tuple[list[str], list[str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             ending = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+            if _ignored(Path(entry.name)):
                 left_out.reasons["hidden files or folders"] += 1
             elif _is(entry.is_dir):
                 folders.append(entry.name)
@@ -410,6 +418,10 @@ def _entries(folder: Path, left_out: _LeftOut) -> tuple[list[str], list[str]]:
             else:  # reading a pipe would wait for ever
                 left_out.reasons["neither files nor folders"] += 1
     return sorted(files), sorted(folders)
+
+
+def _ignored(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in SYSTEM_FOLDERS
 
 
 def _is(kind: Callable[[], bool]) -> bool:

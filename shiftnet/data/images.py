@@ -355,9 +355,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _jpeg_orientation(data: bytes, jpeg: "_Jpeg") -> int:
-    """Returns a JPEG's orientation; opens it only where there is metadata before its pixels."""
-    metadata = data.find(_METADATA, 0, jpeg.height_at) >= 0
-    return _orientation(_open(data)) if metadata else 1
+    """Returns a JPEG's orientation; opens it only where there is metadata."""
+    return _orientation(_open(data)) if _METADATA in data else 1
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:

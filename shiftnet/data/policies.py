@@ -112,8 +112,8 @@ def _table(shear, translations, degrees, strength, bits) -> jax.Array:
 def apply(images: jax.Array, operation: jax.Array, magnitude: jax.Array) -> jax.Array:
     """Applies one operation to every image, each its own, as Pillow computes it.
 
-    Geometry takes the nearest pixel and fills with black; shears and rotations are about the
-    middle. Results differ from Pillow's by one level at most.
+    Geometry takes the nearest pixel and fills with black; rotations are about the middle, shears
+    about the upper left corner. Results differ from Pillow's by one level at most.
 
     Args:
       images: uint8 `[N, H, W, 3]`.
@@ -145,6 +145,9 @@ def _warped(image: jax.Array, is_, magnitude: jax.Array) -> jax.Array:
     yx = jnp.where(is_("shear_y"), magnitude, -sin)
     dx = jnp.where(is_("translate_x"), magnitude, 0.0)
     dy = jnp.where(is_("translate_y"), magnitude, 0.0)
+    # Rotations leave the middle where it is, shears the upper left corner.
+    dx = jnp.where(is_("shear_x"), -magnitude * height / 2, dx)
+    dy = jnp.where(is_("shear_y"), -magnitude * width / 2, dy)
     x = jnp.arange(width, dtype=jnp.float32)[None, :] + (0.5 - width / 2)
     y = jnp.arange(height, dtype=jnp.float32)[:, None] + (0.5 - height / 2)
     from_x = jnp.floor(cos * x + xy * y - dx + width / 2).astype(jnp.int32)

@@ -35,6 +35,7 @@ MANIFEST = "prepared.json"
 FORMAT = "shiftnet images 1"
 FORMS = ("raw", "jpeg")
 QUALITY = 90  # of JPEG
+JPEG_SIDE = 65500  # the longest side in pixels that libjpeg writes (JPEG_MAX_DIMENSION)
 FILE_BYTES = 1 << 30  # a file is closed when it has as many
 # Random access needs one record per group. Pixels and JPEGs hardly shrink, and inflating would
 # take longer than reading them.
@@ -294,6 +295,9 @@ def _resized(source: Source, side: int, form: Form) -> Iterator[_Resized | Corru
             shape = np.array([image.height, image.width], _SHAPE)
             return _Resized(shape.tobytes() + image.tobytes(), encoded.label, encoded.name)
         file = io.BytesIO()
+        if max(image.size) > JPEG_SIDE:
+            size = f"{image.width}x{image.height}"
+            return CorruptImage(encoded.name, f"would be {size} pixels, too long for a JPEG")
         image.save(file, "JPEG", quality=QUALITY)
         return _Resized(file.getvalue(), encoded.label, encoded.name)
 

@@ -347,8 +347,10 @@ class _TrainExample:
         position = step * self.share.batch_size + place
         skipped: tuple[str, ...] = ()
         for candidate in range(position, position + len(order)):
-            index = int(order[candidate % len(order)])
-            rng = generator(self.seed, epoch, index + 1)
+            at = candidate % len(order)
+            index = int(order[at])
+            # Where classes are balanced an image comes several times, each time changed otherwise.
+            rng = generator(self.seed, epoch, (index if self.labels is None else at) + 1)
             try:
                 data, label, name, exif = self.source[index]
                 image = images.for_training(

@@ -26,7 +26,8 @@ from shiftnet.errors import UserError
 IMAGENET = "imagenet2012"
 # What the installed TFDS prepares; 3.0.0 was the last with other images.
 MAJOR_VERSION = {IMAGENET: "5"}
-# The names of a split in TFDS, the first of which that a data set has is read.
+# The names of a split in TFDS, the first of which that a data set has with labels is read: some
+# have published test images without, which TFDS gives the label -1 (ImageNet's among them).
 SPLITS = {"train": ("train",), "test": ("test", "validation")}
 
 
@@ -63,10 +64,15 @@ class TfdsSource:
                     f"{self._folder} has {', '.join(features)}; expected an image and a label"
                 )
             self.class_names = tuple(features["label"].names)
-            self._examples: Any = builder.as_data_source(
-                there[0], decoders={"image": tfds.decode.SkipDecoding()}
-            )
-            self._length = len(self._examples)
+            for one in there:
+                self._examples: Any = builder.as_data_source(
+                    one, decoders={"image": tfds.decode.SkipDecoding()}
+                )
+                self._length = len(self._examples)
+                if not self._length or self._examples[0]["label"] >= 0:
+                    break
+            else:
+                raise UserError(f"{self._folder} has no labels in {' or '.join(there)}")
         except UserError:
             raise
         except NotImplementedError as error:
@@ -92,16 +98,19 @@ class TfdsSource:
 
         Raises:
           IndexError: when there is no such example.
-          UserError: when it cannot be read.
+          UserError: when it cannot be read, or has no label.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         try:
             example = self._examples[index]
             name = example["file_name"].decode() if "file_name" in example else f"image {index}"
-            return Encoded(example["image"], int(example["label"]), name)
+            image, label = example["image"], int(example["label"])
         except Exception as error:
             raise _damaged(self._folder, error) from error
+        if label < 0:
+            raise UserError(f"{self._folder} has images without a label, such as {name}")
+        return Encoded(image, label, name)
 
 
 def _command(name: str) -> str:

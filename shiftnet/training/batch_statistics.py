@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from shiftnet.config import DataConfig
 from shiftnet.data import RGB, Source, Split, Subset, augment
 from shiftnet.data.workers import num_workers
+from shiftnet.errors import UserError
 from shiftnet.kernels.layouts import other_axes, pixels, wide_dtype
 from shiftnet.layers.batch_norm import EPSILON, MOMENTUM, BatchNorm
 from shiftnet.quantizers import Activation
@@ -135,8 +136,18 @@ def _batches(
         process_index=index,
         process_count=processes,
     )
-    for batch in stream:
-        yield batch.images
+    try:
+        for batch in stream:
+            good = batch.images[batch.labels >= 0]
+            if not len(good):
+                raise UserError(
+                    "batch norm's statistics cannot be estimated: no image of a batch of training "
+                    "images can be decoded"
+                )
+            # Others of the batch stand in for corrupt files, since all batches have one shape.
+            yield np.resize(good, batch.images.shape)
+    finally:
+        stream.close()
 
 
 def unfold(network: nnx.Module, like: nnx.Module, make: Callable[..., Estimator]) -> None:

@@ -171,7 +171,9 @@ class FileData:
         )
         if state:
             self._stream.set_state(dict(state))
-        self._skipped: list[str] = list(state.get("skipped", ()))
+        is_first = jax.process_index() == 0
+        # The checkpoint has those of all processes.
+        self._skipped: list[str] = list(state.get("skipped", ()) if is_first else ())
 
     def advance(self, state: TrainState, step: int) -> Taken:
         del step  # the stream knows
@@ -185,7 +187,7 @@ class FileData:
         return state, loss[None], correct[None]
 
     def get_state(self) -> dict[str, Any]:
-        return {**self._stream.get_state(), "skipped": self._skipped}
+        return {**self._stream.get_state(), "skipped": gather_names(self._skipped)}
 
     def skipped(self) -> list[str]:
         mine, self._skipped = self._skipped, []

@@ -89,7 +89,7 @@ def facts(dataset: Dataset, steps_per_epoch: int, teacher: Teacher | None = None
         "mean": list(dataset.mean),
         "std": list(dataset.std),
         "images": dataset.images,
-        **({"undivided": dataset.undivided} if dataset.undivided else {}),
+        "undivided": dataset.undivided,
         "steps_per_epoch": steps_per_epoch,
     }
 

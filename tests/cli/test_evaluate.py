@@ -16,6 +16,7 @@ import shiftnet
 from shiftnet import config, data
 from shiftnet.cli import evaluate, prepare
 from shiftnet.inference import Preprocessing
+from shiftnet.training.restore import facts
 
 COLOURS = {"ant": (230, 20, 20), "bee": (20, 230, 20), "cat": (20, 20, 230)}
 NAMES = tuple(COLOURS)
@@ -209,6 +210,16 @@ def test_a_folder_that_has_changed_since_training_is_refused(evaluated, photos, 
     # Older checkpoints know how many were held out.
     assert evaluated(known={"images": dataset.images}, **fields)["images"] == 3
     assert sentence in evaluated(known={"images": {"test": 2}}, **fields)
+
+
+def test_training_images_do_not_stand_in_for_test_images_that_are_gone(evaluated, tmp_path):
+    photos = write(tmp_path / "photos" / "train", {name: name for name in NAMES}, count=10).parent
+    write(photos / "val", {name: name for name in NAMES}, count=1)
+    fields = {"source": "folder", "dir": str(photos)}
+    known = facts(data.load("", source="folder", data_dir=str(photos)), steps_per_epoch=1)
+    assert evaluated(known=known, **fields)["images"] == 3
+    shutil.rmtree(photos / "val")  # as many images would be held out now
+    assert "photos is not as it was when run was trained" in evaluated(known=known, **fields)
 
 
 def test_images_prepared_smaller_than_the_network_takes_are_refused(evaluated, photos, tmp_path):

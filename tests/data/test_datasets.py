@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from shiftnet import data
+from shiftnet.config import DataConfig
 from shiftnet.errors import UserError
 
 
@@ -72,3 +73,20 @@ def test_the_same_images_are_held_out_every_time():
 def test_holding_out_too_many_is_a_sentence(count):
     with pytest.raises(UserError, match=f"data.validation is {count}; expected 0 to 1441"):
         data.load("digits", validation=count)
+
+
+@pytest.mark.parametrize("field", ["crop_scale", "crop_ratio"])
+def test_crops_of_files_are_refused_for_images_in_memory(field):
+    settings = DataConfig(source="folder", dir="x", **{field: (0.9, 1.0)})
+    data.fit(settings, 224)
+    settings.size = 0
+    with pytest.raises(UserError, match=f"data.{field} would be ignored: images of 32 pixels"):
+        data.fit(settings, 32)
+
+
+def test_a_folder_of_photos_with_a_class_named_downloads_is_one_of_photos(tmp_path):
+    recipe = DataConfig(name="cifar100")
+    (tmp_path / "downloads").mkdir()
+    assert data.source_of(tmp_path, recipe) == "tfds"
+    (tmp_path / "cats").mkdir()
+    assert data.source_of(tmp_path, recipe) == "folder"

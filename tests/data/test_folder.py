@@ -229,6 +229,7 @@ def test_a_csv_file_may_name_the_classes_of_a_flat_folder(tmp_path, heading):
     [
         ([], "lists no images"),
         (["a.jpg,dog", "b.jpg,dog"], "'a.jpg' is not a file in"),
+        (["a.jpgg,cat", "b.jpg,dog"], "'a.jpgg' is not a file in"),
         (["file"], "'file' names no class"),
     ],
 )
@@ -244,6 +245,20 @@ def test_images_outside_class_folders_are_pointed_out(root):
         inside.rmdir()
     with pytest.raises(UserError, match="val has no class folders with images; move its 4 images"):
         loaded(root)
+
+
+def test_folders_beside_train_that_are_not_read_are_named(root):
+    (root / "test").mkdir()  # val is used
+    (root / "more").mkdir()
+    (root / ".cache").mkdir()
+    assert f"left out of {root}/train: folders beside it: more, test" in loaded(root).found
+
+
+def test_a_class_may_be_named_train(root):
+    shutil.rmtree(root / "val")
+    (root / "train").rename(root / "bus")
+    shutil.copytree(root / "bus" / wnid(0), root / "train")
+    assert loaded(root).class_names == ("bus", "train")
 
 
 def test_an_empty_split_is_refused(root):

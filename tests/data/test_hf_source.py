@@ -71,6 +71,9 @@ def test_without_a_test_split_a_tenth_is_held_out(datasets, tmp_path):
     test = data.load_test("", source="hf", data_dir=loaded.name, exif=False, trained_on=True)
     assert (test.held_out, test.undivided) == (True, loaded.undivided)
     assert not test.part[0].exif
+    # A network that never saw it is evaluated on all of it.
+    unseen = data.load_test("cifar100", source="hf", data_dir=loaded.name)
+    assert (len(unseen.part), unseen.held_out, unseen.name) == (20, False, loaded.name)
     table(datasets, slice(1, 21), label="kind").save_to_disk(tmp_path / "two")
     other = data.load("", source="hf", data_dir=str(tmp_path / "two"))
     assert other.images == loaded.images

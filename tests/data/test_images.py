@@ -402,3 +402,17 @@ def test_whether_a_file_is_corrupt_does_not_depend_on_the_crop(monkeypatch):
         images.for_training(
             CORRUPT["cut at the end"], size=8, flip=False, rng=rng, name="x"
         )  # fmt: skip
+
+
+def test_metadata_behind_a_jpegs_size_turns_it_in_training_too():
+    jpeg = ODD["rotated"]
+    start = jpeg.index(b"\xff\xe1")
+    end = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big")
+    before, scan = jpeg[:start] + jpeg[end:], jpeg.index(b"\xff\xda") - (end - start)
+    moved = before[:scan] + jpeg[start:end] + before[scan:]
+    options = {"size": 16, "flip": False, "scale": (0.5, 0.5), "ratio": (1.0, 1.0)}
+    found = [
+        images.for_training(one, name="x", exif=True, rng=np.random.default_rng(0), **options)
+        for one in (jpeg, moved)
+    ]
+    np.testing.assert_array_equal(*found)

@@ -27,7 +27,11 @@ def affine(image, matrix, offset):
     dx, dy = offset
     x0 = width / 2 - a * width / 2 - b * height / 2 - dx
     y0 = height / 2 - c * width / 2 - d * height / 2 - dy
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, x0, c, d, y0))
+    return transform(image, (a, b, x0, c, d, y0))
+
+
+def transform(image, numbers):
+    return image.transform(image.size, Image.Transform.AFFINE, numbers)
 
 
 def rotation(degrees):
@@ -37,8 +41,9 @@ def rotation(degrees):
 
 PILLOW = {
     "identity": lambda image, m: image,
-    "shear_x": lambda image, m: affine(image, ((1, m), (0, 1)), (0, 0)),
-    "shear_y": lambda image, m: affine(image, ((1, 0), (m, 1)), (0, 0)),
+    # As torchvision: positions are measured from the corner.
+    "shear_x": lambda image, m: transform(image, (1, m, 0, 0, 1, 0)),
+    "shear_y": lambda image, m: transform(image, (1, 0, 0, m, 1, 0)),
     "translate_x": lambda image, m: affine(image, ((1, 0), (0, 1)), (m, 0)),
     "translate_y": lambda image, m: affine(image, ((1, 0), (0, 1)), (0, m)),
     "rotate": lambda image, m: affine(image, rotation(m), (0, 0)),

@@ -152,6 +152,20 @@ def test_images_are_turned_once_and_not_for_imagenet(root):
     prepare(root, "--no-exif")
     as_stored = data.load("imagenet2012", source="folder", data_dir=str(out)).train[0]
     np.testing.assert_array_equal(as_stored.data, pixels)
+    again = root.parent / "again"
+    assert main(["prepare", str(out), str(again)]) == 0
+    data.load("imagenet2012", source="folder", data_dir=str(again))  # not turned either
+
+
+def test_an_image_that_is_too_long_for_a_jpeg_is_named(root, capsys):
+    panorama = root / "train" / wnid(1) / "panorama.png"
+    Image.new("RGB", (70000, 30)).save(panorama)
+    out = root.parent / "prepared"
+    assert main(["prepare", str(root), str(out), "--format=jpeg"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {panorama} would be 70000x30 pixels, too long for a JPEG\n"
+    prepare(root, "--format=jpeg", "--on-corrupt=skip")
+    assert f"left out 1 corrupt files: {panorama}" in capsys.readouterr().out
 
 
 def test_a_corrupt_file_stops_it_and_leaves_nothing_behind(root, capsys):

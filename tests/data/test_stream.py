@@ -162,6 +162,16 @@ def test_crops_differ_from_epoch_to_epoch(source):
     assert all((one != other).any() for one, other in pairs)
 
 
+def test_the_repetitions_of_a_rare_classs_image_are_cut_anew():
+    source = Memory(21)
+    source.labels = np.array([0] * 20 + [1])
+    options = {"batch_size": 20, "steps_per_epoch": 1, "total_steps": 1, "flip": False}
+    (batch,) = train(source, balance=True, **options)
+    rare = batch.images[batch.labels == 120]
+    assert len(rare) >= 9
+    assert len(np.unique(rare, axis=0)) > 6
+
+
 def test_worker_processes_change_no_bit_of_evaluation(source):
     assert_same(list(evaluation(source, workers=2)), list(evaluation(source)))
 

@@ -15,11 +15,13 @@ from tests.data import image_files
 from tests.data.image_files import wnid
 
 CLASSES = 1000
-COUNTS = {"train": 30, "validation": 7}
+COUNTS = {"train": 30, "validation": 7, "test": 4}
 
 
 def label_of(split, index):
-    """Includes the first and the last class."""
+    """Includes the first and the last class; the challenge's test images have none."""
+    if split == "test":
+        return -1
     return (index * 37 + (split == "validation")) % CLASSES if index else CLASSES - 1
 
 
@@ -119,6 +121,12 @@ def test_a_missing_split_is_refused(tmp_path):
     root = prepare(tmp_path, ("train",))
     assert len(TfdsSource(root, "imagenet2012", "train")) == 30
     with pytest.raises(UserError, match=r"5\.1\.0 has no split test or validation"):
+        TfdsSource(root, "imagenet2012", "test")
+
+
+def test_images_without_labels_are_refused(tmp_path):
+    root = prepare(tmp_path, ("train", "test"))
+    with pytest.raises(UserError, match=r"5\.1\.0 has no labels in test"):
         TfdsSource(root, "imagenet2012", "test")
 
 

@@ -12,11 +12,14 @@ from shiftnet import checkpoint, data, packing
 from shiftnet.config import default_config
 from shiftnet.data import Split
 from shiftnet.data.augment import normalize
+from shiftnet.data.folder import FolderSource
 from shiftnet.layers import BatchNorm, Conv
+from shiftnet.training import batch_statistics
 from shiftnet.training.averaging import moving_average
 from shiftnet.training.batch_statistics import make_estimator, unfold
 from shiftnet.training.mesh import make_mesh
 from tests import networks, oracle
+from tests.data.image_files import wnid, write_folder
 from tests.test_packing import note
 from tests.training.small import recipe
 
@@ -104,6 +107,16 @@ def test_statistics_of_flaxs_own_batch_norm_are_estimated_by_its_momentum():
     np.testing.assert_allclose(found.norm.mean[...], values.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.norm.var[...], values.var((0, 1, 2)), rtol=1e-4)
     assert found.other[...] == 7
+
+
+def test_corrupt_files_have_no_part_in_estimated_statistics(tmp_path):
+    root = write_folder(tmp_path / "images", (3, 5), (1, 1))
+    (root / "train" / wnid(0) / f"{wnid(0)}_0.JPEG").write_bytes(b"")
+    part = FolderSource(root / "train")
+    settings = recipe(data__source="folder", data__size=32, data__on_corrupt="skip").data
+    (images,) = batch_statistics._batches(part, np.arange(8), settings, 8)
+    assert images.shape == (8, 32, 32, 3)
+    assert images.reshape(8, -1).any(-1).all()  # none is black
 
 
 def test_the_first_batchs_unit_of_a_learned_step_is_not_estimated():

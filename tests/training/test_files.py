@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,9 +10,11 @@ import shiftnet
 from shiftnet import checkpoint, data
 from shiftnet.cli import evaluate
 from shiftnet.cli import train as train_door
+from shiftnet.data.folder import FolderSource
 from shiftnet.errors import UserError
 from shiftnet.training import data_iterator, engine
 from shiftnet.training.interrupt import Interrupt
+from shiftnet.training.times import Times
 from tests.data.image_files import wnid, write_folder
 from tests.training.small import epochs, recipe
 
@@ -135,6 +138,17 @@ def test_corrupt_files_are_skipped_named_and_counted_when_told_so(damaged, tmp_p
     printed = capsys.readouterr().out
     assert "10 images" in printed
     assert f"left out, corrupt: {damaged / 'val' / wnid(2)}" in printed
+
+
+def test_of_several_processes_the_first_alone_reports_what_was_skipped_before(damaged, monkeypatch):
+    def made(state):
+        source = FolderSource(damaged / "train")
+        return data_iterator.FileData(files(damaged), None, source, 4, None, state, Times())
+
+    state = {**made({}).get_state(), "skipped": ["a.png"]}
+    assert made(state).skipped() == ["a.png"]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert made(state)._skipped == []
 
 
 @pytest.mark.slow
