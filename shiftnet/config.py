@@ -520,8 +520,8 @@ class EmaConfig(Settings, group="ema"):
 
     decay: float = setting(
         0.0,
-        "decay per step of an exponential moving average of parameters and batch statistics, such "
-        "as 0.999; the averaged network is what is evaluated, chosen and kept; 0: none",
+        "decay per update of an exponential moving average of parameters and batch statistics, "
+        "such as 0.999; the averaged network is what is evaluated, chosen and kept; 0: none",
         FRACTION,
     )
     estimate: int = setting(

@@ -134,20 +134,20 @@ def _tensors(network: nnx.Module) -> dict[str, np.ndarray]:
                 tensors[f"{layer}.weight_scale"] = np.asarray(quantized.scale)
         else:
             tensors[f"{layer}.weight"] = np.asarray(weight())
-    for name, leaf in _rest(network, forms):
+    for name, leaf in _rest(network, quantizers.latents_of(network)):
         tensors[name] = np.asarray(leaf[...])
     return tensors
 
 
 def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Sets the numbers of a network from a file's tensors, whose digests are right."""
-    forms = quantizers.of_layers(network)
+    forms, latents = quantizers.of_layers(network), quantizers.latents_of(network)
 
-    def take(name: str, shape: tuple[int, ...]) -> jnp.ndarray:
+    def take(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> jnp.ndarray:
         if name not in tensors or tensors[name].shape != shape:
             found = tensors[name].shape if name in tensors else "nothing"
             raise UserError(f"{path}: the network needs {name!r} of shape {shape}, found {found}")
-        return jnp.asarray(tensors[name].astype(np.float32))
+        return jnp.asarray(tensors[name].astype(dtype))
 
     def fixed(weight: LowBitWeight) -> Fixed:
         name = names[id(weight)]
@@ -168,16 +168,15 @@ def _fill(network: nnx.Module, tensors: Mapping[str, np.ndarray], path: Path) ->
     for name, weight in forms.items():
         if isinstance(weight, Float):
             weight.value.set_value(take(f"{name}.weight", weight.shape))
-    for name, leaf in _rest(network, forms):
-        leaf.set_value(take(name, leaf.shape))
+    for name, leaf in _rest(network, latents):
+        leaf.set_value(take(name, leaf.shape, leaf.dtype))
 
 
-def _rest(network: nnx.Module, forms: Mapping[str, Any]) -> list[tuple[str, nnx.Variable]]:
+def _rest(network: nnx.Module, latents: tuple[str, ...]) -> list[tuple[str, nnx.Variable]]:
     """Returns the parameters other than weights, and batch statistics, by dotted name."""
     found = [
         (".".join(map(str, path)), leaf)
         # After folding only own networks have batch statistics.
         for path, leaf in nnx.to_flat_state(nnx.state(network, (nnx.Param, nnx.BatchStat)))
     ]
-    inside = tuple(f"{layer}.weight." for layer in forms)
-    return [(name, leaf) for name, leaf in found if not name.startswith(inside)]
+    return [(name, leaf) for name, leaf in found if not name.startswith(latents)]

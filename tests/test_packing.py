@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,6 +14,7 @@ from shiftnet import config as config_lib
 from shiftnet.cli import evaluate, pack
 from shiftnet.errors import UserError
 from shiftnet.inference import classifier
+from shiftnet.models import counting
 from shiftnet.quantizers import form
 from tests import networks
 
@@ -355,3 +357,28 @@ def test_two_weights_in_a_layer_are_refused():
     for use in (quantizers.of_layers, quantizers.regularizer):
         with pytest.raises(UserError, match=r"layers\.0 has more than one weight of a form"):
             use(network)
+
+
+class Odd(nnx.Module):
+    """A low-bit weight by a name of its own, and whole numbers as statistics."""
+
+    def __init__(self, num_classes, *, rngs):
+        self.kernel = quantizers.make("s3")((3, num_classes), rngs=rngs)
+        self.order = nnx.BatchStat(jnp.array([2, 0, 1]))
+
+    def __call__(self, x):
+        return x.mean((1, 2))[:, self.order[...]] @ self.kernel()
+
+
+def test_a_weight_of_any_name_and_whole_numbers_come_back(tmp_path, monkeypatch):
+    recipe = config_lib.default_config()
+    network = Odd(10, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(
+        packing.models, "build", lambda _, classes, *, rngs: Odd(classes, rngs=rngs)
+    )
+    counts = counting.count(network, (8, 8, 3))
+    assert (counts.parameters, counts.weight_bytes) == (30, 30 * 3 / 8 // 1 + 1)
+    logits = np.asarray(network(images()))
+    packing.write(tmp_path / "net.safetensors", network, note(recipe))
+    found, _ = packing.read(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(found(images()), logits)

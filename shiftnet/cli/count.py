@@ -197,7 +197,8 @@ def _compare(arguments: Any) -> None:
         networks = [_everything(model, arguments, {}, counts) for model, counts in found.values()]
         print(json.dumps(networks, indent=2))
     else:
-        print(_comparison({network: counts for network, (_, counts) in found.items()}))
+        sizes = [_sizes(model, arguments) for model, _ in found.values()]
+        print(_comparison({network: counts for network, (_, counts) in found.items()}, sizes))
 
 
 def _sizes(model: Mapping[str, Any], arguments: Any) -> tuple[int, int]:
@@ -289,8 +290,13 @@ def _table(counts: Counts) -> str:
     )
 
 
-def _comparison(networks: Mapping[str, Counts]) -> str:
-    """Returns a table of networks, one per column."""
+def _comparison(networks: Mapping[str, Counts], sizes: Sequence[tuple[int, int]]) -> str:
+    """Returns a table of networks, one per column.
+
+    Args:
+      networks: their counts, by name.
+      sizes: their classes and their images' side, which are shown where they differ.
+    """
     rows: list[tuple[str, Callable[[Counts], object]]] = [
         ("parameters", lambda n: n.parameters),
         ("weight bytes", lambda n: n.weight_bytes),
@@ -305,6 +311,9 @@ def _comparison(networks: Mapping[str, Counts]) -> str:
         ("  memory, fused", lambda n: _microjoules(DRAM_BYTE * n.fused_bytes_moved)),
     ]
     table = [(title, *(number(counts) for counts in networks.values())) for title, number in rows]
+    if len(set(sizes)) > 1:
+        classes, sides = zip(*sizes, strict=True)
+        table = [("image size", *sides), ("classes", *classes), *table]
     return tables.aligned([("per image", *networks), *table])
 
 

@@ -102,7 +102,7 @@ class _Writer:
             by = self.constant(f"{layer.name}.offset", np.float32(offset * step))
             self.codes(layer, self.node("Add", [total, by], f"{layer.name}.moved"))
         elif isinstance(layer, Pool):
-            self.pool(layer)
+            self.pool(layer, inputs[0])
         elif isinstance(layer, Conv | Depthwise):
             self.convolution(layer, inputs[0])
         else:
@@ -118,18 +118,21 @@ class _Writer:
         found = self.node("Gather", [table, index], "pixels.found")
         self.node("Transpose", [found], layer.name, perm=[0, 3, 1, 2])
 
-    def pool(self, layer: Pool) -> None:
+    def pool(self, layer: Pool, inputs: Codes) -> None:
         factor, offset = _factor_and_offset(layer)
         step, count = layer.output.step, layer.window[0] * layer.window[1]
         alike = bool((factor == factor[0]).all())
         x = self.real(layer, 0, float(factor[0]) * step * count if alike else count)
         if count > 1:
+            # One window may be all there is to be, in the corner of a larger map.
+            sizes = ((inputs.height, layer.output.height), (inputs.width, layer.output.width))
+            strides = [layer.stride if out > 1 else size for size, out in sizes]
             x = self.node(
                 "AveragePool",
                 [x],
                 f"{layer.name}.mean",
                 kernel_shape=layer.window,
-                strides=[layer.stride] * 2,
+                strides=strides,
                 pads=[layer.padding] * 4,
                 count_include_pad=1,
             )

@@ -130,10 +130,10 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
             path.pop()
         return ".".join(path)
 
-    forms = quantizers.of_layers(model)
+    forms, latents = quantizers.of_layers(model), quantizers.latents_of(model)
 
     def is_latent(name: str) -> bool:
-        return any(name.startswith(f"{layer}.weight.") for layer in forms)
+        return name.startswith(latents)
 
     activation_bits = {
         ".".join(map(str, path)): width

@@ -24,7 +24,8 @@ class Quantized(nnx.Module):
         `nnx.BatchStat`, which is saved with the rest and is not trained.
       dtype: of the kernel.
       activation: what quantizes the input; None for nothing.
-      use_running_average: whether that keeps its statistics, as `nnx.BatchNorm` does.
+      use_running_average: whether that keeps its statistics, as `nnx.BatchNorm` does; `train()` and
+        `eval()` of the network set it.
     """
 
     activation: Activation | None
@@ -37,7 +38,7 @@ class Quantized(nnx.Module):
         self.factor = nnx.BatchStat(jnp.float32(factor))
         self.dtype = layer.kernel.dtype
         self.activation = nnx.data(quantizers.activation(activation, layer.in_features))
-        self.use_running_average = False  # as of `nnx.BatchNorm`; `eval()` of the network sets it
+        self.use_running_average = False  # as of `nnx.BatchNorm`
         del layer.kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -63,7 +64,9 @@ def quantize(
     The weights become the nearest ones of the form. Where the form has no scale of its own, each
     layer keeps the factor between the two in its state, so nothing is lost but the rounding; with
     `"apot"`, which standardizes its latents, the mean of each kernel is lost too. Layers that were
-    replaced before stay as they are. Layers that share a kernel share its weight.
+    replaced before stay as they are. Layers that share a kernel share its weight. New layers are in
+    evaluation where one of the network's is; a network without batch norm and dropout does not
+    know, so call its `eval()` afterwards unless it is to be trained.
 
     Args:
       network: any network of `nnx.Conv` (square kernels, two dimensions) and `nnx.Linear` layers;
@@ -144,6 +147,13 @@ def quantize(
         id(layer): Quantized(layer, *found[id(layer.kernel)], activations)
         for layer in chosen.values()
     }
+    if any(
+        getattr(module, mode, None) is True
+        for module in modules.values()
+        for mode in ("use_running_average", "deterministic")
+    ):
+        for replacement in replacements.values():
+            replacement.eval()
     _replaced(network, replacements, {})
     return list(chosen)
 

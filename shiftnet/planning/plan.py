@@ -211,12 +211,13 @@ def compile_step(
     """Compiles `Program.train_batch`; returns None if the device's memory is too small for it.
 
     Args:
-      config: the recipe; its batch size is not used.
+      config: the recipe; its batch size says how many steps an epoch has, and no more.
       facts: the facts about its data set.
       chip: the kind of the devices.
       devices: the devices of a topology.
       batch: images per device.
     """
+    steps_per_epoch = max(1, facts.images // config.batch_size)
     config = dataclasses.replace(config, batch_size=batch * len(devices))
     mesh = make_mesh(config.batch_size, devices)
     name = config.data.name if config.data.source == "tfds" else shiftnet.data.IMAGENET
@@ -226,7 +227,7 @@ def compile_step(
         num_classes=facts.classes,
         mean=mean,
         std=std,
-        steps_per_epoch=max(1, facts.images // config.batch_size),
+        steps_per_epoch=steps_per_epoch,
         mesh=mesh,
     )
     divided = batch_sharded(mesh)

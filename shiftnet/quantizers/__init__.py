@@ -50,6 +50,7 @@ __all__ = [
     "Weight",
     "activation",
     "activations_of_layers",
+    "latents_of",
     "make",
     "of_layers",
     "parse",
@@ -154,6 +155,12 @@ def of_layers(model: nnx.Module) -> dict[str, Weight]:
                 )
             found[layer] = module
     return found
+
+
+def latents_of(model: nnx.Module) -> tuple[str, ...]:
+    """Returns what the dotted names of the arrays in a network's weights begin with."""
+    weights = (path for path, module in nnx.iter_modules(model) if isinstance(module, Weight))
+    return tuple(".".join(map(str, path)) + "." for path in weights)
 
 
 def regularizer(model: nnx.Module) -> jax.Array | float:

@@ -257,7 +257,9 @@ class Rounded(LowBitWeight):
         unit = float(scale)
         edges = unit * np.concatenate([[-np.inf], self.edges, [np.inf]])
         low, high = edges[codes], edges[codes.astype(np.int64) + 1]
-        margin = 1e-3 * unit * np.diff(self.edges, prepend=-np.inf, append=np.inf).min()
+        gaps = np.diff(self.edges)
+        # Of each code, as that of the narrowest is below a float32's resolution at a wide one.
+        margin = 1e-3 * unit * np.concatenate([gaps[:1], gaps, gaps[-1:]])[codes]
         latent = unit * np.asarray(self.levels, np.float64)[codes]
         for _ in range(200):
             latent = self.settled(latent, unit)

@@ -213,9 +213,6 @@ def train(
                 f"{workdir} has already taken {step} steps, and epochs {config.epochs} means "
                 f"{total_steps}: give --config.epochs={least} or more, or another --workdir"
             )
-        for folder, own in ({workdir: config} | dict(zip(folders, configs, strict=True))).items():
-            write_recipe(folder, own)
-        write_environment(workdir, step, environment.describe())
 
         def is_over() -> bool:
             """Whether all epochs are done, or `config.patience` is."""
@@ -252,6 +249,9 @@ def train(
             progress.message(f"continuing after step {step}, from {source}")
         if newest is not None and start is not None:
             progress.message(f"{start.path} is not used: this run has started before")
+        for folder, own in ({workdir: config} | dict(zip(folders, configs, strict=True))).items():
+            write_recipe(folder, own)
+        write_environment(workdir, step, environment.describe())
         if not is_over():
             record.final = [None] * runs  # of a run that was shorter
         if session is not None:
@@ -283,7 +283,7 @@ def train(
 
         def network(run: int) -> tuple[nnx.State, nnx.State]:
             """The parameters and statistics that a run is evaluated and kept with."""
-            if state.ema is None:
+            if state.ema is None or step == 0:  # an average begins with the first step
                 return program.of((state.params, state.stats), run)
             params, stats = program.of(state.ema, run)
             if estimate is not None:
@@ -303,11 +303,11 @@ def train(
             elif best_step() == step:
                 save_best(to_arrays(*network(0)))
             else:
-                progress.message(
-                    f"the best network, of epoch {record.best[0]['epoch']}, is lost: "
-                    "from here on the best epoch is chosen anew"
-                )
-                record.best[0] = None
+                lost = f"the best network, of epoch {record.best[0]['epoch']}, is lost"
+                if not is_over():
+                    lost += ": from here on the best epoch is chosen anew"
+                    record.best[0] = None
+                progress.message(lost)
 
         # --- Loop ---------------------------------------------------------------------------------
 

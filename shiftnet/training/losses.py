@@ -7,7 +7,7 @@ import optax
 
 from shiftnet.config import Config
 
-# Keeps the standardised logits of a constant row finite (the code published with arXiv:2403.01427).
+# Added to the deviation of logits (the code published with arXiv:2403.01427).
 TINY = 1e-7
 
 
@@ -120,5 +120,7 @@ def distillation(
 
 
 def _standardized(logits: jax.Array) -> jax.Array:
-    deviation = logits.std(-1, keepdims=True, ddof=1)  # unbiased, as PyTorch's
+    variance = logits.var(-1, keepdims=True, ddof=1)  # unbiased, as PyTorch's
+    # The root of 0 has no gradient; a row that is constant is divided by 1.
+    deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1))
     return (logits - logits.mean(-1, keepdims=True)) / (deviation + jnp.asarray(TINY, logits.dtype))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,16 +244,18 @@ def start_from(
     network = nnx.merge(program.graphdef, state.params, state.stats, copy=True)
     if not init.partial:
         _check_same_layers(saved, own)
-    converted, changes, more = requantize(network, saved)
     last = network.first_and_last[1]
     head = tuple(f"{layer}." for layer in (last, norms_after(network).get(last)) if layer)
     given, names = (list(one) for one in (saved.metadata["class_names"], dataset.class_names))
     columns = {names.index(name): given.index(name) for name in given if name in names}
     keeps_order = given == names or (not columns and len(given) == len(names))
+    in_order = {} if keeps_order else {last: columns}
+    converted, changes, more = requantize(network, saved, in_order)
     taken, fresh = {}, []
     for name, array in own.items():
         other = changes.get(name, None if name.startswith(converted) else saved.arrays.get(name))
-        if other is not None and name.startswith(head) and (init.fresh_head or not keeps_order):
+        is_ordered = keeps_order or (name in changes and name.startswith(f"{last}.weight."))
+        if other is not None and name.startswith(head) and (init.fresh_head or not is_ordered):
             both = other.shape[-1:] + array.shape[-1:]
             if init.fresh_head or not columns:
                 other = None
@@ -348,7 +351,11 @@ def _check_same_layers(saved: Saved, own: Mapping[str, Any]) -> None:
         raise UserError(f"{saved.path} has none of the network's arrays")
     for words, some, others in (("has", theirs, ours), ("lacks", ours, theirs)):
         for layer in sorted(some - others):
-            # A part of a layer, as of its activations, makes no other architecture.
+            # A part of a layer, as of its activations, makes no other architecture, nor do the
+            # rectifiers that one form of activations has.
+            arrays = saved.arrays if some is theirs else own
+            if f"{layer}.shift_in" in arrays:
+                continue
             if not any(layer.startswith(f"{other}.") for other in others):
                 raise UserError(
                     f"{saved.path} is of another architecture, which {words} {layer!r}; "
@@ -362,7 +369,7 @@ def _layer(name: str) -> str:
 
 
 def _by_class(
-    own: jax.Array, other: jax.Array | np.ndarray, columns: Mapping[int, int]
+    own: jax.Array | np.ndarray, other: jax.Array | np.ndarray, columns: Mapping[int, int]
 ) -> np.ndarray:
     """Returns an array of the last layer with another one's numbers for the classes of both."""
     result = np.array(own)
@@ -371,7 +378,9 @@ def _by_class(
 
 
 def requantize(
-    network: nnx.Module, saved: Saved
+    network: nnx.Module,
+    saved: Saved,
+    columns: Mapping[str | None, Mapping[int, int]] = types.MappingProxyType({}),
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
     """Converts the weights of a checkpoint whose layers have other forms than a network's.
 
@@ -379,6 +388,12 @@ def requantize(
     `LowBitWeight.start_from`. The factor goes into the running statistics of the batch norm behind
     the layer, which then normalizes to the same; where there is none it is lost, and a message says
     so if it is not 1.
+
+    Args:
+      network: with fresh weights.
+      saved: the checkpoint.
+      columns: of a layer whose outputs are to be in another order, which of the checkpoint's each
+        one is; others stay fresh.
 
     Returns:
       The starts of the names of arrays that are not to be taken from the checkpoint, the arrays in
@@ -402,9 +417,13 @@ def requantize(
     kinds: dict[str, None] = {}
     for layer, weight in weights.items():
         other = given.get(layer)
-        if other is None or other.shape != weight.shape or _form(other) == _form(weight):
+        if other is None or _form(other) == _form(weight):
             continue
         value = np.asarray(other(), np.float64)
+        if (order := columns.get(layer)) and value.shape[:-1] == weight.shape[:-1]:
+            value = _by_class(np.asarray(weight(), np.float64), value, order)
+        if value.shape != weight.shape:
+            continue
         starts.append(f"{layer}.weight.")
         if not isinstance(weight, quantizers.LowBitWeight):
             changes[f"{layer}.weight.value"] = value.astype(np.float32)

@@ -69,7 +69,8 @@ def _schedule(config: Config, steps_per_epoch: int) -> Callable[[Any], jax.Array
             f"found {schedule.warmup:g}"
         )
     if schedule.name == "onecycle":
-        rise = warmup / total if warmup else ONE_CYCLE_RISE
+        # optax rounds the steps of the rise down.
+        rise = (warmup + 0.5) / total if warmup else ONE_CYCLE_RISE
         cycle = optax.cosine_onecycle_schedule(total, top, rise, ONE_CYCLE_START, ONE_CYCLE_END)
         return jnp.vectorize(cycle)  # optax's takes one step at a time
     boundaries = [epoch * steps_per_epoch for epoch in schedule.boundaries]

@@ -104,7 +104,8 @@ def front_matter(name: str, model: Classifier, info: Model | None) -> str:
 def _what(model: Classifier, size: int) -> str:
     recipe = model.config.model
     side = model.preprocess.size
-    counts = count(model.network, (side, side, 3))
+    network = _as_trained(model)
+    counts = count(network, (side, side, 3))
     fields = {
         field: recipe[field] for field in ("expansion", "reduction", "width") if recipe[field] != 1
     }
@@ -112,8 +113,8 @@ def _what(model: Classifier, size: int) -> str:
     if recipe.reduction != 1:
         details += f" by {recipe.reduction_mode}"
     weights = "float weights"
-    if low := _low_bit(model):
-        layers = len(quantizers.of_layers(model.network))
+    if low := _low_bit(network):
+        layers = len(quantizers.of_layers(network))
         rest = "; the other layers' stay float" if sum(low.values()) < layers else ""
         kinds = [f"{kind} weights in {number} layers" for kind, number in low.items()]
         weights = f"{' and '.join(kinds)}{rest}"
@@ -125,11 +126,18 @@ def _what(model: Classifier, size: int) -> str:
     )
 
 
-def _low_bit(model: Classifier) -> dict[str, int]:
-    """Returns how many layers have each kind of low-bit weights, such as `3-bit s3`."""
+def _as_trained(model: Classifier) -> nnx.Module:
+    """Returns a network without numbers as it was trained.
+
+    A packed file's layers have levels and codes, whatever form they were trained in, and its batch
+    norms are folded.
+    """
     recipe, classes = model.config.model, len(model.class_names)
-    # A packed file's layers have levels and codes, whatever form they were trained in.
-    network = nnx.eval_shape(lambda: models.build(recipe, classes, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: models.build(recipe, classes, rngs=nnx.Rngs(0)))
+
+
+def _low_bit(network: nnx.Module) -> dict[str, int]:
+    """Returns how many layers have each kind of low-bit weights, such as `3-bit s3`."""
     names = {made: name for name, (made, _) in quantizers.FORMS.items()}
     forms = quantizers.of_layers(network).values()
     return collections.Counter(

@@ -573,6 +573,14 @@ def test_compares_networks_in_one_table(capsys):
     assert rows["energy, uJ"] == [f"{n.picojoules / 1e6:.2f}" for n in counts]
 
 
+def test_compared_networks_of_other_images_say_so(capsys):
+    assert main(["--compare", "resnet8", "imagenet_resnet18"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:3] == [["image", "size", "32", "224"], ["classes", "10", "1,000"]]
+    assert main(["--compare", "resnet8", "imagenet_resnet18", "--image-size=32"]) == 0
+    assert "image size" in capsys.readouterr().out  # 1000 classes
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

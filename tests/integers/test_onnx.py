@@ -106,6 +106,16 @@ def test_each_layer_is_within_a_step_of_the_interpreter(arch, form, bits, requan
             assert np.abs(tensors[layer.name] - expected).max() <= 1, layer.name
 
 
+def test_a_window_smaller_than_its_map_is_pooled_once():
+    required()
+    graph = programs.converted("shiftresnet8", "float", size=48).graph
+    images = programs.images(4, 48, seed=1)
+    logits, _ = run(graph, images)
+    expected = np.asarray(interpreter.logits(graph, images)) * graph.step
+    assert logits.shape == expected.shape
+    np.testing.assert_allclose(logits, expected, atol=0.05 * np.abs(expected).max())
+
+
 def test_onnxruntime_computes_the_convolutions_of_a_shift_network_in_8_bits(tmp_path):
     package, runtime = required()
     graph = programs.converted("shiftresnet8", "s3", 3).graph

@@ -77,6 +77,23 @@ def test_gradients_reach_the_latents_and_activations_settle_on_the_first_batch()
     assert all(np.abs(leaf[...]).max() > 0 for leaf in latents.values())
 
 
+def test_a_network_in_evaluation_stays_in_it():
+    class Normed(nnx.Module):
+        def __init__(self):
+            self.mix = nnx.Linear(3, 8, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(self.mix(x))
+
+    network = Normed()
+    network.eval()
+    shiftnet.quantize(network, "int", activations="int8")
+    before = jax.tree.map(np.asarray, nnx.state(network))
+    network(X)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(network))
+
+
 def test_it_computes_within_any_transformation():
     network = Net()
     shiftnet.quantize(network, "int", bits=4)

@@ -47,6 +47,12 @@ def step_here(**overrides):
         return plan.compile_step(wrn8(**overrides), facts, here, jax.devices(), 64)
 
 
+def test_an_epoch_has_the_recipes_steps_whatever_batch_is_tried():
+    # Of 64 images on each device there would be one to three steps, of the recipe's eight 180.
+    with jax.numpy_dtype_promotion("standard"):  # as outside of these tests
+        assert step_here(batch_size=8, optimizer__accumulate=100, epochs=1, schedule__boundaries=())
+
+
 def test_a_step_holds_and_sends_what_one_counts_by_hand():
     step = step_here()
     # Parameters, momentum, statistics, two counters; not the seed, as nothing random is drawn.

@@ -319,3 +319,15 @@ def test_an_integer_weight_starts_with_the_step_that_comes_nearest(bits):
         for s in steps.astype(np.float64)
     )
     assert np.square(value - np.asarray(weight(), np.float64)).sum() <= 1.01 * best
+
+
+def test_codes_come_back_where_nearly_all_weights_are_zero():
+    for seed in range(5):
+        kernel = np.random.default_rng(seed).normal(size=(3, 3, 16, 20)) * 0.1
+        kernel[..., :18] = 0
+        weight, other = (quantizers.make("pot", 5)(kernel.shape, rngs=nnx.Rngs(0)) for _ in "ab")
+        weight.start_from(kernel)
+        quantized = weight.quantized()
+        other.set_quantized(np.asarray(quantized.codes), np.asarray(quantized.scale))
+        np.testing.assert_array_equal(other.quantized().codes, quantized.codes)
+        np.testing.assert_allclose(other(), weight(), rtol=1e-5)

@@ -508,6 +508,15 @@ def test_what_is_not_there_is_said(tmp_path):
     assert not made[1].charts
 
 
+def test_a_run_of_ones_own_network_is_shown_without_running_its_code(tmp_path):
+    run = make_workdir(tmp_path / "run", [0.5, 0.6])
+    path = run / "config.json"
+    recipe = json.loads(path.read_text())
+    recipe["model"]["arch"] = str(tmp_path / "nowhere.py:Net")
+    path.write_text(json.dumps(recipe))
+    assert "60.00" in markdown.render(sources.find([run]))
+
+
 def test_a_loss_that_is_not_a_number_is_left_out(tmp_path):
     workdir = make_workdir(tmp_path / "run", [0.1, 0.2, 0.3])
     text = (workdir / "metrics.jsonl").read_text().replace('"train_loss": 1.0', '"train_loss": NaN')

@@ -16,6 +16,7 @@ from shiftnet.data import Split
 from shiftnet.errors import RunFailed, UserError
 from shiftnet.training import data_iterator, engine, metrics, workdir
 from shiftnet.training.data_iterator import ResidentData
+from shiftnet.training.deadline import Deadline
 from shiftnet.training.evaluation import Evaluation
 from shiftnet.training.interrupt import Interrupt
 from shiftnet.training.mesh import make_mesh, replicate
@@ -224,6 +225,11 @@ def test_a_run_ends_when_the_validation_accuracy_does_not_rise_any_more(
     assert "ended early: no higher validation accuracy since epoch 2" in capsys.readouterr().out
     assert engine.train(config, tmp_path, dataset=digits) == outcome
     assert "already finished, after step 4" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "best")
+    assert engine.train(config, tmp_path, dataset=digits) == outcome
+    printed = capsys.readouterr().out
+    assert "already finished, after step 4" in printed
+    assert "the best network, of epoch 2, is lost\n" in printed
     with pytest.raises(UserError, match="with patience each of them ends at an epoch of its own"):
         engine.train(config, tmp_path / "several", seeds=[0, 1], dataset=digits)
 
@@ -233,6 +239,12 @@ def test_a_finished_run_is_not_trained_again(uninterrupted, monkeypatch, capsys)
     monkeypatch.setattr(Program, "update", None)
     assert engine.train(recipe(), workdir) == summary
     assert "already finished, after step 22" in capsys.readouterr().out
+
+
+def test_a_run_without_a_step_has_the_network_that_it_started_with(tmp_path):
+    outcome = engine.train(recipe(ema__decay=0.9), tmp_path, deadline=Deadline(1e-9))
+    assert outcome.step == 0
+    assert np.asarray(outcome.network.conv1.weight()).any()
 
 
 def test_another_recipe_in_the_same_place_is_refused_by_its_fields(uninterrupted):

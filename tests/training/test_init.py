@@ -162,8 +162,18 @@ def test_a_checkpoint_of_another_network_is_refused(model, sentence, tmp_path):
     saved(tmp_path / "ckpt", **model)
     with pytest.raises(UserError, match=sentence):
         engine.train(recipe(), tmp_path / "run", init=tmp_path / "ckpt")
+    assert not (tmp_path / "run" / "config.json").exists()  # it would refuse a better recipe
     with pytest.raises(UserError, match="does not exist"):
         engine.train(recipe(), tmp_path / "other", init=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("float", "rsign"), ("rsign", "int4")])
+def test_other_activations_make_no_other_architecture(given, wanted, tmp_path):
+    arrays = saved(tmp_path / "ckpt", activations=given)
+    config = recipe(model__activations=wanted)
+    found = arrays_of(started(config, tmp_path / "ckpt", data.load("digits"))[1])
+    name = "layer1.0.conv1.weight.value"
+    np.testing.assert_array_equal(found[name], arrays[name])
 
 
 def test_a_part_of_another_architecture_is_taken_where_that_is_asked_for(tmp_path):
@@ -216,6 +226,22 @@ def test_a_head_with_a_scale_of_its_own_is_matched_too(tmp_path, form, fresh_hea
         assert found["linear.weight.step"] == given["linear.weight.step"]
         latent = "linear.weight.unrounded"
         np.testing.assert_array_equal(found[latent], given[latent][:, list(names)])
+
+
+@pytest.mark.parametrize("names", [range(9, 6, -1), range(12), range(9, -1, -1)])
+def test_the_weights_of_classes_are_matched_where_the_head_becomes_a_low_bit_one(tmp_path, names):
+    given = saved(tmp_path / "ckpt")["linear.weight.value"]
+    digits = dataclasses.replace(
+        data.load("digits"), class_names=tuple(f"class {i}" for i in names)
+    )
+    config = recipe(model__weights_first_last="pot/3")
+    program, state, message = started(config, tmp_path / "ckpt", digits)
+    found = np.asarray(nnx.merge(program.graphdef, state.params, state.stats).linear.weight())
+    for column, name in enumerate(names):
+        if name < 10:
+            lengths = np.linalg.norm(found[:, column]) * np.linalg.norm(given[:, name])
+            assert found[:, column] @ given[:, name] / lengths > 0.9
+    assert f"{min(10, len(names))} of {len(names)} classes from there" in message
 
 
 def test_a_packed_file_is_started_from_as_it_computes(tmp_path):

@@ -76,3 +76,15 @@ def test_balanced_weights_make_all_classes_count_the_same():
         plain = cross_entropy(logits, labels, smoothing=smoothing, weights=weights)
         soft = cross_entropy(logits, labels, targets, smoothing=smoothing, weights=weights)
         np.testing.assert_allclose(plain, soft, rtol=1e-5)
+
+
+def test_a_network_of_equal_logits_can_learn_from_standardized_ones():
+    teacher = jax.random.normal(jax.random.key(0), (2, 10))
+
+    def loss(logits):
+        return distillation(logits, teacher, temperature=2.0, standardize=True)
+
+    start = jnp.zeros((2, 10))
+    gradient = jax.grad(loss)(start)
+    assert np.isfinite(gradient).all()
+    assert loss(start - 0.1 * gradient) < loss(start)

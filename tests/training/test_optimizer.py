@@ -230,6 +230,16 @@ def test_a_stable_rate_decays_over_the_share_at_the_end():
     np.testing.assert_allclose(learning_rates(config, 7), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "epochs", "warmup"), [(5, 11, 3), (390, 39, 5), (22, 39, 5)])
+def test_one_cycle_has_its_highest_rate_right_after_the_warm_up(steps, epochs, warmup):
+    config = default_config()
+    config.epochs, config.schedule.name, config.schedule.warmup = epochs, "onecycle", float(warmup)
+    with jax.numpy_dtype_promotion("standard"):  # as outside of these tests
+        assert learning_rates(config, steps).max() == pytest.approx(0.1, rel=1e-6)
+        config.schedule.by = "step"
+        assert np.argmax(rates_of_steps(config, steps)) == warmup * steps
+
+
 def test_a_warm_up_of_a_part_of_an_epoch_never_exceeds_the_rate():
     config = default_config()
     config.epochs, config.schedule.name, config.schedule.warmup = 4, "linear", 1.5

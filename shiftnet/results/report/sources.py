@@ -18,6 +18,7 @@ import shiftnet.data
 from shiftnet import checkpoint, models, results
 from shiftnet.config import CIFAR_RECIPES, Config
 from shiftnet.errors import UserError
+from shiftnet.models import own
 from shiftnet.models.counting import count
 from shiftnet.training import metrics, pictures
 from shiftnet.training.workdir import ENVIRONMENT, RECIPE
@@ -548,7 +549,13 @@ def _confusion(counts: Any, class_names: Sequence[str], of: str) -> Confusion:
 
 
 def _count(config: Config, confusion: Confusion | None):
-    """Returns the costs of a recipe's network; None if its number of classes is not known."""
+    """Returns the costs of a recipe's network.
+
+    None if its number of classes is not known, or it is of a class of the user's own, whose code a
+    page does not run.
+    """
+    if own.is_own(config.model.arch):
+        return None
     if config.data.source == "tfds" and config.data.name in shiftnet.data.IN_MEMORY:
         classes, side = len(shiftnet.data.class_names(config.data.name)), 32
     elif confusion:
