@@ -133,7 +133,9 @@ def _digest(compiler: list[str]) -> str:
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace"
+    ).stdout
 
 
 def _cache() -> Path:

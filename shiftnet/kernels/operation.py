@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from shiftnet.kernels import implementations, selftest
@@ -125,6 +126,19 @@ class Epilogue(NamedTuple):
 Relu = bool | Literal["last"]
 
 
+def relu_of(name: str, out_relu: Any, residual: jax.Array | None) -> Relu:
+    """Returns what `out_relu` of a call says, as one of the values that kernels know.
+
+    Raises:
+      ValueError: if it says nothing that there is.
+    """
+    if isinstance(out_relu, str) and out_relu == "last":
+        return True if residual is None else "last"
+    if isinstance(out_relu, bool | np.bool_ | int) and out_relu in (0, 1):
+        return bool(out_relu)
+    raise ValueError(f"{name} needs False, True or 'last' as out_relu, got {out_relu!r}")
+
+
 def finish(y: jax.Array, epilogue: Epilogue, relu: Relu) -> jax.Array:
     """Applies the epilogue to `y`, `[..., K]`, in plain XLA; scale and bias in float32 or wider."""
     scale, bias, residual = epilogue
@@ -150,6 +164,7 @@ class Operation:
       images: which operands are images, `[N, H, W, C]`; if any is, so are the first and the result.
       prepare: `prepare(*operands, **settings)` converts the settings of a call to those that the
         reference and the kernels take; by default they are the same.
+      relu_last: whether it knows `out_relu="last"`.
       cases: what `selftest` runs.
     """
 
@@ -158,6 +173,7 @@ class Operation:
     kernels: Mapping[str, Kernel]
     images: tuple[bool, ...]
     prepare: Callable[..., dict[str, Any]] | None = None
+    relu_last: bool = False
     cases: Sequence[Case] = ()
 
     def __post_init__(self) -> None:
@@ -180,10 +196,13 @@ class Operation:
             )
         if implementation is None and implementations.is_only_xla():
             implementation = "xla"
+        relu = relu_of(self.name, out_relu, residual)
+        if relu == "last" and not self.relu_last:
+            raise ValueError(f"{self.name} has no ReLU after the addition, got out_relu 'last'")
         call = _Call(
             self,
             tuple(settings.items()),
-            out_relu,
+            relu,
             implementation,
             implementations.platform(),
             implementations.division(operands[0]) if self.images[0] else None,

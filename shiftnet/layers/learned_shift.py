@@ -35,8 +35,7 @@ class LearnedShift(nnx.Module):
     offsets to zero, where a channel need not move.
 
     The derivative at whole offsets, where the bilinear shift has a kink, is the mean of both
-    sides'.
-    Offsets beyond ±`REACH` count as ±`REACH`, and keep their gradient.
+    sides'. Offsets beyond ±`REACH` count as ±`REACH`, and keep their gradient, the one just inside.
 
     Args:
       features: channels.
@@ -126,7 +125,9 @@ def _magnitude(x: jax.Array) -> jax.Array:
 
 
 def _within(offsets: jax.Array) -> jax.Array:
-    return straight_through(jnp.clip(offsets, -REACH, REACH), offsets)
+    # At ±REACH itself the derivative needs the tap beyond, which the kernel does not have.
+    most = np.nextafter(np.array(REACH, offsets.dtype), np.array(0, offsets.dtype))
+    return straight_through(jnp.clip(offsets, -most, most), offsets)
 
 
 def _rounded(offsets: jax.Array) -> jax.Array:

@@ -4,12 +4,12 @@ The mean of `x @ kernel` is that of `x`, times `kernel`; its variances are the d
 `kernel.T @ covariance @ kernel`. Neither needs the product.
 
 Variances are the differences of larger numbers where a kernel cancels what the channels of `x` have
-in common. Rounding then leaves an error below `bound = eps * (|kernel|.T @ s)^2`, where `s` are the
-channels' standard deviations and `eps` is the dtype's resolution (the largest error found was 0.35
-of that, over batches of 2^17 pixels), since a sum of squares cannot hold more digits. No variance
-below `bound` is returned. So an inverse standard deviation has a relative error of at most
-`min(1, bound / variance)`: values normalised by it can be less accurate than those normalised by
-the product's own variance, but they are never inflated, and never NaN.
+in common. Rounding then leaves an error of about `bound = eps * (|kernel|.T @ s)^2`, where `s` are
+the channels' standard deviations and `eps` is the dtype's resolution, since a sum of squares cannot
+hold more digits: of batches of 2^17 pixels it was 0.35 to 2 of that, in plain XLA on a CPU of 2^20
+up to 11. No variance below `bound` is returned. So where channels nearly cancel, inverse standard
+deviations are less accurate than the product's own variance would make them (2.1 times too large at
+most, of all that was tried), but they are never NaN.
 """
 
 import functools

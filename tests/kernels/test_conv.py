@@ -21,6 +21,7 @@ from shiftnet.kernels import implementations, native
 from shiftnet.kernels.batch_norm import batch_norm
 from shiftnet.kernels.conv import conv, pack
 from shiftnet.kernels.covariance import covariance
+from shiftnet.kernels.shift_block import shift_block
 from tests.kernels import test_shift_block
 
 needs_library = pytest.mark.skipif(
@@ -178,6 +179,20 @@ def test_what_follows_a_convolution_is_computed_with_it(case, relu, left_out):
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
     plain = conv(x, w, stride=stride, groups=groups, out_relu=relu, implementation="xla", **after)
     np.testing.assert_allclose(plain, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_relu_is_one_however_it_is_asked_for_and_nothing_else_is_taken():
+    x, w = jnp.ones((1, 4, 4, 3)), -jnp.ones((3, 3, 3, 4))
+    for relu in (True, np.bool_(True), 1, "last"):
+        for implementation in (None, "xla"):
+            assert not conv(x, w, out_relu=relu, implementation=implementation).any()
+        assert not jax.vjp(lambda x, relu=relu: conv(x, w, out_relu=relu), x)[0].any()
+        block = -w[0, 0], jnp.zeros(4), -jnp.ones((4, 5))
+        assert not shift_block(x, *block, out_relu=relu).any()
+    with pytest.raises(ValueError, match="conv needs False, True or 'last' as out_relu, got 'yes'"):
+        conv(x, w, out_relu="yes")
+    with pytest.raises(ValueError, match="shift_block has no ReLU after the addition"):
+        shift_block(x, *block, out_relu="last", residual=jnp.ones((1, 4, 4, 5)))
 
 
 @needs_library
@@ -340,6 +355,16 @@ def test_other_dtypes_are_left_to_xla(x, w):
     assert conv(x, w).dtype == x.dtype
     with pytest.raises(ValueError, match="needs float32"):
         conv(x, w, implementation="cpu")
+
+
+def test_what_a_compiler_says_in_another_encoding_is_shown(fresh, tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_bytes(b"#!/bin/sh\nprintf 'Fehler: \xfcbel\\n' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    fresh.setenv("CXX", str(compiler))
+    outcome = native.load()
+    assert outcome.library is None
+    assert "Fehler: \ufffdbel" in outcome.reason
 
 
 @pytest.fixture

@@ -146,6 +146,12 @@ def test_offsets_beyond_the_image_give_zeros(implementation):
     assert not np.delete(y, 4, axis=-1).any()
 
 
+def test_offsets_beyond_int32_give_zeros_too():
+    assert shift(jnp.ones((1, 3, 3, 81)), 9, 2**30).sum() == 9  # of the channel that stays
+    assert shift(jnp.ones((1, 3, 3, 9)), 3, 2**31).sum() == 9
+    assert not shift(jnp.ones((1, 3, 3, 1)), offsets=((2**31,), (0,))).any()
+
+
 @each_implementation
 def test_infinities_and_nans_stay_in_their_places(implementation):
     x = whole_numbers((1, 4, 4, 9))

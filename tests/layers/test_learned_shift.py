@@ -108,6 +108,20 @@ def test_a_sparse_shift_moves_by_rounded_offsets_and_learns_through_the_bilinear
     np.testing.assert_array_equal(layer(jnp.asarray(x)), y)
 
 
+@pytest.mark.parametrize("offset", [2.5, 3.0, 4.0, -3.0, -4.0])
+def test_offsets_at_and_beyond_the_reach_learn_as_those_within(offset):
+    ramp = np.broadcast_to(np.arange(21.0)[:, None], (1, 21, 21))[..., None].astype(np.float32)
+    middle = np.zeros_like(ramp)
+    middle[0, 8:13, 8:13] = 1 / 25
+
+    def slope(kind, x):
+        return pulled(made(kind, np.array([offset]), np.zeros(1)), x, middle)[2][0]
+
+    assert slope("sparse", ramp) == pytest.approx(1, rel=1e-4)
+    assert slope("active", ramp) == pytest.approx(ACTIVE_RATE, rel=1e-4)
+    assert slope("sparse", np.ones_like(ramp)) == pytest.approx(0, abs=1e-5)
+
+
 @pytest.mark.usefixtures("float64")
 def test_a_channel_without_gradient_stays():
     x, cotangent = problem()

@@ -8,7 +8,7 @@ import jax
 from shiftnet.kernels import checks
 from shiftnet.kernels.batch_norm import cpu, xla
 from shiftnet.kernels.layouts import wide_dtype
-from shiftnet.kernels.operation import Epilogue, Relu, finish
+from shiftnet.kernels.operation import Epilogue, Relu, finish, relu_of
 from shiftnet.kernels.whole_batch import Implementation, choose, either
 
 __all__ = ["Implementation", "batch_norm"]
@@ -58,9 +58,8 @@ def batch_norm(
                 f"batch_norm needs {name} in {wide_dtype(x.dtype)} for x in {x.dtype}, "
                 f"got {array.dtype}"
             )
-    if residual is None and out_relu == "last":
-        out_relu = True
-    call = _Call(out_relu, float(epsilon), implementation is not None)
+    relu = relu_of("batch_norm", out_relu, residual)
+    call = _Call(relu, float(epsilon), implementation is not None)
     if choose("batch_norm", x, implementation) == "xla":
         return call.plain(x, scale, bias, residual)
     return _fused(call, x, scale, bias, residual)

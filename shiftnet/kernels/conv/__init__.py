@@ -105,4 +105,5 @@ OPERATION = Operation(
     xla.forward,
     {"cpu": Kernel(cpu.forward, cpu.backward, cpu.unsupported)},
     images=(True, False, False),
+    relu_last=True,
 )

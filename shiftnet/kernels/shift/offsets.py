@@ -7,6 +7,9 @@ import numpy as np
 ChannelOrder = Literal["interleaved", "grouped"]
 
 
+FAR = 1 << 30  # pixels; to which a position in an image can be added
+
+
 class Offsets(NamedTuple):
     """The offsets in pixels that each channel reads from, as integers."""
 
@@ -25,7 +28,7 @@ class Neighbourhood(NamedTuple):
 def arrays(channels: int, moves: Offsets | Neighbourhood) -> tuple[np.ndarray, np.ndarray]:
     """Returns the offsets of `channels` channels, int32 `[channels]` each."""
     if isinstance(moves, Offsets):
-        return np.array(moves.dh, np.int32), np.array(moves.dw, np.int32)
+        return _in_int32(np.array(moves.dh, np.int64)), _in_int32(np.array(moves.dw, np.int64))
     return channel_offsets(channels, *moves)
 
 
@@ -45,7 +48,7 @@ def channel_offsets(
     first channels of "interleaved": the same network with its channels permuted, which kernels load
     faster.
     """
-    c = np.arange(channels, dtype=np.int32)
+    c = np.arange(channels, dtype=np.int64)
     k = kernel_size
     each = channels // (k * k)
     moves = c < each * k * k
@@ -53,4 +56,9 @@ def channel_offsets(
         c = c // max(each, 1)
     dh = np.where(moves, dilation * (c // k % k - k // 2), 0)
     dw = np.where(moves, dilation * (c % k - k // 2), 0)
-    return dh.astype(np.int32), dw.astype(np.int32)
+    return _in_int32(dh), _in_int32(dw)
+
+
+def _in_int32(offsets: np.ndarray) -> np.ndarray:
+    """Returns offsets as int32; those beyond any image stay beyond it."""
+    return offsets.clip(-FAR, FAR).astype(np.int32)
