@@ -274,6 +274,7 @@ class ModelConfig(Settings, group="model"):
         "net",
         "block: divides the middle channels of each block by the reduction; net: divides all "
         "channels by its square root",
+        scope=OURS,
     )
     depthwise_skip: bool = setting(
         True, "shortcuts around the blocks of a depthwiseresnet; false: none", scope=OURS
@@ -1316,9 +1317,9 @@ def _run(path: str, arguments: Sequence[str]) -> Config:
     """
     module = types.ModuleType("shiftnet_recipe")
     module.__file__ = path
-    before = list(sys.path)
+    before, known, folder = list(sys.path), set(sys.modules), os.path.dirname(os.path.abspath(path))
     sys.modules["shiftnet_recipe"] = module  # where dataclasses look up a module's names
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    sys.path.insert(0, folder)
     try:
         with open(path, "rb") as file:
             # Not by `importlib`: it would keep the compiled file, which it takes for the file's own
@@ -1343,6 +1344,9 @@ def _run(path: str, arguments: Sequence[str]) -> Config:
     finally:
         sys.path[:] = before  # whatever the file did to it
         sys.modules.pop("shiftnet_recipe", None)
+        for name in sys.modules.keys() - known:  # another recipe's neighbour may have that name
+            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") == folder:
+                del sys.modules[name]
 
 
 def _text(value: Any, form: Callable[[Any], str] = repr) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import functools
 import io
 import os
@@ -44,6 +45,10 @@ class RunFailed(RuntimeError):
     """
 
 
+class NotTrainable(RunFailed):
+    """A run that its settings made fail: a loss that is no number, or too little device memory."""
+
+
 def reported(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a command's `main`: prints errors meant for people, and returns an exit code.
 
@@ -71,9 +76,12 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as error:
-            if error.filename is None:
+            if error.filename is not None:
+                return say(f"{error.filename}: {error.strerror}", 2)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise
-            return say(f"{error.filename}: {error.strerror}", 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return say(f"cannot write the output: {error.strerror}", 2)
         except RunFailed as error:
             return say(str(error), 1)
         except (RuntimeError, AssertionError):

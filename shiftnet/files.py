@@ -15,6 +15,8 @@ from shiftnet.errors import UserError
 def path_of(text: str | os.PathLike[str], what: str) -> Path:
     """Returns the local path that a person typed, with a leading `~` or `~name` expanded.
 
+    One like `./~` becomes an absolute path, since Path takes the dot from it.
+
     Args:
       text: the path as typed.
       what: the option, field or argument it was given for, named in errors.
@@ -25,8 +27,9 @@ def path_of(text: str | os.PathLike[str], what: str) -> Path:
     typed = os.fspath(text)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", typed):
         raise UserError(f"{what} must be a local path, found the URL {typed!r}")
-    if not typed.startswith("~"):  # Path takes the dot from ./~
-        return Path(typed)
+    if not typed.startswith("~"):
+        path = Path(typed)
+        return Path.cwd() / path if str(path).startswith("~") else path
     try:
         return Path(typed).expanduser()
     except RuntimeError as error:

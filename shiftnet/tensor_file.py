@@ -70,6 +70,8 @@ def read(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                     f"convert it by python -m shiftnet.convert_torch {path}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except UserError:
+        raise
     except (AttributeError, OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from error

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -552,6 +553,10 @@ def test_a_recipe_imports_its_neighbours_wherever_it_is_called_from(tmp_path, mo
     assert config.load(str(tmp_path / "recipe.py")).epochs == 11
     assert config.load(str(Path("..") / "recipe.py")).epochs == 11
     assert sys.path == before
+    # One of the same name is that of the other recipe.
+    (tmp_path / "elsewhere" / "my_neighbour_recipe.py").write_text("EPOCHS = 12\n")
+    shutil.copy(tmp_path / "recipe.py", tmp_path / "elsewhere")
+    assert config.load("recipe.py").epochs == 12
 
 
 @pytest.mark.parametrize("kind", ["dict", "Items"])

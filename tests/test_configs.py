@@ -423,3 +423,14 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(written, name, tmp_path, mo
     assert config.load(typed) == expected
     with pytest.raises(UserError, match=r"did you mean '(configs/)?shiftresnet20_c10"):
         config.load(written.format("shiftresnet20_c10x"))
+
+
+@pytest.mark.parametrize("mode", ["net", "block"])
+def test_the_mode_of_a_reduction_is_taken_wherever_it_is_given(mode):
+    name = "configs/depthwiseresnet20_c100.py:reduction=0.38"
+    for recipe, given in (
+        (f"{name},reduction_mode={mode}", {}),
+        (name, {"model.reduction_mode": mode}),
+    ):
+        assert config.load(recipe, given).model.reduction_mode == mode
+    assert config.load(name).model.reduction_mode == "block"

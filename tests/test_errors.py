@@ -86,3 +86,18 @@ def test_ctrl_c_is_one_line_whatever_it_meets(when):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_is_a_sentence():
+    with open("/dev/full", "w") as full:
+        command = COMMAND.replace("jax.devices()", "'x' * 100000")
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write the output: No space left on device\n"

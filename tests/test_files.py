@@ -15,9 +15,16 @@ def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
     assert path_of("~", "--workdir") == tmp_path
 
 
-@pytest.mark.parametrize("typed", ["runs/a", "/x/y", "a~b", "./~", "c:/d", "a\\b[1]*?", "猫 {}#%:"])
+@pytest.mark.parametrize("typed", ["runs/a", "/x/y", "a~b", "c:/d", "a\\b[1]*?", "猫 {}#%:"])
 def test_other_paths_stay_as_typed(typed):
     assert path_of(typed, "--workdir") == Path(typed)
+
+
+def test_a_tilde_behind_a_dot_is_a_name_however_often_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = path_of("./~/x", "--ckpt")
+    assert path == tmp_path / "~" / "x"
+    assert path_of(path, "--ckpt") == path_of(str(path), "--ckpt") == path
 
 
 @pytest.mark.parametrize(

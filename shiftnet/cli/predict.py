@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,14 +110,17 @@ def _files(typed: Sequence[str]) -> Iterator[str]:
         if text == "-":
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="surrogateescape")  # names of files are any bytes
-            yield from _files([line for line in sys.stdin.read().splitlines() if line.strip()])
+            lines = [line for line in re.split(r"\r?\n", sys.stdin.read()) if line.strip()]
+            if not lines:
+                raise UserError("- was given for the files, and standard input names none")
+            yield from _files(["./-" if line == "-" else line for line in lines])
             continue
         path = path_of(text, "PATH")
         if path.is_dir():
-            found = images_in(path)
+            found = list(map(str, images_in(path)))
             if not found:
                 raise UserError(f"{path} has no images")
-            yield from map(str, found)
+            yield from (f"./{name}" if name.startswith("~") else name for name in found)
         elif path.exists():
             yield str(path)
         else:

@@ -65,6 +65,7 @@ def get_config(argument: str = "") -> Config:
     recipe = apply_argument(config, argument, fields | {"data": "data.name"}, CIFAR_RECIPES)
     if recipe in ("short", "distilled") and config.model.expansion > 1:
         config.optimizer.muon_weight_decay = SHORT_DECAY
-    if FAMILIES[parse_arch(config.model.arch)[0]].reduction_mode == "block":
+    family = FAMILIES[parse_arch(config.model.arch)[0]]
+    if family.reduction_mode == "block" and "reduction_mode=" not in argument:
         config.model.reduction_mode = "block"  # the only mode that the original has for it
     return config

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from shiftnet import models
 from shiftnet.config import Config
 from shiftnet.data import RGB, augment, cifar, images
 from shiftnet.data.images import CorruptImage
+from shiftnet.files import path_of
 from shiftnet.interchange.convert import UNKNOWN
 
 # One image: the path of a file, an image of Pillow's, or uint8 [H, W, 3] or (grey) [H, W].
@@ -70,8 +70,8 @@ class Preprocessing(NamedTuple):
         """
         if isinstance(image, str | os.PathLike):
             try:
-                content = Path(image).expanduser().read_bytes()
-            except (OSError, RuntimeError, ValueError) as error:
+                content = path_of(image, "the image").read_bytes()
+            except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise CorruptImage(os.fspath(image), f"cannot be read ({reason})") from error
             return images.for_evaluation(

@@ -21,7 +21,7 @@ import shiftnet.models
 from shiftnet.checkpoint import AVERAGED, BEST, LATEST, CheckpointManager, to_arrays
 from shiftnet.config import Config
 from shiftnet.data import Dataset, Split
-from shiftnet.errors import RunFailed, UserError
+from shiftnet.errors import NotTrainable, RunFailed, UserError
 from shiftnet.files import path_of
 from shiftnet.kernels import operation
 from shiftnet.training import environment, low_bit, pictures
@@ -376,7 +376,7 @@ def train(
                 run, bad_step, loss = accumulator.bad
                 whose = f" of seed {configs[run].seed}" if runs > 1 else ""
                 rate = lrs[(bad_step - 1) // steps_per_epoch]
-                raise RunFailed(
+                raise NotTrainable(
                     f"the loss{whose} became {loss} at step {bad_step} (learning rate {rate:g}); "
                     f"{last_good(checkpoints, bad_step)}"
                 )
@@ -509,7 +509,7 @@ def train(
                         record.final = [line["test_accuracy"] for line in lines]
                         for line in lines:
                             if not math.isfinite(line["test_loss"]):
-                                raise RunFailed(
+                                raise NotTrainable(
                                     f"after the last step the loss on the test images is "
                                     f"{line['test_loss']}; {last_good(checkpoints, step + 1)}"
                                 )
@@ -693,4 +693,4 @@ def explained(config: Config, seeds: Sequence[int] | None) -> Iterator[None]:
                 f"({str(error).splitlines()[0][:200]}); "
                 "start the job again to continue from its last checkpoint"
             ) from error
-        raise RunFailed(f"the device ran out of memory {load}; try {smaller}") from error
+        raise NotTrainable(f"the device ran out of memory {load}; try {smaller}") from error

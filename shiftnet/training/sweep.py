@@ -12,7 +12,7 @@ from typing import Any
 
 from shiftnet import config as config_lib
 from shiftnet.config import FIELDS, Config
-from shiftnet.errors import RunFailed, UserError, say, unknown
+from shiftnet.errors import NotTrainable, UserError, say, unknown
 from shiftnet.files import path_of, write_atomically
 from shiftnet.training import metrics
 from shiftnet.training.deadline import Deadline
@@ -60,9 +60,8 @@ class Values:
         if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(:log)?", values):
             return cls._range(field, match[1], match[2], match[3] is not None)
         texts = tuple(part.strip() for part in re.split(r",(?![^(]*\))", values))
-        for value in texts:
-            FIELDS[field].check(FIELDS[field].parse(value))
-        if len(set(texts)) < len(texts):
+        known = {repr(FIELDS[field].check(FIELDS[field].parse(value))) for value in texts}
+        if len(known) < len(texts):
             raise UserError(f"--over {field} has a value twice: {values}")
         return cls(field, texts)
 
@@ -131,14 +130,20 @@ def run(options: Options, deadline: Deadline) -> int:
     check(options)
     options.workdir.mkdir(parents=True, exist_ok=True)
     with lock(options.workdir / LOCK, options.workdir):
-        _check_same(options)
+        is_new = _check_same(options)
         study = _study(optuna, options)
         code, trials = 0, min(options.trials, options.combinations or options.trials)
         while not code and _count(optuna, study) < trials:
             if deadline.left_for_another <= 0:
                 print("no time is left")
                 break
-            code, finished = _trial(optuna, study, options, deadline)
+            try:
+                code, finished = _trial(optuna, study, options, deadline)
+            except UserError:
+                if is_new:  # nothing was trained, and the directory would refuse other values
+                    for name in (SPACE, STUDY):
+                        (options.workdir / name).unlink(missing_ok=True)
+                raise
             _write(options.workdir, study)
             if not finished:
                 break
@@ -207,8 +212,11 @@ def _optuna() -> Any:
     return optuna
 
 
-def _check_same(options: Options) -> None:
+def _check_same(options: Options) -> bool:
     """Keeps the search's recipe and space in its directory.
+
+    Returns:
+      Whether it had none.
 
     Raises:
       UserError: where it has others.
@@ -228,8 +236,9 @@ def _check_same(options: Options) -> None:
                 f"{options.workdir} has another sweep, see {path.name} there: take another "
                 "--workdir, or the same recipe, values and seeds"
             )
-        return
+        return False
     write_atomically(path, text)
+    return True
 
 
 def _study(optuna: Any, options: Options) -> Any:
@@ -307,7 +316,7 @@ def _trial(optuna: Any, study: Any, options: Options, deadline: Deadline) -> tup
             stop=stop,
             find=options.find,
         )
-    except (RunFailed, UserError) as error:
+    except (NotTrainable, UserError) as error:
         # A value can be impossible only for these images. That nothing can be trained at all
         # shows in the first trial.
         if isinstance(error, UserError) and not _count(optuna, study):

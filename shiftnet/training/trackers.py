@@ -3,7 +3,8 @@
 import hashlib
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ class Hosted:
     A run is known there by its working directory, and continued when it is continued here.
 
     Raises:
-      UserError: where the package is missing.
+      UserError: where the package is missing or cannot be used.
     """
 
     def __init__(self, config: Config, workdir: Path, environment: Mapping[str, Any]):
@@ -87,20 +88,36 @@ class Hosted:
             ) from error
         digest = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:8]
         own = {"id": digest, "dir": str(workdir)} if name == "wandb" else {}
-        self._module.init(
-            project=config.log.project,
-            name=f"{workdir.name}-{digest}",
-            config={**config.to_dict(), "environment": dict(environment)},
-            resume="allow",
-            **own,
-        )
+        self._name, self._works = name, True
+        try:
+            self._module.init(
+                project=config.log.project,
+                name=f"{workdir.name}-{digest}",
+                config={**config.to_dict(), "environment": dict(environment)},
+                resume="allow",
+                **own,
+            )
+        except Exception as error:  # each has its own, and those of its HTTP library
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"log.tracker={name} cannot be used: {reason}") from error
 
     def log(self, numbers: Mapping[str, Any], step: int) -> None:
         scalars = {n: value for n, value in flat(numbers) if not isinstance(value, Mapping)}
-        self._module.log(scalars, step=step)
+        self._told(lambda: self._module.log(scalars, step=step))
 
     def close(self) -> None:
-        self._module.finish()
+        self._told(self._module.finish)
+
+    def _told(self, call: Callable[[], Any]) -> None:
+        """Calls the tracker; after an error it is left alone, and the run goes on."""
+        if not self._works:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._works = False
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"{self._name} is told nothing from here on: {reason}", file=sys.stderr)
 
 
 def flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

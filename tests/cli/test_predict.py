@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -40,6 +41,11 @@ def run(place, capsys, *arguments, code=0):
 def option(*words):
     """Words of the command line that are not paths within the place."""
     return [(word,) for word in words]
+
+
+def predictions(printed):
+    """What is behind the names."""
+    return [line.partition(": ")[2] for line in printed.split("\n")[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,25 @@ def test_a_list_of_files_comes_on_standard_input(place, capsys, monkeypatch, exp
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(files) + "\n\n"))
     out = run(place, capsys, *option("-")).out
     assert [line.partition(": ")[0] for line in out.splitlines()] == files
+
+
+def test_files_with_odd_names_are_those_that_were_named(place, capsys, monkeypatch, tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    names = ("~/a.png", "b\u2028c.png", "-")
+    for folder in (home, here / "~"):
+        folder.mkdir(parents=True)
+    shutil.copy(place / "photos/a.png", home)
+    for name in names:
+        shutil.copy(place / "photos/b.jpg", here / name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (expected,) = predictions(run(place, capsys, "photos/b.jpg").out)
+    for words in (["./~/a.png"], ["."], ["./b\u2028c.png"]):
+        assert set(predictions(run(place, capsys, *option(*words)).out)) == {expected}
+    monkeypatch.setattr("sys.stdin", io.StringIO("./~/a.png\nb\u2028c.png\n-\n"))
+    assert predictions(run(place, capsys, *option("-")).out) == [expected] * 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert "standard input names none" in run(place, capsys, *option("-"), code=2).err
 
 
 def test_a_name_of_other_bytes_on_standard_input_is_a_sentence(place, capsys, monkeypatch):

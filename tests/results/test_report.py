@@ -514,7 +514,25 @@ def test_a_run_of_ones_own_network_is_shown_without_running_its_code(tmp_path):
     recipe = json.loads(path.read_text())
     recipe["model"]["arch"] = str(tmp_path / "nowhere.py:Net")
     path.write_text(json.dumps(recipe))
-    assert "60.00" in markdown.render(sources.find([run]))
+    for brief in (False, True):
+        shown = markdown.render(sources.find([run]), brief=brief)
+        assert "60.00" in shown
+        assert "of 0 rows" not in shown
+
+
+def test_a_run_that_patience_ended_is_not_on_its_way(tmp_path):
+    run = make_workdir(tmp_path / "run", [0.5, 0.6, 0.6])
+    path = run / "config.json"
+    recipe = json.loads(path.read_text()) | {"patience": 1, "epochs": 9}
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({**line, "validation_accuracy": line["test_accuracy"]}) + "\n"
+            for line in lines([0.5, 0.6, 0.6])
+        )
+    )
+    for patience, words in ((1, "3 of 9 epochs, ended early"), (2, "epoch 3 of 9")):
+        path.write_text(json.dumps({**recipe, "patience": patience}))
+        assert words in markdown.render(sources.find([run]))
 
 
 def test_a_loss_that_is_not_a_number_is_left_out(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from shiftnet import zoo
 from shiftnet.cli import sweep as command
-from shiftnet.errors import RunFailed, UserError
+from shiftnet.errors import NotTrainable, RunFailed, UserError
 from shiftnet.models import own
 from shiftnet.training import metrics, sweep
 from shiftnet.training.engine import Outcome
@@ -34,6 +34,7 @@ class Training:
       inits: the network that each call starts from.
       teachers: the file of the one that it learns from.
       interrupted: the number of the call that is interrupted after two epochs.
+      full: whether there is no room for a rate of 0.9.
     """
 
     def __init__(self):
@@ -41,6 +42,7 @@ class Training:
         self.inits = []
         self.teachers = []
         self.interrupted = None
+        self.full = True
 
     def __call__(self, config, workdir, *, init, seeds, deadline, stop, find):
         places = [workdir] if seeds is None else [workdir / f"seed{seed}" for seed in seeds]
@@ -51,7 +53,9 @@ class Training:
         if teacher := config.distill.teacher:
             self.teachers.append(find(teacher, "distill.teacher"))
         if rate > 0.9:
-            raise RunFailed("the loss became nan")
+            raise NotTrainable("the loss became nan")
+        if rate == 0.9 and self.full:
+            raise RunFailed("cannot write x: No space left on device")
         if config.batch_size > 1000:
             raise UserError("batch_size must be at most the 1000 training images")
         for place in places:
@@ -185,6 +189,15 @@ def test_a_run_that_fails_costs_one_trial(place, training, capsys):
     assert "the loss became nan" in capsys.readouterr().err
 
 
+def test_a_full_disk_ends_the_sweep_and_costs_no_trial(place, training, capsys, monkeypatch):
+    over = ("--over", "optimizer.lr=0.9,0.2")
+    assert run(place, *over) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(training, "full", False)
+    assert run(place, *over) == 0
+    assert [one["state"] for one in trials(place)] == ["complete", "complete"]
+
+
 def test_a_value_that_is_impossible_costs_one_trial_unless_none_is_possible(
     place, training, capsys
 ):
@@ -193,6 +206,8 @@ def test_a_value_that_is_impossible_costs_one_trial_unless_none_is_possible(
     assert "trial0001: batch_size must be at most" in capsys.readouterr().err
     assert run(place, "--over", "batch_size=2000,100", "--workdir", str(place / "new")) == 2
     assert "error: batch_size must be at most" in capsys.readouterr().err
+    # Nothing was trained there, so other values are no other sweep.
+    assert run(place, "--over", "batch_size=200,100", "--workdir", str(place / "new")) == 0
 
 
 @pytest.mark.parametrize("over", ["data.name=cifar10,cifar100", "data.dir=a,b", "seed=1,2"])
@@ -249,6 +264,7 @@ def test_lists_and_ranges_are_read(text, expected):
         ("optimizer.momentum=0..0.5:log", "a range must rise, from above 0"),
         ("optimizer.name=adamw..sgd", "a range is one of numbers"),
         ("data.pad=1,1", "has a value twice"),
+        ("optimizer.lr=0.1,0.10", "has a value twice"),
     ],
 )
 def test_values_that_cannot_be_are_refused(text, sentence):

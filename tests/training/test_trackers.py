@@ -56,6 +56,26 @@ def test_a_service_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch):
         make_trackers(recipe(log__tracker="trackio"), tmp_path, step=0, environment={})
 
 
+def test_a_service_that_refuses_is_a_sentence_and_one_that_fails_stops_no_run(
+    tmp_path, monkeypatch, capsys
+):
+    def fails(*_, **__):
+        raise ConnectionError("no\nroute")
+
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    config = recipe(log__tracker="wandb")
+    (tracker,) = make_trackers(config, tmp_path, step=0, environment={})
+    monkeypatch.setattr(service, "log", fails)
+    for step in (1, 2):
+        tracker.log({"step": step}, step)
+    tracker.close()
+    assert capsys.readouterr().err == "wandb is told nothing from here on: no route\n"
+    monkeypatch.setattr(service, "init", fails)
+    with pytest.raises(UserError, match=r"log\.tracker=wandb cannot be used: no route"):
+        make_trackers(config, tmp_path, step=0, environment={})
+
+
 def test_nothing_is_sent_anywhere_by_default(tmp_path):
     assert make_trackers(recipe(), tmp_path, step=0, environment={}) == []
 

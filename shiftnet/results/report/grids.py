@@ -343,6 +343,8 @@ def schedule(training: Training) -> str:
     """Returns how far the runs are, and whether that is the recipe's whole schedule."""
     if training.epochs < training.full_epochs:
         return f"{training.epochs} of {training.full_epochs} epochs"
+    if training.ended_early and training.epochs_done < training.epochs:
+        return f"{training.epochs_done} of {training.epochs} epochs, ended early"
     if (least := training.epochs_of_all) < (most := training.epochs_done):
         return f"epochs {least} to {most} of {training.epochs}, by seed"
     if training.epochs_done < training.epochs:

@@ -17,7 +17,8 @@ def render(found: Found, *, brief: bool = False) -> str:
 
     Args:
       found: what to report on.
-      brief: include only the rows that were trained, and the number of those that were not.
+      brief: of results include only the rows that were trained on their full schedule, and the
+        number of those that were not.
     """
     parts: list[str] = []
     for filled in found.tables:
@@ -36,9 +37,10 @@ def render(found: Found, *, brief: bool = False) -> str:
         own = [filled for filled in found.tables if filled.whole]
         missing = sum(grids.missing(filled) for filled in own)
         rows = sum(len(filled.table.rows) for filled in own)
-        parts.append(f"{missing} of {rows} rows have not been trained on their full schedule yet.")
-        return "\n\n".join(parts)
-    short = [filled for filled in found.tables if filled.shortened]
+        if rows:
+            words = "rows have not been trained on their full schedule yet."
+            parts.append(f"{missing} of {rows} {words}")
+    short = [filled for filled in found.tables if filled.shortened and not brief]
     if short:
         parts += ["## Shortened schedules", grids.SHORT]
     for filled in short:

@@ -113,6 +113,7 @@ class Training:
       about: its recipe, machine and time.
       pictures: None if none were written.
       row: the row of the results' table that it is named after, or would be.
+      patience: epochs without a higher validation accuracy that end a run; 0: none do.
     """
 
     name: str
@@ -126,6 +127,12 @@ class Training:
     about: About = About()
     pictures: Pictures | None = None
     row: str = ""
+    patience: int = 0
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether `patience` ended every run."""
+        return self.patience > 0 and all(waited(run.lines) >= self.patience for run in self.runs)
 
     @property
     def epochs_done(self) -> int:
@@ -140,6 +147,15 @@ class Training:
     @property
     def _epochs(self) -> list[int]:
         return [max((line["epoch"] for line in run.lines), default=0) for run in self.runs]
+
+
+def waited(lines: Sequence[Line]) -> int:
+    """Returns the epochs since the first one of the highest validation accuracy."""
+    known = [line for line in lines if "validation_accuracy" in line]
+    if not known:
+        return 0
+    best = max(known, key=lambda line: line["validation_accuracy"])
+    return max(line["epoch"] for line in lines) - best["epoch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,6 +415,7 @@ def _training(name: str, members: Sequence[tuple[Path, Config]]) -> Training:
             (p for workdir, config in members if (p := _pictures(workdir, config))), None
         ),
         row=re.sub(r"_seeds[\d-]+$", "", _place(members[0][0]).name),
+        patience=config.patience,
     )
 
 
