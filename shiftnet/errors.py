@@ -52,8 +52,9 @@ class NotTrainable(RunFailed):
 def reported(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a command's `main`: prints errors meant for people, and returns an exit code.
 
-    The code is 2 for `UserError`, a path that the system refuses and a platform that JAX does not
-    find, 1 for `RunFailed`, 130 for Ctrl-C, and 141 if the reader of the output is gone.
+    The code is 2 for `UserError`, a path that the system refuses, a full disk and a platform that
+    JAX does not find, 1 for `RunFailed`, 130 for Ctrl-C, and 141 if the reader of the output is
+    gone.
     """
 
     @functools.wraps(main)
@@ -80,8 +81,9 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
                 return say(f"{error.filename}: {error.strerror}", 2)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise
+            # A full disk, perhaps behind the output: what is left of that would fail at exit again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return say(f"cannot write the output: {error.strerror}", 2)
+            return say(f"cannot write: {error.strerror}", 2)
         except RunFailed as error:
             return say(str(error), 1)
         except (RuntimeError, AssertionError):

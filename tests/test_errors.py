@@ -100,4 +100,4 @@ def test_a_full_disk_behind_the_output_is_a_sentence():
             cwd=Path(__file__).parents[1],
         )
     assert done.returncode == 2
-    assert done.stderr == "error: cannot write the output: No space left on device\n"
+    assert done.stderr == "error: cannot write: No space left on device\n"
