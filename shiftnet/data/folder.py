@@ -141,9 +141,10 @@ class ListedSource:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(opened) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{listing} cannot be read as CSV ({error})") from error
-        first, classes = rows[:1], {row[1] for row in rows[1:] if len(row) > 1}
-        if first and first[0][1:2] and first[0][1] not in classes and "." not in first[0][0]:
-            del rows[: self._file(first[0][0]) is None]
+        first, classes = rows[0] if rows else [], {row[1] for row in rows[1:] if len(row) > 1}
+        is_new = len(first) > 1 and first[1] not in classes
+        if is_new and "." not in first[0] and self._file(first[0]) is None:
+            del rows[0]
         if not rows:
             raise UserError(f"{listing} lists no images; expected lines such as cat1.jpg,cat")
         self._files = []
@@ -220,13 +221,14 @@ def open_training(directory: str, *, exif: bool) -> tuple[Images, Images | None]
             f"{root} has a folder {test.name} and no folder {TRAIN}; expected {TRAIN}/<class>/* "
             f"and {TEST[0]}/<class>/*"
         )
+    read = (folders.get(TRAIN), test)
+    others = [one.name for one in folders.values() if one not in read and not _ignored(one.name)]
     if TRAIN not in folders or (
-        test is None and len(folders) > 1 and not _folders(folders[TRAIN])  # a class, as in CIFAR
+        test is None and others and not _folders(folders[TRAIN])  # a class, as in CIFAR
     ):
         return FolderSource(root, exif=exif), None
     source = FolderSource(folders[TRAIN], exif=exif)
-    read = (folders[TRAIN], test)
-    if others := [one.name for one in folders.values() if one not in read and not _ignored(one)]:
+    if others:
         also = f"folders beside it: {listed(others)}"
         source.left_out = ", ".join(filter(None, (source.left_out, also)))
     if test is None:
@@ -407,7 +409,7 @@ def _entries(folder: Path, left_out: _LeftOut) -> tuple[list[str], list[str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             ending = os.path.splitext(entry.name)[1].lower()
-            if _ignored(Path(entry.name)):
+            if _ignored(entry.name):
                 left_out.reasons["hidden files or folders"] += 1
             elif _is(entry.is_dir):
                 folders.append(entry.name)
@@ -420,8 +422,8 @@ def _entries(folder: Path, left_out: _LeftOut) -> tuple[list[str], list[str]]:
     return sorted(files), sorted(folders)
 
 
-def _ignored(path: Path) -> bool:
-    return path.name.startswith(".") or path.name in SYSTEM_FOLDERS
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _is(kind: Callable[[], bool]) -> bool:

@@ -259,6 +259,10 @@ def test_a_class_may_be_named_train(root):
     (root / "train").rename(root / "bus")
     shutil.copytree(root / "bus" / wnid(0), root / "train")
     assert loaded(root).class_names == ("bus", "train")
+    # A hidden folder is no class beside it.
+    (root / "bus").rename(root / ".bus")
+    with pytest.raises(UserError, match=r"train has no class folders with images; move its"):
+        loaded(root)
 
 
 def test_an_empty_split_is_refused(root):
