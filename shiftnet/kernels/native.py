@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 try:
     import fcntl
@@ -45,6 +47,8 @@ HANDLERS = (
     "shiftnet_batch_norm_gradients",
     "shiftnet_covariance",
 )
+# What `call` takes; the C++ has float32 only.
+DTYPES = ("float32", "bfloat16", "float16")
 RELU = {False: 0, True: 1, "last": 2}  # `out_relu` of an operation as `Relu` of native.h
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
@@ -76,6 +80,29 @@ def load() -> Outcome:
         log.warning("the CPU runs plain XLA, which is several times slower: %s", reason)
         return Outcome(None, reason)
     return Outcome(library, None)
+
+
+def unsupported(dtype: np.dtype) -> str | None:
+    """Returns why there is no `call` for a dtype, in one clause, or None."""
+    if dtype not in DTYPES:
+        return f"the kernel needs {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not {dtype}"
+    return load().reason
+
+
+def call(name: str, results: Any, *arrays: jax.Array, **settings: Any) -> Any:
+    """Calls a function of the library, which computes in float32.
+
+    Args:
+      name: of `HANDLERS`.
+      results: `jax.ShapeDtypeStruct` of the result, or a tuple of them; of a dtype in `DTYPES`.
+      arrays: of such dtypes.
+      settings: the function's attributes.
+    """
+    wide = jax.tree.map(lambda result: result.update(dtype=jnp.float32), results)
+    # The C++ loops over the leading axes that `jax.vmap` adds.
+    function = jax.ffi.ffi_call(name, wide, vmap_method="broadcast_all")
+    found = function(*(array.astype(jnp.float32) for array in arrays), **settings)
+    return jax.tree.map(lambda array, result: array.astype(result.dtype), found, results)
 
 
 def _compiler() -> list[str]:

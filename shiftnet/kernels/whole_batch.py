@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from shiftnet.kernels import implementations, native
 from shiftnet.kernels.operation import differentiable, record
@@ -46,15 +45,13 @@ def choose(name: str, x: jax.Array, implementation: str | None) -> Implementatio
 
 def _unsupported(x: jax.Array) -> str | None:
     """Returns why the kernels do not support a batch, in one clause, or None."""
-    if x.dtype != jnp.float32:
-        return f"the kernel needs float32, not {x.dtype}"
     if not all(isinstance(size, int) for size in x.shape):
         return "a size is left open"
     if x.size == 0:
         return "there are no pixels"
     if implementations.division(x) is not None:
         return "the batch is divided over devices"
-    return native.load().reason
+    return native.unsupported(x.dtype)
 
 
 def either(

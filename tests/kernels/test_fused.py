@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from shiftnet.kernels.shift import Offsets, shift
-from shiftnet.kernels.shift_block import few_images, shift_block
+from shiftnet.kernels.shift_block import cpu, few_images, shift_block
 from shiftnet.kernels.shift_pointwise import shift_pointwise
 
 
@@ -271,7 +271,13 @@ def test_half_precision_sums_in_float32():
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.fixture(params=["xla", "cpu", "cpu without a compiler"])
+def implementation(request, monkeypatch):
+    if request.param == "cpu without a compiler":
+        monkeypatch.setattr(cpu, "_is_compiled", lambda x: False)
+    return request.param.split()[0]
+
+
 def test_half_precision_sums_over_rows_of_channels_in_float32(implementation):
     """256 + 1 - 256, each from channels of a row of their own; bfloat16 has no 257."""
     x, w1, b1 = jnp.ones((1, 5, 1, 1), jnp.bfloat16), jnp.ones((1, 9), jnp.bfloat16), jnp.zeros(9)
@@ -287,7 +293,6 @@ def test_half_precision_sums_over_rows_of_channels_in_float32(implementation):
     assert dx[0, 2, 0, 0] == 1
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_half_precision_gradients_are_wide_sums(implementation, monkeypatch):
     """Over 16,384 pixels; 8 bits of precision would stop growing at 256."""
     monkeypatch.setattr(few_images, "BACKWARD_BYTES", 16 * 16 * 16 * 8 * 2)

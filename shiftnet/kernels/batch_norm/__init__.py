@@ -35,9 +35,9 @@ def batch_norm(
       epsilon: what is added to the variance.
       out_relu: whether to apply a ReLU; `"last"` applies it after `residual` is added.
       residual: added, in the shape and dtype of `x`.
-      implementation: `"cpu"` is C++ for float32, compiled at its first use; `"xla"` is plain XLA.
-        None selects `"cpu"` on a CPU if it supports the arguments, a compiler was found and the
-        batch is not divided over devices, else `"xla"`.
+      implementation: `"cpu"` is C++ compiled at its first use, not for float64; `"xla"` is plain
+        XLA. None selects `"cpu"` on a CPU if it supports the arguments, a compiler was found and
+        the batch is not divided over devices, else `"xla"`.
 
     Returns:
       The result in the shape and dtype of `x`; and mean and biased variance, `[C]` each, which

@@ -1,4 +1,6 @@
-"""Batch norm in training on a CPU in float32, computed by `batch_norm.cc`."""
+"""Batch norm in training on a CPU, computed by `batch_norm.cc`."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,9 @@ def forward(
     flat, channels = (x.size // x.shape[-1], x.shape[-1]), x.shape[-1:]
     residual = jnp.zeros(0, jnp.float32) if residual is None else residual.reshape(flat)
     arrays = (x.reshape(flat), scale, bias, residual)
-    shapes = (flat, channels, channels)
-    y, mean, var = _call("shiftnet_batch_norm", shapes, arrays, relu, epsilon)
+    results = _results((flat, x), (channels, scale), (channels, bias))
+    settings = _settings(relu, epsilon)
+    y, mean, var = native.call("shiftnet_batch_norm", results, *arrays, **settings)
     return y.reshape(x.shape), mean, var
 
 
@@ -45,21 +48,19 @@ def backward(
     flat, channels = (x.size // x.shape[-1], x.shape[-1]), x.shape[-1:]
     out = jnp.zeros(0, jnp.float32) if out is None else out.reshape(flat)
     arrays = (x.reshape(flat), out, dout.reshape(flat), mean, var, scale, bias)
-    shapes = (flat, channels, channels, flat if relu == "last" else (0,))
-    found = _call("shiftnet_batch_norm_gradients", shapes, arrays, relu, epsilon)
+    added = flat if relu == "last" else (0,)
+    results = _results((flat, x), (channels, scale), (channels, bias), (added, x))
+    settings = _settings(relu, epsilon)
+    found = native.call("shiftnet_batch_norm_gradients", results, *arrays, **settings)
     dx, dscale, dbias, dresidual = found
     dresidual = dresidual.reshape(x.shape) if relu == "last" else dout
     return dx.reshape(x.shape), dscale, dbias, dresidual
 
 
-def _call(
-    name: str,
-    shapes: tuple[tuple[int, ...], ...],
-    arrays: tuple[jax.Array, ...],
-    relu: Relu,
-    epsilon: float,
-) -> tuple[jax.Array, ...]:
-    # The C++ loops over the leading axes that `jax.vmap` adds.
-    results = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    call = jax.ffi.ffi_call(name, results, vmap_method="broadcast_all")
-    return tuple(call(*arrays, relu=np.int64(native.RELU[relu]), epsilon=np.float32(epsilon)))
+def _results(*results: tuple[tuple[int, ...], jax.Array]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of a shape and the dtype of an array each."""
+    return tuple(jax.ShapeDtypeStruct(shape, array.dtype) for shape, array in results)
+
+
+def _settings(relu: Relu, epsilon: float) -> dict[str, Any]:
+    return {"relu": np.int64(native.RELU[relu]), "epsilon": np.float32(epsilon)}

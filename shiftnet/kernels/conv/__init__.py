@@ -43,9 +43,9 @@ def conv(
       out_bias: `[K]`, added then.
       out_relu: whether to apply a ReLU then; `"last"` applies it after `residual` is added.
       residual: added then, in the shape and dtype of the result.
-      implementation: `"cpu"` is C++ for float32, compiled at its first use; `"xla"` is plain XLA.
-        None selects `"cpu"` on a CPU if it supports the arguments and a compiler was found, else
-        `"xla"`.
+      implementation: `"cpu"` is C++ compiled at its first use, not for float64; `"xla"` is plain
+        XLA. None selects `"cpu"` on a CPU if it supports the arguments and a compiler was found,
+        else `"xla"`.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`.

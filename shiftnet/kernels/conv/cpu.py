@@ -1,4 +1,4 @@
-"""Convolutions on a CPU in float32, computed by `conv.cc`."""
+"""Convolutions on a CPU, computed by `conv.cc`."""
 
 import ctypes
 
@@ -21,11 +21,9 @@ def unsupported(
 ) -> str | None:
     """Returns why these arguments are not supported, in one clause, or None."""
     del packed, backward, stride, groups
-    if x.dtype != jnp.float32:
-        return f"the kernel needs float32, not {x.dtype}"
     if w.shape[0] != w.shape[1] or w.shape[0] % 2 == 0:
         return "the kernel needs a square window of an odd side"
-    return native.load().reason
+    return native.unsupported(x.dtype)
 
 
 def pack(w: np.ndarray, stride: int) -> np.ndarray | None:
@@ -64,7 +62,8 @@ def forward(
     rest = (packed, out_scale, out_bias, residual)
     filled = (nothing if array is None else array for array in rest)
     sizes = {"stride": stride, "groups": groups}
-    return _call("shiftnet_conv", shape, x, w, *filled, **sizes, relu=native.RELU[out_relu])
+    result = jax.ShapeDtypeStruct(shape, x.dtype)
+    return _call("shiftnet_conv", result, x, w, *filled, **sizes, relu=native.RELU[out_relu])
 
 
 def backward(
@@ -78,19 +77,16 @@ def backward(
 ) -> tuple[jax.Array | None, ...]:
     """Returns the gradients of `x` and `w`. XLA removes the one that is not used."""
     sizes = {"stride": stride, "groups": groups}
+    dx, dw = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, w))
     return (
-        _call("shiftnet_conv_input_gradient", x.shape, dout, w, **sizes),
-        _call("shiftnet_conv_weight_gradient", w.shape, x, dout, **sizes),
+        _call("shiftnet_conv_input_gradient", dx, dout, w, **sizes),
+        _call("shiftnet_conv_weight_gradient", dw, x, dout, **sizes),
         None if packed is None else jnp.zeros_like(packed),
     )
 
 
 def _call(
-    name: str, shape: tuple[int, ...], *arrays: jax.Array, **settings: np.int64 | int
+    name: str, result: jax.ShapeDtypeStruct, *arrays: jax.Array, **settings: int
 ) -> jax.Array:
-    # The C++ loops over the leading axes that `jax.vmap` adds.
-    call = jax.ffi.ffi_call(
-        name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="broadcast_all"
-    )
     numbers = {name: np.int64(value) for name, value in settings.items()}
-    return call(*(array.astype(jnp.float32) for array in arrays), **numbers)
+    return native.call(name, result, *arrays, **numbers)

@@ -25,9 +25,9 @@ def covariance(
       centre: `[C]`; None takes the mean.
       kept: which axes of `[N, H, W, C]` have sums of their own: "h", "w" or "hw"; none of them if
         it is empty.
-      implementation: `"cpu"` is C++ for float32, compiled at its first use; `"xla"` is plain XLA.
-        None selects `"cpu"` on a CPU if it supports the arguments, a compiler was found and the
-        batch is not divided over devices, else `"xla"`.
+      implementation: `"cpu"` is C++ compiled at its first use, not for float64; `"xla"` is plain
+        XLA. None selects `"cpu"` on a CPU if it supports the arguments, a compiler was found and
+        the batch is not divided over devices, else `"xla"`.
 
     Returns:
       `[C]` and `[C, C]`, after the kept axes, in float32 or the dtype of `x` if that is wider.

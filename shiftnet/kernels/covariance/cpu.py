@@ -1,7 +1,9 @@
-"""Sums of pixels and of their outer products on a CPU in float32, computed by `covariance.cc`."""
+"""Sums of pixels and of their outer products on a CPU, computed by `covariance.cc`."""
 
 import jax
 import jax.numpy as jnp
+
+from shiftnet.kernels import native
 
 
 def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -9,7 +11,4 @@ def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     channels = x.shape[-1]
     shapes = (channels,), (channels, channels)
     results = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    # The C++ loops over the leading axes that `jax.vmap` adds.
-    call = jax.ffi.ffi_call("shiftnet_covariance", results, vmap_method="broadcast_all")
-    total, products = call(x.reshape(-1, channels))
-    return total, products
+    return native.call("shiftnet_covariance", results, x.reshape(-1, channels))

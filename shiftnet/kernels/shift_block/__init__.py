@@ -53,9 +53,8 @@ def shift_block(
       out_relu: whether to apply a ReLU to the result.
       residual: array of the result's shape and dtype, added last.
       implementation: `"tpu"` and `"gpu"` (Hopper) are kernels, `"cpu"` is C++ compiled at its first
-        use (without a compiler, or for another dtype than float32, plain XLA on a few images at a
-        time), `"xla"` is plain XLA. None selects the device's if it supports the arguments, else
-        `"xla"`.
+        use (without a compiler, or for float64, plain XLA on a few images at a time), `"xla"` is
+        plain XLA. None selects the device's if it supports the arguments, else `"xla"`.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), K]` in the dtype of `x`; sums are accumulated in

@@ -1,6 +1,6 @@
-"""The shift block on a CPU in float32, computed by `shift_block.cc`.
+"""The shift block on a CPU, computed by `shift_block.cc`.
 
-Other dtypes, and machines without a compiler, use `few_images`, which is plain XLA.
+In float64, and on machines without a compiler, it is `few_images`, which is plain XLA.
 """
 
 from typing import Any
@@ -32,17 +32,18 @@ def forward(
     residual: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `shift_block` in NHWC."""
-    moves: dict[str, Any] = {"dh": dh, "dw": dw, "stride": stride}
     if not _is_compiled(x):
+        moves: dict[str, Any] = {"dh": dh, "dw": dw, "stride": stride}
         after: dict[str, Any] = {"out_bias": out_bias, "out_relu": out_relu, "residual": residual}
         return few_images.forward(x, w1, b1, w2, **moves, **after)
     size = (-(-length // stride) for length in x.shape[1:3])
     result = jax.ShapeDtypeStruct((len(x), *size, w2.shape[1]), x.dtype)
-    nothing = jnp.zeros(0, x.dtype)
+    nothing = jnp.zeros(0, jnp.float32)
     bias = nothing if out_bias is None else out_bias
     added = nothing if residual is None else residual
     operands = (x, w1, b1, w2, bias, added)
-    return _call("shiftnet_shift_block", result, *operands, **moves, relu=out_relu)
+    settings = _moves(dh, dw, stride) | {"relu": out_relu}
+    return native.call("shiftnet_shift_block", result, *operands, **settings)
 
 
 def backward(
@@ -57,29 +58,17 @@ def backward(
     stride: int,
 ) -> tuple[jax.Array, ...]:
     """Returns the gradients of `x`, `w1`, `b1` and `w2`; `dout` is that of the second product."""
-    moves: dict[str, Any] = {"dh": dh, "dw": dw, "stride": stride}
     if not _is_compiled(x):
-        return few_images.backward(x, w1, b1, w2, dout, **moves)
-    results = tuple(jax.ShapeDtypeStruct(array.shape, x.dtype) for array in (x, w1, b1, w2))
-    operands = (x, w1, b1, w2, dout)
-    dx, dw1, db1, dw2 = _call("shiftnet_shift_block_gradients", results, *operands, **moves)
-    return dx, dw1, db1.astype(b1.dtype), dw2
+        return few_images.backward(x, w1, b1, w2, dout, dh=dh, dw=dw, stride=stride)
+    operands = (x, w1, b1, w2)
+    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands)
+    settings = _moves(dh, dw, stride)
+    return native.call("shiftnet_shift_block_gradients", results, *operands, dout, **settings)
 
 
 def _is_compiled(x: jax.Array) -> bool:
-    return x.dtype == jnp.float32 and native.load().reason is None
+    return native.unsupported(x.dtype) is None
 
 
-def _call(
-    name: str,
-    results: Any,
-    *arrays: jax.Array,
-    dh: np.ndarray,
-    dw: np.ndarray,
-    stride: int,
-    **settings: Any,
-) -> Any:
-    # The C++ loops over the leading axes that `jax.vmap` adds.
-    call = jax.ffi.ffi_call(name, results, vmap_method="broadcast_all")
-    moves = {"dh": dh.astype(np.int64), "dw": dw.astype(np.int64), "stride": np.int64(stride)}
-    return call(*(array.astype(jnp.float32) for array in arrays), **moves, **settings)
+def _moves(dh: np.ndarray, dw: np.ndarray, stride: int) -> dict[str, Any]:
+    return {"dh": dh.astype(np.int64), "dw": dw.astype(np.int64), "stride": np.int64(stride)}
