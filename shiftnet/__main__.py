@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shiftnet import __version__
 from shiftnet.cli import COMMANDS
-from shiftnet.errors import interrupts_end, interrupts_end_at_once, reported, unknown
+from shiftnet.errors import UserError, interrupts_end, interrupts_end_at_once, reported, unknown
 
 USAGE = """\
 usage: shiftnet SUBCOMMAND ...
@@ -34,7 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         raise unknown("subcommand", name, COMMANDS)
     with interrupts_end_at_once():
-        command = importlib.import_module(f"shiftnet.cli.{name}")
+        try:
+            command = importlib.import_module(f"shiftnet.cli.{name}")
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.partition(".")[0] == "shiftnet":
+                raise
+            raise UserError(
+                f"{error.name} is not installed for {sys.executable}; docs/install.md says how, "
+                "and in a checkout `. .venv/bin/activate` takes the Python that `make quickstart` "
+                "set up"
+            ) from error
     with interrupts_end():
         return command.main(rest)
 

@@ -1098,7 +1098,8 @@ def apply_argument(
     Args:
       config: the configuration to change.
       argument: `name=value` pairs with commas between them; `""` changes nothing. A comma that no
-        `name=` follows is part of the value.
+        `name=` follows is part of the value. Of a name that is given twice, as where a row's own
+        argument is followed by another, the last value counts.
       fields: the names that the recipe knows, with the field each stands for, for example
         `{"expansion": "model.expansion"}`.
       recipes: for a family on the CIFARs `CIFAR_RECIPES`, which `recipe=NAME` takes one of.

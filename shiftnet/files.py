@@ -91,6 +91,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_place(path: Path, what: str) -> None:
+    """Refuses a path that `write_atomically` could not write, before the work that leads to it.
+
+    Args:
+      path: of the file.
+      what: the option that it was given for, named in errors.
+
+    Raises:
+      UserError: if it is a directory, or lies in none.
+    """
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a directory, expected a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{what} {path} must lie in a directory that exists")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replaces a file, so that its readers find the old content or the new, never a part.
 

@@ -15,7 +15,7 @@ from shiftnet.cli import add_network, allow_network, finite, prog
 from shiftnet.config import DataConfig
 from shiftnet.data import Source, Split, TestSet, classes, digits
 from shiftnet.errors import UserError, reported
-from shiftnet.files import path_of, write_atomically
+from shiftnet.files import check_place, path_of, write_atomically
 from shiftnet.inference import Classifier
 from shiftnet.interchange.convert import UNKNOWN
 from shiftnet.training.evaluation import Evaluation, Reading, make_evaluator
@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found is not None and found < least:
             raise UserError(f"--{option.replace('_', '-')} must be at least {least}, found {found}")
 
+    if arguments.predictions:
+        _check_predictions(arguments)
     set_up()
     paths = [path for pattern in patterns for path in zoo.find_all(pattern, "--ckpt")]
     if arguments.predictions and len(paths) > 1:
@@ -208,6 +210,17 @@ def evaluate(model: Classifier, arguments: Any) -> dict[str, Any]:
             writer.writerows(predictions)
             write_atomically(path_of(arguments.predictions, "--predictions"), text.getvalue())
     return row
+
+
+def _check_predictions(arguments: Any) -> None:
+    """Refuses, before anything is evaluated, to write predictions over what is read."""
+    out = path_of(arguments.predictions, "--predictions")
+    check_place(out, "--predictions")
+    is_special = out.exists() and not out.is_file()  # a pipe, or /dev/stdout
+    if out.suffix.lower() != ".csv" and not is_special:
+        raise UserError(f"--predictions {out} must end in .csv")
+    if arguments.labels and out.resolve() == path_of(arguments.labels, "--labels").resolve():
+        raise UserError(f"--predictions {out} is the list of --labels; take another name")
 
 
 def _same_place(name: str, directory: str, data: DataConfig) -> bool:

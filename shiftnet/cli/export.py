@@ -181,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _require(out.suffix, arguments.integers)  # before any work is done
 
     model = shiftnet.load(arguments.ckpt)
+    if out.resolve() == model.path.resolve():
+        raise UserError(f"{out} is the network that is to be exported; take another name")
     if computes_integers:
         return _integers(model, out, arguments)
     if out.suffix in PROGRAMS:

@@ -18,7 +18,7 @@ from shiftnet.cli import add_network, allow_network, finite
 from shiftnet.data.folder import images_in
 from shiftnet.data.images import CorruptImage
 from shiftnet.errors import UserError, printable, reported, say
-from shiftnet.files import path_of, write_atomically
+from shiftnet.files import check_place, path_of, write_atomically
 from shiftnet.inference import Classifier, contact_sheet
 from shiftnet.inference.contact_sheet import Thumbnail
 from shiftnet.training.processes import set_up
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ending, path in sheets.items():
         if path.suffix.lower() != f".{ending}":
             raise UserError(f"--{ending} {path} must end in .{ending}")
+        check_place(path, f"--{ending}")
     files = list(_files(arguments.paths))
     read = {Path(file).resolve() for file in files}
     for ending, path in sheets.items():
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_text(line), flush=True)
     if arguments.json:
         print(json.dumps([_object(line) for line in lines], indent=2))
-    if sheets:
+    if sheets and not all(line.error for line in lines):
         _write_sheets(sheets, model, arguments.ckpt, lines)
     return 1 if any(line.error for line in lines) else 0
 

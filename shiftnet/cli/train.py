@@ -11,7 +11,7 @@ from shiftnet import config as config_lib
 from shiftnet import zoo
 from shiftnet.cli import prog, starting_point, typed
 from shiftnet.config import Config
-from shiftnet.errors import reported
+from shiftnet.errors import UserError, reported
 from shiftnet.files import path_of
 from shiftnet.models import own
 from shiftnet.planning import plan
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own.allow(config.model.arch)
     init = starting_point.of(arguments)
     if arguments.plan is not None:
+        if arguments.profile:
+            raise UserError("--profile does not apply to --plan, which runs nothing")
         return _plan(config, arguments.plan)
     set_up()
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)

@@ -125,7 +125,8 @@ class ListedSource:
       labels: int32 [N], of each image.
 
     Raises:
-      UserError: if the list cannot be read, is empty, or names a file that does not exist.
+      UserError: if the list cannot be read, is empty, or names a file that does not exist, or one
+        twice.
     """
 
     def __init__(
@@ -147,13 +148,16 @@ class ListedSource:
             del rows[0]
         if not rows:
             raise UserError(f"{listing} lists no images; expected lines such as cat1.jpg,cat")
-        self._files = []
+        files: dict[str, None] = {}
         for row in rows:
             file, found = row[0], self._file(row[0])
             if len(row) < 2 or found is None:
                 wrong = "names no class" if len(row) < 2 else f"is not a file in {self.folder}"
                 raise UserError(f"{listing}: {file!r} {wrong}")
-            self._files.append(found)
+            if found in files:
+                raise UserError(f"{listing}: {file!r} is listed twice, expected once")
+            files[found] = None
+        self._files = list(files)
         names = [row[1] for row in rows]
         self.class_names = tuple(sorted(set(names)))
         places = {name: label for label, name in enumerate(self.class_names)}

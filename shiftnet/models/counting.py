@@ -16,6 +16,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from shiftnet import quantizers
+from shiftnet.errors import UserError
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.models.arithmetic import KINDS, Arithmetic, arithmetic
 
@@ -117,8 +118,7 @@ def count(model: nnx.Module, image: tuple[int, int, int] = (32, 32, 3)) -> Count
       image: height, width and channels.
 
     Raises:
-      NotImplementedError: for a product where it cannot be counted: in a loop, a branch or a
-        kernel.
+      UserError: for a product where it cannot be counted: in a loop, a branch or a kernel.
     """
     modules, variables, steps, logits = _trace(model, image)
 
@@ -225,14 +225,18 @@ class _Value:
         which depends on the image.
       source: the array in memory that this is, or is a part of.
       stored_bits: of one of its numbers in memory, of a `source`.
+      same: the array that this is in another floating type, or the array itself; in memory it is of
+        the narrower type.
+      kept_bits: of one of its numbers while it exists, of a `same`.
     """
 
     def __init__(self, aval, variables: frozenset[str] | None, source: "_Value | None" = None):
         self.nbytes = math.prod(aval.shape) * aval.dtype.itemsize
-        self.bits = self.stored_bits = 8 * aval.dtype.itemsize
+        self.bits = self.stored_bits = self.kept_bits = 8 * aval.dtype.itemsize
         self.variables = variables
         self.shape: tuple[int, ...] = aval.shape
         self.source: _Value = source or self
+        self.same: _Value = self
 
     @property
     def is_activation(self) -> bool:
@@ -354,18 +358,22 @@ def _follow(
         called = [inner for inner in _inner_programs(equation) if _has_products(inner)]
         if called:
             if equation.primitive.name not in _CALLS:
-                raise NotImplementedError(
-                    f"cannot count the multiply-adds inside {equation.primitive.name}"
+                raise UserError(
+                    f"the network has products inside {equation.primitive.name}, whose "
+                    "multiply-adds cannot be counted"
                 )
             # Operations of `shiftnet.kernels` have their own derivatives.
             is_kernel = kernel is None and equation.primitive.name == "custom_vjp_call"
             writes = _follow(called[0], reads, steps, len(steps) if is_kernel else kernel)
         else:
-            is_view = equation.primitive.name in _VIEWS
+            changes_type = _is_conversion(equation) and reads[0].is_activation
+            is_view = changes_type or equation.primitive.name in _VIEWS
             step = _Step(reads, [], _multiply_adds(equation), kernel, is_view)
             variables = None if step.is_forward else step.variables
             source = reads[0].source if is_view else None
             writes = [_Value(out.aval, variables, source) for out in equation.outvars]
+            if changes_type:
+                _store_narrower(reads[0], writes[0])
             steps.append(step._replace(writes=writes))
             if equation.primitive.name == "reshape":
                 reads[0].shape = writes[0].shape
@@ -374,9 +382,24 @@ def _follow(
 
 
 # Equations that run the one program they hold once, on their own operands.
-_CALLS = ("jit", "custom_jvp_call", "custom_vjp_call")
+_CALLS = ("jit", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 # Equations that move nothing.
 _VIEWS = ("reshape", "squeeze", "expand_dims", "slice")
+
+
+def _is_conversion(equation: JaxprEqn) -> bool:
+    """Tells whether it changes one floating type into another, which moves nothing by itself."""
+    return equation.primitive.name == "convert_element_type" and all(
+        jnp.issubdtype(_dtype(atom), jnp.floating) for atom in (*equation.invars, *equation.outvars)
+    )
+
+
+def _store_narrower(value: _Value, converted: _Value) -> None:
+    """Keeps an array, and what it is converted to, as one of the narrower type."""
+    converted.same = value.same
+    value.source.stored_bits = min(value.source.stored_bits, converted.bits)
+    for array in (value.source, value.same):
+        array.kept_bits = min(array.kept_bits, converted.bits)
 
 
 def _inner_programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
@@ -414,16 +437,21 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return atom.aval.shape
 
 
+def _dtype(atom: Any) -> jnp.dtype:
+    return atom.aval.dtype
+
+
 def _peak_bytes(steps: Sequence[_Step], result: _Value) -> int:
     """Computes `Counts.peak_activation_bytes`."""
-    last_use = {id(value): i for i, step in enumerate(steps) for value in step.reads}
-    last_use[id(result)] = len(steps)
+    last_use = {id(value.same): i for i, step in enumerate(steps) for value in step.reads}
+    last_use[id(result.same)] = len(steps)
     alive: dict[int, int] = {}
     peak = 0
     for i, step in enumerate(steps):
         for value in (*step.reads, *step.writes):
             if value.is_activation:
-                alive[id(value)] = value.nbytes
+                kept = value.same
+                alive[id(kept)] = kept.nbytes * kept.kept_bits // kept.bits
         peak = max(peak, sum(alive.values()))
         alive = {key: nbytes for key, nbytes in alive.items() if last_use.get(key, i) > i}
     return peak

@@ -230,6 +230,8 @@ def compile_step(
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
     )
+    network = nnx.eval_shape(lambda: models.build(config.model, facts.classes, rngs=nnx.Rngs(0)))
+    counted = count(network, (facts.side, facts.side, 3))
     divided = batch_sharded(mesh)
     images = (config.batch_size, facts.side, facts.side, 3)
     operands = (
@@ -247,8 +249,6 @@ def compile_step(
                 raise
             return None
     held, text = compiled.memory_analysis(), compiled.as_text()
-    network = nnx.eval_shape(lambda: models.build(config.model, facts.classes, rngs=nnx.Rngs(0)))
-    counted = count(network, images[1:])
     return Step(
         batch=batch,
         memory=Memory(

@@ -315,6 +315,13 @@ def test_a_run_goes_on_with_more_devices_and_with_fewer(tmp_path):
     assert lines[0]["train_loss"] > lines[1]["train_loss"] > lines[2]["train_loss"]
 
 
+def test_a_python_without_the_packages_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.delitem(sys.modules, "shiftnet.cli.count", raising=False)
+    assert shiftnet_main(["count", "--arch", "shiftresnet8"]) == 2
+    assert f"jax is not installed for {sys.executable}; docs/inst" in capsys.readouterr().err
+
+
 def test_importing_the_package_imports_neither_jax_nor_tensorflow():
     code = "import shiftnet, sys; print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
     result = subprocess.run(

@@ -15,6 +15,7 @@ from flax import nnx
 
 from shiftnet import models, quantizers
 from shiftnet.cli.count import main, page_flops
+from shiftnet.errors import UserError
 from shiftnet.kernels.implementations import only_xla
 from shiftnet.kernels.shift_pointwise import shift_pointwise
 from shiftnet.layers import Conv, Linear, Shift
@@ -627,5 +628,36 @@ def test_peak_of_a_resnet():
 
 
 def test_products_in_a_loop_are_refused_and_not_miscounted():
-    with pytest.raises(NotImplementedError, match=r"inside (scan|while)"):
+    with pytest.raises(UserError, match=r"inside (scan|while)"):
         count(Product(3, loop=True), (4, 4, 3))
+
+
+class Remat(nnx.Module):
+    def __init__(self):
+        self.product = Product(3)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.checkpoint(lambda x: self.product(x))(x)
+
+
+def test_products_that_are_computed_again_for_the_gradient_count_once():
+    assert count(Remat(), (4, 4, 3)).multiply_adds == 4 * 4 * 3 * 3
+
+
+class Norm(nnx.Module):
+    """A batch norm in bfloat16, and a ReLU."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.bfloat16)
+        y = x.astype(jnp.float32) * 2 + 1
+        return jax.nn.relu(y.reshape(-1, 3).astype(jnp.bfloat16))
+
+
+def test_what_changes_its_type_is_kept_in_the_narrower_one():
+    counts = count(Norm(), (8, 8, 3))
+    # Product read and written, sum read and written, ReLU read and written.
+    assert counts.bytes_moved == 64 * 3 * (2 + 4 + 4 + 2 + 2 + 2)
+    assert counts.peak_activation_bytes == 64 * 3 * (4 + 2)
+    half, wide = (counted(arch="resnet20", dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert half.bytes_moved < 0.7 * wide.bytes_moved
+    assert half.peak_activation_bytes < 0.7 * wide.peak_activation_bytes

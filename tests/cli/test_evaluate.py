@@ -238,6 +238,9 @@ def test_images_prepared_smaller_than_the_network_takes_are_refused(evaluated, p
         (["--data-dir", "x", "--labels", "y", "--dataset", "cifar10"], "--dataset does not apply"),
         (["--dataset", "digits", "--data-dir", "x"], "--data-dir does not apply to the digits"),
         (["--dataset", "cifar10", "--data-dir", "nowhere"], "--data-dir nowhere cannot be read"),
+        (["--predictions", "net.safetensors"], "--predictions net.safetensors must end in .csv"),
+        (["--predictions", "/no/where.csv"], "must lie in a directory that exists"),
+        (["--predictions", "/"], "is a directory"),
     ],
 )
 def test_options_without_effect_or_sense_are_refused(evaluated, arguments, message):
@@ -305,6 +308,12 @@ def test_the_images_of_a_flat_folder_are_scored_by_a_list_of_labels(
     listing.write_text("ant/9.png, ant\nant/0.png, ant\nbee/1.png, cat\n")
     error = evaluated("--data-dir", photos, "--labels", listing)
     assert "'ant/9.png' is not a file" in error, "it was taken for a heading"
+    listing.write_text("ant/0.png,ant\nant/0,cat\n")
+    assert "'ant/0' is listed twice" in evaluated("--data-dir", photos, "--labels", listing)
+    (tmp_path / "link.csv").symlink_to(listing)
+    options = ("--data-dir", photos, "--labels", tmp_path / "link.csv", "--predictions", listing)
+    assert "is the list of --labels" in evaluated(*options)
+    assert listing.read_text().startswith("ant/0.png")
 
 
 def test_a_corrupt_file_is_skipped_where_that_is_asked_for(evaluated, tmp_path):

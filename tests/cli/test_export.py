@@ -262,6 +262,11 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys, monkeypatch):
     packing.write(tmp_path / "packed.safetensors", model.network, model.metadata)
     assert export.main([str(tmp_path / "packed.safetensors"), str(tmp_path / "net.npz")]) == 2
     assert "its batch norms are no longer the original's" in capsys.readouterr().err
+    packed = tmp_path / "packed.safetensors"
+    before = packed.read_bytes()
+    assert export.main([str(packed), str(packed), "--integers"]) == 2
+    assert "is the network that is to be exported" in capsys.readouterr().err
+    assert packed.read_bytes() == before
     assert export.main([str(ckpt), str(tmp_path / "net.npz"), "--integers"]) == 2
     assert "--integers is for low-bit weights, this shiftresnet8" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)

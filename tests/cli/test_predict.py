@@ -132,6 +132,14 @@ def test_contact_sheets_show_the_images(place, capsys, tmp_path, expected):
     np.testing.assert_array_equal(pixels[12:172, 12:172], np.asarray(seen))
 
 
+def test_a_sheet_stays_where_no_image_could_be_read(place, capsys, tmp_path):
+    sheet, broken = tmp_path / "sheet.html", tmp_path / "broken.png"
+    sheet.write_text("of before")
+    broken.write_bytes(b"")
+    run(place, capsys, str(broken), *option("--html", str(sheet)), code=1)
+    assert sheet.read_text() == "of before"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +148,7 @@ def test_contact_sheets_show_the_images(place, capsys, tmp_path, expected):
         (["photos", *option("--html", "sheet.txt")], "--html sheet.txt must end in .html"),
         (["empty"], "empty has no images"),
         (["photos", *option("--png"), "photos/a.png"], "a.png is one of the images to classify"),
+        (["photos", *option("--html"), "no/a.html"], "must lie in a directory that exists"),
     ],
 )
 def test_bad_input_is_a_sentence(place, capsys, arguments, message):

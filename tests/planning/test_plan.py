@@ -90,7 +90,10 @@ def test_the_command_plans_for_a_tpu_that_is_not_here(tmp_path, monkeypatch, cap
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
-    assert train.main(["--config", str(recipe_file), "--plan", "v5e:2x4"]) == 0
+    arguments = ["--config", str(recipe_file), "--plan", "v5e:2x4"]
+    assert train.main([*arguments, "--profile"]) == 2
+    assert "--profile does not apply to --plan" in capsys.readouterr().err
+    assert train.main(arguments) == 0
     assert not list(empty.iterdir())
     printed = capsys.readouterr().out
     cells = dict(re.findall(r"^(\S.*?)  +(\S.*)$", printed, re.MULTILINE))

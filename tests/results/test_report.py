@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -621,6 +622,12 @@ def test_bad_arguments_are_a_sentence(folder, monkeypatch, capsys, arguments, se
     assert main(arguments) == 2
     assert sentence in capsys.readouterr().err
     assert {path.name for path in folder.parent.iterdir()} == {"results"}
+
+
+def test_a_run_that_is_named_by_two_paths_is_one(tmp_path, monkeypatch):
+    run = shutil.copytree(SHORT[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert len(sources.find([run, Path("run"), Path("run/../run")]).trainings) == 1
 
 
 def test_a_missing_library_is_a_sentence(folder, tmp_path, monkeypatch, capsys):

@@ -220,7 +220,7 @@ def find(paths: Sequence[Path]) -> Found:
     """
     workdirs = []
     folders: dict[Path, list[Path]] = {}  # of results, by the folder that has their table
-    for path in dict.fromkeys(paths):
+    for path in {path.resolve(): path for path in paths}.values():
         if (path / RECIPE).is_file():
             seeds = [file.parent for file in sorted(path.glob(f"seed*/{RECIPE}"))]
             workdirs.extend(seeds or [path])
