@@ -2,11 +2,13 @@
 
 The library is kept in `~/.cache/shiftnet` (or `$XDG_CACHE_HOME/shiftnet`), under a name that
 depends on the source, jaxlib, the compiler and the processor's instruction set, so that it is never
-out of date. Compilation needs a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is
-found, and takes about 25 seconds on two cores, once; the headers are part of JAX. Without a
-compiler, or with SHIFTNET_NATIVE=0, these operations run in plain XLA.
+out of date; it ends in its SHA-256, by which a damaged one is told and made anew. Compilation needs
+a C++17 compiler, `$CXX` or the first of c++, g++ and clang++ that is found, and takes about 25
+seconds on two cores, once; the headers are part of JAX. Without a compiler, or with
+SHIFTNET_NATIVE=0, these operations run in plain XLA.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -68,15 +70,18 @@ def load() -> Outcome:
     """Compiles the library if needed, loads it, and registers its functions with XLA."""
     if os.environ.get("SHIFTNET_NATIVE", "1") in ("", "0"):
         return Outcome(None, "SHIFTNET_NATIVE=0 leaves out what a C++ compiler has to build")
+    failed = "compiled"
     try:
-        library = ctypes.CDLL(str(_built(_compiler())))
+        path = _built(_compiler())
+        failed = "loaded"
+        library = ctypes.CDLL(str(path))
         for handler in HANDLERS:
             capsule = jax.ffi.pycapsule(getattr(library, handler))
             jax.ffi.register_ffi_target(handler, capsule, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         output = getattr(error, "stderr", None) or str(error)
         lines = [line for line in output.splitlines() if "error" in line] or output.splitlines()
-        reason = f"the C++ was not compiled: {(lines or ['no reason given'])[0].strip()}"
+        reason = f"the C++ was not {failed}: {(lines or ['no reason given'])[0].strip()}"
         log.warning("the CPU runs plain XLA, which is several times slower: %s", reason)
         return Outcome(None, reason)
     return Outcome(library, None)
@@ -126,13 +131,15 @@ def _compiler() -> list[str]:
 
 
 def _built(compiler: list[str]) -> Path:
-    """Returns the library's path, after compiling it if it does not exist."""
+    """Returns the library's path, after compiling it if it does not exist or is damaged."""
+    name = f"native-{_digest(compiler)}.so"
+    with contextlib.suppress(OSError, RuntimeError):
+        if _is_whole(path := _preferred() / name):  # which may be where nothing can be written
+            return path
     folder = _cache()
-    path = folder / f"native-{_digest(compiler)}.so"
-    if path.exists():
-        return path
+    path = folder / name
     with _lock(path.with_suffix(".lock")):
-        if path.exists():
+        if _is_whole(path):
             return path
         log.info("compiling the CPU's operations, once on this machine: about 25 seconds")
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -147,15 +154,23 @@ def _built(compiler: list[str]) -> Path:
             with ThreadPoolExecutor() as pool:  # one after the other takes twice as long
                 objects = list(pool.map(compile_source, SOURCES))
             _output([*compiler, *FLAGS, "-shared", *objects, "-o", str(made)])
+            with made.open("ab") as library:  # the loader ignores what follows the last section
+                library.write(hashlib.sha256(made.read_bytes()).digest())
             made.replace(path)  # atomic
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Tells whether a library exists as it was made; loading half of one would end the process."""
+    content = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _digest(compiler: list[str]) -> str:
     """Hashes what the library depends on; macros identify the compiler and the instructions."""
     macros = _output([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c++", os.devnull])
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
-    parts = (*texts, macros, *FLAGS, version("jaxlib"))
+    parts = (*texts, macros, *compiler, *FLAGS, version("jaxlib"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -165,14 +180,25 @@ def _output(command: list[str]) -> str:
     ).stdout
 
 
+def _preferred() -> Path:
+    """Returns the folder in which libraries are kept.
+
+    Raises:
+      RuntimeError: if there is no home directory.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "shiftnet")
+
+
 def _cache() -> Path:
-    """Returns a writable folder: a temporary one if the home directory is not writable."""
+    """Returns a writable folder: one for this process alone if the home is not writable."""
     with contextlib.suppress(OSError, RuntimeError):  # there may be no home, or a read-only one
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "shiftnet")
+        folder = _preferred()
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    return Path(tempfile.mkdtemp(prefix="shiftnet-"))
+    folder = Path(tempfile.mkdtemp(prefix="shiftnet-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

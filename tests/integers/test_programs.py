@@ -136,7 +136,7 @@ VECTORS = [
     ("arch", "form", "bits", "flag"),
     [
         *((*network, "-mavx2") for network in VECTORS[:4]),
-        (*VECTORS[0], "-O3"),  # as users compile
+        pytest.param(*VECTORS[0], "-O3", marks=pytest.mark.slow),  # with sanitizers half a minute
         (*VECTORS[0], "-march=native"),
         (*VECTORS[1], "-mavxvnni"),
         *(pytest.param(*network, "-mavx2", marks=pytest.mark.slow) for network in VECTORS[4:]),

@@ -411,9 +411,47 @@ def test_processes_that_start_together_compile_once(fresh, tmp_path):
     for thread in threads:
         thread.join()
     assert len(paths) == 3
+    assert all(map(native._is_whole, paths))
     assert set(paths) == set((tmp_path / "shiftnet").glob("*.so"))
     made = [*(f"{source.stem}.o" for source in native.SOURCES), paths[0].name]
     assert sorted(calls.read_text().split()) == sorted(made)
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """A command that writes "made" into whatever it is told to make."""
+    path = tmp_path / "compiler"
+    path.write_text(
+        '#!/bin/sh\ncase "$*" in *-dM*) exit;; esac\nfor out; do :; done\necho made >"$out"\n'
+    )
+    path.chmod(stat.S_IRWXU)
+    return [str(path)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"made\n", b"made\n" + bytes(32)])
+def test_a_damaged_library_is_made_anew(fresh, compiler, damage):
+    path = native._built(compiler)
+    whole = path.read_bytes()
+    path.write_bytes(damage)
+    assert native._built(compiler) == path
+    assert path.read_bytes() == whole
+
+
+def test_another_command_makes_another_library(fresh, compiler):
+    assert native._built(compiler) != native._built([*compiler, "-O0"])
+
+
+def test_a_library_is_used_where_nothing_can_be_written(fresh, compiler):
+    path = native._built(compiler)
+    fresh.setattr(native.os, "access", lambda *_: False)  # tests may run as root
+    assert native._built(compiler) == path
+    path.unlink()
+    assert native._built(compiler).parent != path.parent
+
+
+def test_a_library_that_cannot_be_loaded_is_said(fresh, compiler):
+    fresh.setenv("CXX", " ".join(compiler))
+    assert "the C++ was not loaded: " in native.load().reason
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,14 @@ def test_no_images_have_gradients_of_zero():
     assert not any(gradients[name].any() for name in ("w1", "b1", "w2"))
 
 
+def test_a_stride_far_beyond_the_images_is_left_to_xla():
+    a = {name: jnp.asarray(value) for name, value in operands(0, 1, 4, 4, 3, 9, 2, 5000).items()}
+    arrays = [a[name] for name in GRADIENTS]
+    assert shift_block(*arrays, stride=5000).shape == (1, 1, 1, 2)
+    with pytest.raises(ValueError, match="the stride is more than 1024"):
+        shift_block(*arrays, stride=5000, implementation="cpu")
+
+
 def test_what_is_not_a_number_stays_so():
     a = operands(0, 1, 4, 4, 3, 9, 2, 1)
     a["x"][0, 1, 2] = np.nan
