@@ -64,7 +64,8 @@ class Counts(NamedTuple):
         activations.
       bytes_moved: between the memory and the arithmetic where nothing is fused: what every
         operation reads and writes, and the weights, packed, once. A batch norm is a multiplication
-        and an addition, or a part of the convolution before it; reshaping and striding are free.
+        and an addition, or a part of the convolution before it; reshaping, striding and changes of
+        the floating type are free, and what is changed is kept in the narrower type.
       fused_bytes_moved: the same where each convolution or matrix product also does all that
         follows it, up to the next, and where `shift_block`, or another operation of
         `shiftnet.kernels`, is one kernel, which keeps the expanded tensor to itself.
