@@ -168,6 +168,19 @@ class Buffer {
   Block block_;
 };
 
+// Runs a task, by the same instructions on whatever thread. Of two copies of its code, inlined into
+// what this thread runs and into what the others run, a compiler may fuse a multiplication with an
+// addition in one and not in the other, and then the bits depend on who was faster.
+#if defined(__GNUC__) && !defined(__clang__)
+#define SHIFTNET_ONE_COPY __attribute__((noipa))
+#else
+#define SHIFTNET_ONE_COPY __attribute__((noinline))
+#endif
+template <typename Task>
+SHIFTNET_ONE_COPY void RunTask(const Task& task, int64_t i) {
+  task(i);
+}
+
 // Calls task(0) to task(count - 1) on XLA's threads and on this one, and returns when all are done.
 // This thread runs tasks too and waits only for tasks that other threads have started, so that there
 // is no deadlock even if all of XLA's threads are in this function.
@@ -181,7 +194,9 @@ void Parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   auto state = std::make_shared<State>();
   auto work = [state, count, &task] {  // `task` is used only until this function returns
     int64_t finished = 0;
-    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++finished) task(i);
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; ++finished) {
+      RunTask(task, i);
+    }
     if (finished > 0 && state->done.fetch_add(finished) + finished == count) {
       std::lock_guard<std::mutex> lock(state->mutex);
       state->all_done.notify_all();
