@@ -20,6 +20,8 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
+# What is used of the packages is compiled at its first import; all of it takes half of pip's time.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 WORKDIR ?= runs/quickstart
 RESULTS := results results/short results/distilled
 COMPILED := tests/kernels/compiled.sha256
@@ -92,22 +94,22 @@ torture: $(VENV)/dev
 $(VENV)/base: requirements.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11, 3.12 or 3.13; name it with PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/$(PIP) -r requirements.txt
 	touch $@
 
 # The command shiftnet, from this checkout.
 $(VENV)/package: $(VENV)/base pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/$(PIP) --no-deps --editable .
 	touch $@
 
 $(VENV)/dev: $(VENV)/base pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt --editable ".[dev]"
+	$(BIN)/$(PIP) -r requirements.txt --editable ".[dev]"
 	touch $@
 
 $(CUDA_VENV)/cuda: requirements.txt
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]" absl-py
+	$(CUDA_VENV)/bin/$(PIP) -r requirements.txt
+	$(CUDA_VENV)/bin/$(PIP) "jax[cuda13]" absl-py
 	touch $@
 
 clean:
